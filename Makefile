@@ -1,0 +1,76 @@
+# Everyday commands. `make demo` and `make test` work from a fresh clone; `make env` builds what they need into .venv.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check
+# cmake and ninja come from the lock file; paths stay relative so that a checkout under "my code/" works.
+WITH_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+DEPENDENCIES := $(VENV)/.dependencies
+TOOLS := $(VENV)/.tools
+PACKAGE := $(VENV)/.package
+# .git/logs/HEAD: the package reports the commit it was built from.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
+  $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
+CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+
+.PHONY: env demo test bench format lint clean release asan ubsan tsan
+.NOTPARALLEL:
+.DEFAULT_GOAL := env
+
+env: $(PACKAGE)
+
+$(DEPENDENCIES): requirements.lock
+	@PYTHON="$(PYTHON)" tools/check_system.sh
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the packages of requirements.lock (the largest is PyTorch) ..."
+	@$(PIP) -r requirements.lock
+	@touch $@
+
+$(PACKAGE): $(DEPENDENCIES) $(SOURCES)
+	@echo "building halfbyte ..."
+	@$(WITH_VENV) $(PIP) --no-build-isolation --no-deps .
+	@touch $@
+
+$(TOOLS): $(DEPENDENCIES) requirements-dev.lock
+	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+demo: env
+	@$(BIN)/halfbyte demo $(ARGS)
+
+# The last line printed is pytest's.
+test: release asan ubsan env
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+# C++ tests, one build folder a preset.
+release asan ubsan tsan: $(DEPENDENCIES)
+	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
+	@$(WITH_VENV) cmake --preset $@ >/dev/null
+	@$(WITH_VENV) cmake --build --preset $@ -- --quiet
+	@$(WITH_VENV) ctest --preset $@
+
+bench: env
+	@mkdir -p build/bench
+	$(BIN)/halfbyte bench attend --json build/bench/attend.json
+	$(BIN)/halfbyte bench encode --json build/bench/encode.json
+	$(BIN)/halfbyte bench generate --json build/bench/generate.json
+
+format: $(TOOLS)
+	$(BIN)/clang-format -i $(CPP_FILES)
+	$(BIN)/ruff format python tests tools
+	$(BIN)/ruff check --fix python tests tools
+
+lint: $(TOOLS)
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/ruff format --check python tests tools
+	$(BIN)/ruff check python tests tools
+	@$(WITH_VENV) cmake --preset release >/dev/null
+	$(BIN)/clang-tidy --quiet -p build/release $(wildcard src/*.cpp)
+
+clean:
+	rm -rf build $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
