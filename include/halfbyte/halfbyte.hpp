@@ -1,0 +1,200 @@
+// The C++ API of Halfbyte: a KV cache kept in 4 or 8 bits, and attention computed on its packed codes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace halfbyte {
+
+// What a call reports. Nothing in this library prints, exits or throws across its API; a failed call leaves the
+// object as it was.
+enum class Code { ok, bad_argument, bad_value, out_of_memory, unsupported };
+
+class [[nodiscard]] Status {
+ public:
+  Status() = default;
+  Status(Code code, std::string message) : code_(code), message_(std::move(message)) {}
+  bool ok() const { return code_ == Code::ok; }
+  Code code() const { return code_; }
+  const std::string& message() const { return message_; }
+
+ private:
+  Code code_ = Code::ok;
+  std::string message_;
+};
+
+template <class T>
+class [[nodiscard]] Result {
+ public:
+  Result(T value) : value_(std::move(value)) {}
+  Result(Status status) : status_(std::move(status)) {}
+  bool ok() const { return status_.ok(); }
+  const Status& status() const { return status_; }
+  T& value() { return value_; }
+
+ private:
+  Status status_;
+  T value_{};
+};
+
+enum class Dtype { float32, float16, bfloat16 };
+enum class Rotation { identity, srft, srht };
+
+// How K, or V, becomes codes. `group`: channels that share a scale: 16, 32, 64, or 0 for the whole vector.
+struct Codec {
+  int bits = 4;
+  int group = 32;
+};
+
+// y = diag(lambda) · R · (x − mu); s = scale of y's group; code = clamp(rint(y / s)). See docs/format.md.
+struct Recipe {
+  Rotation rotation = Rotation::srft;
+  uint64_t seed = 0;          // of the rotation's signs
+  bool offset = true;         // mu = mean over the tokens held when the first block is packed
+  Codec k{4, 32};
+  Codec v{4, 0};
+  int scale_bits = 16;        // 16: fp16, 32: fp32
+  bool search = true;         // pick the scale among six by squared error
+  bool signed_scale = true;   // the scale's sign puts the largest magnitude on the code −2^(bits−1)
+  bool lambda = false;        // per-channel factors, given by set_lambda
+  int sink_tokens = 0;        // first tokens kept raw; a multiple of 16
+  int raw_window = 0;         // newest whole blocks kept raw besides the unfinished one; a multiple of 16 tokens
+
+  // Ok when this recipe can code vectors of `head_dim` channels.
+  Status check(int head_dim) const;
+};
+
+struct LayerConfig {
+  int kv_heads = 0;
+  int head_dim_k = 0;
+  int head_dim_v = 0;
+  Dtype dtype = Dtype::float32;  // of K, V, queries and outputs
+  Recipe recipe;
+  int layer_index = 0;           // selects the rotation's signs, together with the seed
+  int sliding_window = 0;        // 0: every token stays visible
+};
+
+// A [batch, heads, tokens, channels] array: strides in elements, channels contiguous.
+struct View {
+  const void* data = nullptr;
+  ptrdiff_t batch_stride = 0;
+  ptrdiff_t head_stride = 0;
+  ptrdiff_t token_stride = 0;
+};
+
+struct MutableView {
+  void* data = nullptr;
+  ptrdiff_t batch_stride = 0;
+  ptrdiff_t head_stride = 0;
+  ptrdiff_t token_stride = 0;
+};
+
+struct AttendArgs {
+  View q;                               // [batch, heads, queries, head_dim_k]: the newest `queries` positions
+  MutableView out;                      // [batch, heads, queries, head_dim_v]
+  int heads = 0;                        // a multiple of kv_heads; head h reads KV head h / (heads / kv_heads)
+  int queries = 1;
+  float scale = 1.0f;                   // of the scores
+  View chunk_k, chunk_v;                // raw K, V of those newest tokens; needed when queries > 1
+  const uint8_t* mask = nullptr;        // [batch, queries, mask_tokens], 1 = visible; covers the newest mask_tokens
+  ptrdiff_t mask_batch_stride = 0;
+  ptrdiff_t mask_query_stride = 0;
+  size_t mask_tokens = 0;
+  bool causal = true;                   // without a mask: token p sees tokens up to p (inside the sliding window)
+  float softcap = 0.0f;                 // c > 0: score → c · tanh(score / c)
+  const float* sinks = nullptr;         // [heads]: one more logit in each softmax, with no value
+};
+
+// The cache of one attention layer: [batch] sequences of equal length, kv_heads each.
+class Layer {
+ public:
+  static Result<Layer> create(const LayerConfig& config);
+  Layer();
+  ~Layer();
+  Layer(Layer&&) noexcept;
+  Layer& operator=(Layer&&) noexcept;
+
+  // Adds `tokens` tokens to each sequence. `counted` ([batch, tokens] or null): 0 marks padding, left out of the offset.
+  // Fails on a non-finite value, naming it; the layer is then as before.
+  Status append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted = nullptr);
+  Status attend(const AttendArgs& args);
+
+  // Newest visible() tokens as float32 [batch, kv_heads, visible, head_dim].
+  Status decode(float* k_out, float* v_out) const;
+
+  Status crop(size_t length);                        // forgets the tokens at positions >= length
+  Status select(const std::vector<size_t>& rows);    // sequence i becomes a copy of the old rows[i]; pages are shared
+  Status copy_from(const Layer& other);
+  void reset();
+
+  // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. Only while nothing is packed.
+  Status set_offset(const float* k, const float* v);
+  Status set_lambda(const float* k, const float* v);
+  void record_past(bool on);                         // sliding layers: keep tokens behind the window while on
+
+  const LayerConfig& config() const;
+  size_t length() const;          // tokens seen by each sequence
+  size_t first() const;           // oldest token still held (0 unless sliding)
+  size_t visible() const;         // length() − first()
+  size_t packed_tokens() const;   // tokens held as codes, a sequence
+  int batch() const;
+  bool has_offset() const;
+  size_t bytes() const;           // everything held: pages with their slack, raw tokens, offsets, lambda
+
+  struct State;
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+// The tuned baseline: the same attention over K, V kept as given. Contiguous, grown by doubling.
+class RawCache {
+ public:
+  RawCache(int kv_heads, int head_dim, Dtype dtype);
+  ~RawCache();
+  Status append(const View& k, const View& v, int batch, size_t tokens);
+  Status attend(const AttendArgs& args);
+  size_t length() const;
+  size_t bytes() const;
+
+  struct State;
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+enum class Side { k, v };
+
+// Vectors [n, head_dim] → codes → vectors [n, head_dim], as the cache would give them back. mu, lambda: [head_dim] or null.
+Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, Side side, const float* mu,
+                 const float* lambda, int layer_index);
+
+// Codes the vectors into blocks and drops them; what `bench encode` times.
+Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side);
+
+// R x (or Rᵀ x) for n vectors.
+Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse);
+
+struct BackendInfo {
+  std::string name;
+  bool usable;
+};
+std::vector<BackendInfo> backends();            // built into this library, best first
+std::string backend();                          // the one in use
+Status set_backend(const std::string& name);    // also: environment variable HALFBYTE_BACKEND
+std::vector<std::string> cpu_features();
+
+void set_num_threads(int n);
+int num_threads();
+
+// Median read bandwidth over `bytes` with `threads` threads, in bytes per second.
+double read_bandwidth(size_t bytes, int threads, int repeats);
+
+const char* version();
+const char* commit();
+
+}  // namespace halfbyte

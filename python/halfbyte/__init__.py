@@ -1,0 +1,20 @@
+"""Halfbyte: a KV cache in four bits, with attention computed on the packed codes.
+
+``from halfbyte import Int4Cache`` is the whole interface for transformers users; it is loaded when first asked for,
+so that importing the package alone needs no PyTorch.
+"""
+
+from halfbyte._native import Recipe
+from halfbyte._native import commit as __commit__
+from halfbyte._native import version as __version__
+from halfbyte.recipes import RECIPES, get_recipe
+
+__all__ = ["RECIPES", "Int4Cache", "Recipe", "__commit__", "__version__", "get_recipe"]
+
+
+def __getattr__(name: str):
+    if name == "Int4Cache":
+        from halfbyte.hf import Int4Cache
+
+        return Int4Cache
+    raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")

@@ -1,0 +1,244 @@
+// The Python extension: the C++ API over addresses, shapes and strides. It knows nothing of PyTorch.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+
+#include "halfbyte/halfbyte.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace halfbyte;
+
+namespace {
+
+using Address = uintptr_t;
+using Strides = std::tuple<ptrdiff_t, ptrdiff_t, ptrdiff_t>;   // batch, head, token; in elements
+
+void check(const Status& status) {
+  switch (status.code()) {
+    case Code::ok: return;
+    case Code::out_of_memory: PyErr_SetString(PyExc_MemoryError, status.message().c_str()); throw nb::python_error();
+    case Code::unsupported: PyErr_SetString(PyExc_NotImplementedError, status.message().c_str()); throw nb::python_error();
+    default: throw nb::value_error(status.message().c_str());
+  }
+}
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+View view(Address address, const Strides& strides) {
+  return {pointer<const void>(address), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "float16") return Dtype::float16;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  throw nb::value_error(("dtype is '" + name + "'; it takes float32, float16 or bfloat16").c_str());
+}
+
+const char* const kRotations[] = {"identity", "srft", "srht"};
+
+Rotation rotation_of(const std::string& name) {
+  for (int i = 0; i < 3; i++)
+    if (name == kRotations[i]) return (Rotation)i;
+  throw nb::value_error(("rotation is '" + name + "'; it takes srft, srht or identity").c_str());
+}
+
+Side side_of(const std::string& name) {
+  if (name == "k") return Side::k;
+  if (name == "v") return Side::v;
+  throw nb::value_error(("which is '" + name + "'; it takes 'k' or 'v'").c_str());
+}
+
+void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool offset, int k_bits, int v_bits, int k_group,
+                 int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens, int raw_window) {
+  Recipe recipe{rotation_of(rotation), seed, offset, {k_bits, k_group}, {v_bits, v_group}, scale_bits, search, signed_scale,
+                lambda, sink_tokens, raw_window};
+  check(recipe.check(64));   // every field but the head size, which a recipe does not know
+  new (self) Recipe(recipe);
+}
+
+Layer* make_layer(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe,
+                  int layer_index, int sliding_window) {
+  Result<Layer> layer = Layer::create({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window});
+  check(layer.status());
+  return new Layer(std::move(layer.value()));
+}
+
+AttendArgs attend_args(Address q, Address out, int heads, int queries, const Strides& q_strides, const Strides& out_strides,
+                       float scale) {
+  AttendArgs args;
+  args.q = view(q, q_strides);
+  args.out = {pointer<void>(out), std::get<0>(out_strides), std::get<1>(out_strides), std::get<2>(out_strides)};
+  args.heads = heads, args.queries = queries, args.scale = scale;
+  return args;
+}
+
+void attend(Layer& layer, Address q, Address out, int heads, int queries, const Strides& q_strides,
+            const Strides& out_strides, float scale, Address chunk_k, Address chunk_v, const Strides& chunk_k_strides,
+            const Strides& chunk_v_strides, Address mask, std::pair<ptrdiff_t, ptrdiff_t> mask_strides, size_t mask_tokens,
+            float softcap, Address sinks, bool causal) {
+  AttendArgs args = attend_args(q, out, heads, queries, q_strides, out_strides, scale);
+  args.chunk_k = view(chunk_k, chunk_k_strides), args.chunk_v = view(chunk_v, chunk_v_strides);
+  args.mask = pointer<const uint8_t>(mask), args.mask_tokens = mask_tokens;
+  args.mask_batch_stride = mask_strides.first, args.mask_query_stride = mask_strides.second;
+  args.softcap = softcap, args.sinks = pointer<const float>(sinks), args.causal = causal;
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = layer.attend(args);
+  }
+  check(status);
+}
+
+void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const Strides& k_strides, const Strides& v_strides,
+            Address counted) {
+  Status status;
+  {
+    nb::gil_scoped_release release;
+    status = layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted));
+  }
+  check(status);
+}
+
+void bind_recipe(nb::module_& m) {
+  nb::class_<Recipe>(m, "Recipe", "What a cache does to K and V; see docs/format.md for each field.")
+      .def("__init__", &make_recipe, nb::kw_only(), "rotation"_a = "srft", "seed"_a = 0, "offset"_a = true, "k_bits"_a = 4,
+           "v_bits"_a = 4, "k_group"_a = 32, "v_group"_a = 0, "scale_bits"_a = 16, "search"_a = true,
+           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0)
+      .def_prop_ro("rotation", [](const Recipe& r) { return kRotations[(int)r.rotation]; })
+      .def_ro("seed", &Recipe::seed)
+      .def_ro("offset", &Recipe::offset)
+      .def_prop_ro("k_bits", [](const Recipe& r) { return r.k.bits; })
+      .def_prop_ro("v_bits", [](const Recipe& r) { return r.v.bits; })
+      .def_prop_ro("k_group", [](const Recipe& r) { return r.k.group; })
+      .def_prop_ro("v_group", [](const Recipe& r) { return r.v.group; })
+      .def_ro("scale_bits", &Recipe::scale_bits)
+      .def_ro("search", &Recipe::search)
+      .def_ro("signed_scale", &Recipe::signed_scale)
+      .def_ro("lambda_", &Recipe::lambda)
+      .def_ro("sink_tokens", &Recipe::sink_tokens)
+      .def_ro("raw_window", &Recipe::raw_window);
+}
+
+void bind_layer(nb::module_& m) {
+  const Strides none{0, 0, 0};
+  nb::class_<Layer>(m, "Layer", "The packed cache of one attention layer. Addresses are ints, strides are in elements.")
+      .def(nb::new_(&make_layer), nb::kw_only(), "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "recipe"_a,
+           "layer_index"_a = 0, "sliding_window"_a = 0)
+      .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0)
+      .def("attend", &attend, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a,
+           nb::kw_only(), "chunk_k"_a = 0, "chunk_v"_a = 0, "chunk_k_strides"_a = none, "chunk_v_strides"_a = none,
+           "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0, "softcap"_a = 0.0f,
+           "sinks"_a = 0, "causal"_a = true)
+      .def("dequantize", [](const Layer& l, Address k, Address v) { check(l.decode(pointer<float>(k), pointer<float>(v))); },
+           "k_out"_a, "v_out"_a, "The newest `visible` tokens as float32 [batch, kv_heads, visible, head_dim].")
+      .def("crop", [](Layer& l, size_t length) { check(l.crop(length)); }, "length"_a)
+      .def("select", [](Layer& l, const std::vector<size_t>& rows) { check(l.select(rows)); }, "rows"_a)
+      .def("reset", &Layer::reset)
+      .def("copy",
+           [](const Layer& l) {
+             auto copy = std::make_unique<Layer>();
+             check(copy->copy_from(l));
+             return copy.release();
+           },
+           nb::rv_policy::take_ownership)
+      .def("set_offset", [](Layer& l, Address k, Address v) { check(l.set_offset(pointer<float>(k), pointer<float>(v))); },
+           "k"_a, "v"_a)
+      .def("set_lambda", [](Layer& l, Address k, Address v) { check(l.set_lambda(pointer<float>(k), pointer<float>(v))); },
+           "k"_a, "v"_a)
+      .def("record_past", &Layer::record_past, "on"_a)
+      .def_prop_ro("length", &Layer::length)
+      .def_prop_ro("first", &Layer::first)
+      .def_prop_ro("visible", &Layer::visible)
+      .def_prop_ro("batch", &Layer::batch)
+      .def_prop_ro("packed_tokens", &Layer::packed_tokens)
+      .def_prop_ro("has_offset", &Layer::has_offset)
+      .def_prop_ro("nbytes", &Layer::bytes);
+}
+
+void bind_raw_cache(nb::module_& m) {
+  nb::class_<RawCache>(m, "RawCache", "The tuned baseline: the same attention over K and V kept as given.")
+      .def("__init__", [](RawCache* self, int kv_heads, int head_dim, const std::string& dtype) {
+        new (self) RawCache(kv_heads, head_dim, dtype_of(dtype));
+      }, "kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def("append", [](RawCache& c, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
+                        const Strides& v_strides) { check(c.append(view(k, k_strides), view(v, v_strides), batch, tokens)); },
+           "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a)
+      .def("attend", [](RawCache& c, Address q, Address out, int heads, int queries, const Strides& q_strides,
+                        const Strides& out_strides, float scale) {
+             Status status;
+             {
+               nb::gil_scoped_release release;
+               status = c.attend(attend_args(q, out, heads, queries, q_strides, out_strides, scale));
+             }
+             check(status);
+           }, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a)
+      .def_prop_ro("length", &RawCache::length)
+      .def_prop_ro("nbytes", &RawCache::bytes);
+}
+
+double encode_seconds(Address x, size_t vectors, int head_dim, const Recipe& recipe, int repeats) {
+  const int threads = num_threads();
+  set_num_threads(1);
+  std::vector<double> seconds;
+  Status status;
+  for (int i = 0; i < repeats && status.ok(); i++) {
+    auto start = std::chrono::steady_clock::now();
+    status = encode_only(pointer<const float>(x), vectors, head_dim, recipe, Side::k);
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  set_num_threads(threads);
+  check(status);
+  std::sort(seconds.begin(), seconds.end());
+  return seconds[seconds.size() / 2];
+}
+
+void bind_vectors(nb::module_& m) {
+  m.def("roundtrip", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, const std::string& which,
+                        Address mu, Address lambda, int layer_index) {
+          check(roundtrip(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, side_of(which),
+                          pointer<const float>(mu), pointer<const float>(lambda), layer_index));
+        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "which"_a, "mu"_a = 0, "lambda_"_a = 0, "layer_index"_a = 0,
+        "Codes float32 [vectors, head_dim] and decodes them again. mu, lambda_: float32 [head_dim], or 0.");
+  m.def("rotate", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, int layer_index, bool inverse) {
+          check(rotate(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, layer_index, inverse));
+        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "layer_index"_a = 0, "inverse"_a = false);
+  m.def("encode_bench", &encode_seconds, "x"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "repeats"_a = 5,
+        "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
+  m.def("read_bandwidth", [](size_t bytes, int threads, int repeats) { return read_bandwidth(bytes, threads, repeats) * 1e-9; },
+        "bytes"_a, "threads"_a, "repeats"_a = 5, "Median read bandwidth in GB/s (1e9 bytes).");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.attr("version") = version();
+  m.attr("commit") = commit();
+  m.def("backends", [] {
+    std::vector<std::tuple<std::string, bool>> list;
+    for (const BackendInfo& info : backends()) list.emplace_back(info.name, info.usable);
+    return list;
+  });
+  m.def("backend", &backend);
+  m.def("set_backend", [](const std::string& name) { check(set_backend(name)); }, "name"_a);
+  m.def("cpu_features", &cpu_features);
+  m.def("set_num_threads", &set_num_threads, "n"_a);
+  m.def("num_threads", &num_threads);
+  bind_recipe(m);
+  bind_layer(m);
+  bind_raw_cache(m);
+  bind_vectors(m);
+  // A wrong HALFBYTE_BACKEND is an error when the module loads, not a silent fallback.
+  if (const char* name = std::getenv("HALFBYTE_BACKEND")) check(set_backend(name));
+}

@@ -1,0 +1,67 @@
+"""Named recipes: what each does to K and V before, while and after packing."""
+
+from __future__ import annotations
+
+from halfbyte._native import Recipe
+
+# The paper's codec: symmetric codes within ±7, float32 scales, no offset, no search (arXiv 2605.05699).
+_PAPER = {"offset": False, "search": False, "signed_scale": False, "scale_bits": 32}
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(),
+    "no-offset": Recipe(offset=False),
+    "paper-per-token": Recipe(k_group=0, v_group=0, **_PAPER),
+    "paper-g32": Recipe(k_group=32, v_group=32, **_PAPER),
+    "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),
+    "g16": Recipe(k_group=16, v_group=16),
+    "k8v4": Recipe(k_bits=8, v_bits=4),
+}
+
+FIELDS = (
+    "rotation",
+    "seed",
+    "offset",
+    "k_bits",
+    "v_bits",
+    "k_group",
+    "v_group",
+    "scale_bits",
+    "search",
+    "signed_scale",
+    "lambda_",
+    "sink_tokens",
+    "raw_window",
+)
+
+
+def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
+    """A recipe by name, or one given, with some of its fields replaced.
+
+    Args:
+        recipe: a key of ``RECIPES``, or a ``Recipe``.
+        overrides: fields of ``Recipe`` to set anew, e.g. ``sink_tokens=16``.
+
+    Raises:
+        ValueError: an unknown name or field (the text lists those there are), or a value out of range.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe is {recipe!r}; it takes one of {', '.join(RECIPES)}, or a halfbyte.Recipe")
+        recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe is a {type(recipe).__name__}; it takes a name or a halfbyte.Recipe")
+    unknown = sorted(set(overrides) - set(FIELDS))
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no field of a recipe; these are: {', '.join(FIELDS)}")
+    if not overrides:
+        return recipe
+    return Recipe(**({field: getattr(recipe, field) for field in FIELDS} | overrides))
+
+
+def bits_per_value(recipe: Recipe, head_dim: int) -> float:
+    """Bits a value of K and V takes, scales included: mean of both sides, for heads of `head_dim` channels."""
+
+    def side(bits: int, group: int) -> float:
+        return bits + recipe.scale_bits / (group or head_dim)
+
+    return (side(recipe.k_bits, recipe.k_group) + side(recipe.v_bits, recipe.v_group)) / 2

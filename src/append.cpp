@@ -1,0 +1,335 @@
+// Layer::append: check, fix the offset, pack the blocks that are complete, keep the newest tokens raw.
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <type_traits>
+
+#include "cache.h"
+#include "threads.h"
+
+namespace halfbyte {
+namespace {
+
+// fp16 scales reach 65504 · 8; a vector of 512 channels, offset included, stays under it when each value does this.
+constexpr float kLargestForHalfScales = 1e4f;
+
+using State = Layer::State;
+
+struct Chunk {
+  const View* k;
+  const View* v;
+  int batch;
+  size_t tokens;
+  const uint8_t* counted;
+};
+
+const uint8_t* row_of(const View& view, size_t bytes, int b, int head, size_t token) {
+  ptrdiff_t at = b * view.batch_stride + head * view.head_stride + (ptrdiff_t)token * view.token_stride;
+  return static_cast<const uint8_t*>(view.data) + at * (ptrdiff_t)bytes;
+}
+
+// Address of one token's vector, wherever it lies raw: in the chunk, in the tail, or among the sinks.
+const uint8_t* find_raw(const State& s, const Chunk& chunk, Side side, int b, int head, size_t token) {
+  if (token >= s.length)
+    return row_of(side == Side::k ? *chunk.k : *chunk.v, s.element_bytes(), b, head, token - s.length);
+  if (token < s.sink_tokens()) return s.raw_at(s.sinks, side, b, head, token);
+  return s.raw_at(s.tail, side, b, head, token - s.packed_end);
+}
+
+// ---- checking
+
+// Largest magnitude of d values as bits: for floats of one sign, bits order as values do, and NaN comes last.
+template <class Bits>
+Bits largest_bits(const uint8_t* row, int d) {
+  constexpr Bits kMagnitude = (Bits)((Bits)-1 >> 1);
+  constexpr int kParallel = 16;   // independent maxima, so that the compiler can use vectors
+  std::make_signed_t<Bits> largest[kParallel] = {};
+  const Bits* bits = reinterpret_cast<const Bits*>(row);
+  int c = 0;
+  for (; c + kParallel <= d; c += kParallel)
+    for (int i = 0; i < kParallel; i++) {
+      auto magnitude = (std::make_signed_t<Bits>)(bits[c + i] & kMagnitude);
+      largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+    }
+  for (; c < d; c++) largest[0] = std::max(largest[0], (std::make_signed_t<Bits>)(bits[c] & kMagnitude));
+  return (Bits)*std::max_element(largest, largest + kParallel);
+}
+
+float largest_of(const uint8_t* row, Dtype dtype, int d) {
+  if (dtype == Dtype::float32) return bits_to_float(largest_bits<uint32_t>(row, d));
+  uint16_t bits = largest_bits<uint16_t>(row, d);
+  return dtype == Dtype::float16 ? half_to_float(bits) : bf16_to_float(bits);
+}
+
+const uint8_t* chunk_row(const State& s, const Chunk& chunk, Side side, int b, int head, size_t token) {
+  return row_of(side == Side::k ? *chunk.k : *chunk.v, s.element_bytes(), b, head, token);
+}
+
+// Whether one head's new tokens can be coded; writes the position of the first that cannot.
+bool head_is_codable(const State& s, const Chunk& chunk, Side side, int b, int head, float limit, size_t* where) {
+  for (size_t t = 0; t < chunk.tokens; t++)
+    if (!(largest_of(chunk_row(s, chunk, side, b, head, t), s.config.dtype, s.head_dim(side)) <= limit)) {
+      *where = t;
+      return false;
+    }
+  return true;
+}
+
+Status uncodable(const State& s, const Chunk& chunk, Side side, int b, int head, size_t t) {
+  std::string where = std::string(side == Side::k ? "K" : "V") + " of sequence " + std::to_string(b) + ", head " +
+                      std::to_string(head) + ", token " + std::to_string(s.length + t);
+  float largest = largest_of(chunk_row(s, chunk, side, b, head, t), s.config.dtype, s.head_dim(side));
+  if (!std::isfinite(largest)) return {Code::bad_value, where + " holds a NaN or an infinity; the cache is as before"};
+  return {Code::bad_value, where + " holds " + std::to_string(largest) +
+                               ": scale_bits=16 codes values up to 10000, use scale_bits=32; the cache is as before"};
+}
+
+Status check_values(const State& s, const Chunk& chunk) {
+  const float limit = s.config.recipe.scale_bits == 16 ? kLargestForHalfScales : std::numeric_limits<float>::max();
+  const size_t heads = s.config.kv_heads, rows = 2 * heads * chunk.batch;
+  std::atomic<bool> all_good = true;
+  auto check = [&](size_t row, size_t* where) {
+    const Side side = row % 2 ? Side::v : Side::k;
+    return head_is_codable(s, chunk, side, (int)(row / 2 / heads), (int)(row / 2 % heads), limit, where);
+  };
+  auto quick = [&](size_t row) {
+    size_t where;
+    if (!check(row, &where)) all_good = false;
+  };
+  if (chunk.tokens < 64) {   // a decode step: not worth waking threads for
+    for (size_t row = 0; row < rows; row++) quick(row);
+  } else {
+    parallel_for(rows, quick);
+  }
+  for (size_t row = 0, where = 0; !all_good && row < rows; row++)
+    if (!check(row, &where))
+      return uncodable(s, chunk, row % 2 ? Side::v : Side::k, (int)(row / 2 / heads), (int)(row / 2 % heads), where);
+  return {};
+}
+
+Status check_shape(const State& s, const Chunk& chunk) {
+  if (!chunk.k->data || !chunk.v->data) return {Code::bad_argument, "append needs the addresses of K and V"};
+  if (chunk.batch < 1) return {Code::bad_argument, "batch is " + std::to_string(chunk.batch) + "; it takes 1 or more"};
+  if (s.batch && chunk.batch != s.batch)
+    return {Code::bad_argument, "batch is " + std::to_string(chunk.batch) + ", but the cache holds " +
+                                    std::to_string(s.batch) + " sequences"};
+  if (s.config.recipe.lambda && (s.lambda_k.empty() || s.lambda_v.empty()))
+    return {Code::bad_argument, "the recipe uses lambda, and set_lambda was not called"};
+  return {};
+}
+
+// ---- the offset
+
+bool is_counted(const State& s, const Chunk& chunk, int b, size_t token) {
+  if (token < s.length) return s.tail_counted.empty() || s.tail_counted[s.tail_counted.size() / s.batch * b + token];
+  return !chunk.counted || chunk.counted[(size_t)b * chunk.tokens + (token - s.length)];
+}
+
+void add_row(const uint8_t* row, Dtype dtype, int d, float* sum) {
+  if (dtype == Dtype::float32) {
+    for (int c = 0; c < d; c++) sum[c] += reinterpret_cast<const float*>(row)[c];
+    return;
+  }
+  const auto* bits = reinterpret_cast<const uint16_t*>(row);
+  if (dtype == Dtype::bfloat16)
+    for (int c = 0; c < d; c++) sum[c] += bf16_to_float(bits[c]);
+  else
+    for (int c = 0; c < d; c++) sum[c] += half_to_float(bits[c]);
+}
+
+// mu of one sequence and head: the mean over all tokens held now, padding left out unless there is nothing else.
+void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head, float* mu) {
+  constexpr size_t kRun = 256;   // tokens summed in float before they join the double sums
+  const int d = s.head_dim(side);
+  const size_t total = s.length + chunk.tokens;
+  double sum[kMaxHeadDim] = {};
+  size_t n = 0;
+  for (bool all : {false, true}) {
+    for (size_t from = 0; from < total; from += kRun) {
+      float run[kMaxHeadDim] = {};
+      for (size_t t = from; t < std::min(from + kRun, total); t++) {
+        if (!all && !is_counted(s, chunk, b, t)) continue;
+        add_row(find_raw(s, chunk, side, b, head, t), s.config.dtype, d, run);
+        n++;
+      }
+      for (int c = 0; c < d; c++) sum[c] += run[c];
+    }
+    if (n) break;
+  }
+  for (int c = 0; c < d; c++) mu[c] = (float)(sum[c] / (double)n);
+}
+
+void fix_offset(State& s, const Chunk& chunk) {
+  auto fill = [&](Side side, const std::vector<float>& given, std::vector<float>& to) {
+    const size_t d = s.head_dim(side), heads = s.config.kv_heads;
+    std::vector<float> mu(chunk.batch * heads * d);
+    parallel_for(chunk.batch * heads, [&](size_t row) {
+      const size_t head = row % heads;
+      if (given.empty()) mean_of_head(s, chunk, side, (int)(row / heads), (int)head, &mu[row * d]);
+      else std::copy_n(&given[head * d], d, &mu[row * d]);
+    });
+    to = std::move(mu);
+  };
+  fill(Side::k, s.given_k, s.offset_k);
+  fill(Side::v, s.given_v, s.offset_v);
+  s.offset_ready = true;
+  s.tail_counted = {};
+}
+
+// ---- packing
+
+// Pages that this append will write: new ones, and own copies of shared ones. Throws std::bad_alloc before any change.
+std::vector<std::vector<Page>> pages_for(const State& s, int batch, size_t from, size_t to) {
+  std::vector<std::vector<Page>> pages = s.pages;
+  pages.resize(batch);
+  if (from == to) return pages;
+  for (std::vector<Page>& list : pages) {
+    const size_t first_written = from / kPageTokens - s.pages_dropped;
+    // use_count 2: the state's list and this copy of it.
+    if (first_written < list.size() && list[first_written].use_count() > 2) {
+      Page own = make_page(s.page_bytes());
+      memcpy(own.get(), list[first_written].get(), s.page_bytes());
+      list[first_written] = own;
+    }
+    const size_t needed = (to + kPageTokens - 1) / kPageTokens - s.pages_dropped;
+    list.reserve(needed);
+    while (list.size() < needed) {
+      list.push_back(make_page(s.page_bytes()));
+      memset(list.back().get(), 0, s.page_bytes());   // kernels read whole blocks; what they mask must be numbers
+    }
+  }
+  return pages;
+}
+
+// Packs tokens [from, to) of one block: K or V of one sequence and head.
+void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t from, size_t to) {
+  const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
+  uint8_t* page = s.page_head(b, from, head);
+  const int block = (int)(from % kPageTokens / kBlockTokens);
+  EncodeArgs args{&format, side == Side::k ? &s.rotation_k : &s.rotation_v, side, s.config.dtype, {}, (int)(to - from),
+                  (int)(from % kBlockTokens), s.offset_of(side, b, head), s.lambda_of(side, head, false),
+                  page + (side == Side::k ? k_codes_at(s.format, block) : v_codes_at(s.format, block)),
+                  page + (side == Side::k ? k_scales_at(s.format, block) : v_scales_at(s.format, block))};
+  for (size_t t = from; t < to; t++) args.rows[t - from] = find_raw(s, chunk, side, b, head, t);
+  current_backend().encode(args);
+}
+
+void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
+  if (from == to) return;
+  const size_t heads = (size_t)chunk.batch * s.config.kv_heads;
+  const size_t first_block = from / kBlockTokens, blocks = (to - 1) / kBlockTokens + 1 - first_block;
+  constexpr size_t kBlocksEach = 8;   // blocks a task
+  const size_t parts = (blocks + kBlocksEach - 1) / kBlocksEach;
+  parallel_for(heads * parts, [&](size_t task) {
+    const int b = (int)(task / parts / s.config.kv_heads), head = (int)(task / parts % s.config.kv_heads);
+    const size_t begin = first_block + task % parts * kBlocksEach, end = std::min(begin + kBlocksEach, first_block + blocks);
+    for (size_t block = begin; block < end; block++) {
+      const size_t lo = std::max(from, block * kBlockTokens), hi = std::min(to, (block + 1) * kBlockTokens);
+      pack_block(s, chunk, Side::k, b, head, lo, hi);
+      pack_block(s, chunk, Side::v, b, head, lo, hi);
+    }
+  });
+}
+
+// Fills raw storage with tokens [from, to), slot 0 = `from`.
+void copy_raw(const State& s, const Chunk& chunk, size_t from, size_t to, RawTokens& out) {
+  for (Side side : {Side::k, Side::v})
+    for (int b = 0; b < chunk.batch; b++)
+      for (int head = 0; head < s.config.kv_heads; head++)
+        for (size_t t = from; t < to; t++) {
+          auto* slot = const_cast<uint8_t*>(s.raw_at(out, side, b, head, t - from));
+          memcpy(slot, find_raw(s, chunk, side, b, head, t), s.head_dim(side) * s.element_bytes());
+        }
+}
+
+// Adds this chunk's tokens to the tail in place: the decode step's usual case, in which nothing is packed.
+void extend_tail(State& s, const Chunk& chunk, size_t from) {
+  for (Side side : {Side::k, Side::v})
+    for (int b = 0; b < chunk.batch; b++)
+      for (int head = 0; head < s.config.kv_heads; head++)
+        for (size_t t = std::max(from, s.length); t < s.length + chunk.tokens; t++) {
+          auto* slot = const_cast<uint8_t*>(s.raw_at(s.tail, side, b, head, t - s.packed_end));
+          memcpy(slot, find_raw(s, chunk, side, b, head, t), s.head_dim(side) * s.element_bytes());
+        }
+}
+
+void remember_counted(State& s, const Chunk& chunk, size_t tail_capacity) {
+  if (s.offset_ready) return;
+  std::vector<uint8_t> counted((size_t)chunk.batch * tail_capacity, 1);
+  for (int b = 0; b < chunk.batch; b++)
+    for (size_t t = 0; t < std::min(s.length + chunk.tokens, tail_capacity); t++)
+      counted[(size_t)b * tail_capacity + t] = is_counted(s, chunk, b, t);
+  s.tail_counted = std::move(counted);
+}
+
+void drop_pages_behind_window(State& s) {
+  const size_t window = (size_t)s.config.sliding_window;
+  if (!window || s.record_past) return;
+  // The next query, at s.length, sees window − 1 tokens before itself.
+  s.first = std::max(s.first, s.length > window - 1 ? s.length - (window - 1) : 0);
+  const size_t gone = std::min(s.first, s.packed_end) / kPageTokens;
+  if (gone <= s.pages_dropped) return;
+  for (std::vector<Page>& list : s.pages)
+    list.erase(list.begin(), list.begin() + std::min(list.size(), gone - s.pages_dropped));
+  s.pages_dropped = gone;
+}
+
+}  // namespace
+
+Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted) {
+  State& s = *state_;
+  const Chunk chunk{&k, &v, batch, tokens, counted};
+  if (Status status = check_shape(s, chunk); !status.ok()) return status;
+  if (tokens == 0) return {};
+  if (Status status = check_values(s, chunk); !status.ok()) return status;
+  const size_t length = s.length + tokens, sink = s.sink_tokens();
+  // A block that crop left half packed is filled up packed; then whole blocks go, as far as the rule has raw tokens.
+  const size_t filled = (s.packed_end + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
+  const size_t packed_end = std::max(std::min(filled, std::max(length, sink)), s.raw_start(length - 1));
+  const size_t packed_from = s.packed_end;
+  const size_t capacity = kBlockTokens + (size_t)s.config.recipe.raw_window;
+  try {
+    if (!s.batch) s.batch = batch;   // make_raw sizes by it
+    RawTokens sinks, tail, before;
+    const bool moves = packed_end != packed_from || !s.tail.capacity;
+    if (moves) tail = s.make_raw(capacity);
+    if (sink && s.length < sink) sinks = s.make_raw(sink);
+    // Only queries of several tokens look back at the tail as it was.
+    const bool keep_before = tokens > 1 && s.length > packed_from;
+    if (keep_before && !moves) before = s.tail;
+    drop_pages_behind_window(s);
+    std::vector<std::vector<Page>> pages = pages_for(s, batch, packed_from, packed_end);
+    // Nothing below allocates except the offset, which comes first.
+    if (packed_end != packed_from && !s.offset_ready) fix_offset(s, chunk);
+    else if (!s.offset_ready) remember_counted(s, chunk, std::max(capacity + sink, (size_t)1));
+    s.pages.swap(pages);
+    pages.clear();
+    pack(s, chunk, packed_from, packed_end);
+    if (sinks.capacity) {
+      copy_raw(s, chunk, 0, std::min(sink, length), sinks);
+      s.sinks = std::move(sinks);
+    }
+    s.before = {};
+    if (moves) {
+      if (length > packed_end) copy_raw(s, chunk, packed_end, length, tail);
+      if (keep_before) before = std::move(s.tail);
+      s.tail = std::move(tail);
+    } else {
+      extend_tail(s, chunk, packed_end);
+    }
+    s.before = std::move(before);
+  } catch (const std::bad_alloc&) {
+    if (!s.length) s.batch = 0;
+    return {Code::out_of_memory, "out of memory in append; the cache is as before"};
+  }
+  s.before_start = std::min(packed_from, s.length);
+  if (packed_from % kBlockTokens) s.before_start = std::min(filled, length);   // those tokens exist packed only
+  s.chunk_start = s.length;
+  s.packed_end = packed_end;
+  s.length = length;
+  return {};
+}
+
+}  // namespace halfbyte

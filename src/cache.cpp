@@ -1,0 +1,240 @@
+// Life of a layer's cache apart from append and attend: create, crop, select, copy, decode, count.
+#include "cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <set>
+
+#include "encode.h"
+#include "threads.h"
+
+namespace halfbyte {
+namespace {
+
+Status bad(std::string message) { return {Code::bad_argument, std::move(message)}; }
+
+Status check_codec(const char* name, const Codec& codec) {
+  if (codec.bits != 4 && codec.bits != 8)
+    return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) + "; it takes 4 or 8");
+  if (codec.group != 0 && codec.group != 16 && codec.group != 32 && codec.group != 64)
+    return bad(std::string(name) + "_group is " + std::to_string(codec.group) +
+               "; it takes 16, 32, 64, or 0 for the whole vector");
+  return {};
+}
+
+Status check_head_dim(const Recipe& recipe, const char* name, int d) {
+  if (d < 16 || d > kMaxHeadDim || d % 2)
+    return bad(std::string(name) + " is " + std::to_string(d) + "; it takes an even number from 16 to 512");
+  if (recipe.rotation == Rotation::srht && (d & (d - 1)))
+    return bad("rotation srht needs a power of two, and " + std::string(name) + " is " + std::to_string(d) + "; use srft");
+  return {};
+}
+
+// Copies row i of `from` ([rows][bytes]) to row j of `to` for each rows[j] == i.
+template <class T>
+std::vector<T> gather(const std::vector<T>& from, const std::vector<size_t>& rows, size_t batch) {
+  size_t each = from.size() / batch;
+  std::vector<T> to;
+  to.reserve(each * rows.size());
+  for (size_t row : rows) to.insert(to.end(), from.begin() + row * each, from.begin() + (row + 1) * each);
+  return to;
+}
+
+RawTokens gather(const RawTokens& from, const std::vector<size_t>& rows, size_t batch) {
+  return {gather(from.k, rows, batch), gather(from.v, rows, batch), from.capacity};
+}
+
+std::vector<float> inverse_of(const std::vector<float>& x) {
+  std::vector<float> out;
+  for (float v : x) out.push_back(1.0f / v);
+  return out;
+}
+
+}  // namespace
+
+Status Recipe::check(int head_dim) const {
+  for (auto [name, codec] : {std::pair{"k", k}, std::pair{"v", v}})
+    if (Status status = check_codec(name, codec); !status.ok()) return status;
+  if (scale_bits != 16 && scale_bits != 32)
+    return bad("scale_bits is " + std::to_string(scale_bits) + "; it takes 16 or 32");
+  for (auto [name, tokens] : {std::pair{"sink_tokens", sink_tokens}, std::pair{"raw_window", raw_window}})
+    if (tokens < 0 || tokens % kBlockTokens)
+      return bad(std::string(name) + " is " + std::to_string(tokens) + "; it takes a multiple of 16");
+  return check_head_dim(*this, "head_dim", head_dim);
+}
+
+Page make_page(size_t bytes) {
+  constexpr std::align_val_t kLine{64};
+  auto* data = static_cast<uint8_t*>(::operator new(bytes, kLine));
+  return {data, [](uint8_t* p) { ::operator delete(p, kLine); }};
+}
+
+RawTokens Layer::State::make_raw(size_t capacity) const {
+  size_t rows = (size_t)batch * config.kv_heads * capacity * element_bytes();
+  return {std::vector<uint8_t>(rows * config.head_dim_k), std::vector<uint8_t>(rows * config.head_dim_v), capacity};
+}
+
+Layer::Layer() : state_(std::make_unique<State>()) {}
+Layer::~Layer() = default;
+Layer::Layer(Layer&&) noexcept = default;
+Layer& Layer::operator=(Layer&&) noexcept = default;
+
+Result<Layer> Layer::create(const LayerConfig& config) {
+  if (config.kv_heads < 1) return bad("kv_heads is " + std::to_string(config.kv_heads) + "; it takes 1 or more");
+  if (config.sliding_window < 0 || config.sliding_window == 1)
+    return bad("sliding_window is " + std::to_string(config.sliding_window) + "; it takes 0 (none) or 2 and more");
+  for (int d : {config.head_dim_k, config.head_dim_v})
+    if (Status status = config.recipe.check(d); !status.ok()) return status;
+  Layer layer;
+  State& s = *layer.state_;
+  s.config = config;
+  s.format = make_page_format(config.recipe, config.head_dim_k, config.head_dim_v);
+  s.rotation_k = make_rotation(config.recipe.rotation, config.head_dim_k, config.recipe.seed, config.layer_index);
+  s.rotation_v = make_rotation(config.recipe.rotation, config.head_dim_v, config.recipe.seed, config.layer_index);
+  s.packed_end = s.sink_tokens();
+  s.offset_ready = !config.recipe.offset;
+  return layer;
+}
+
+void Layer::reset() {
+  Result<Layer> fresh = create(state_->config);
+  State& s = *fresh.value().state_;
+  for (auto member : {&State::lambda_k, &State::lambda_v, &State::inverse_lambda_k, &State::inverse_lambda_v})
+    s.*member = std::move((*state_).*member);
+  s.record_past = state_->record_past;
+  *this = std::move(fresh.value());
+}
+
+Status Layer::crop(size_t length) {
+  State& s = *state_;
+  if (length >= s.length) return {};
+  if (length == 0) {
+    reset();
+    return {};
+  }
+  if (length < s.first)
+    return bad("crop to " + std::to_string(length) + " tokens, but a sliding layer has dropped the tokens before " +
+               std::to_string(s.first) + "; call record_past first");
+  s.length = length;
+  // Codes stay codes: what is left of a packed block is never unpacked.
+  s.packed_end = std::max(std::min(s.packed_end, length), s.sink_tokens());
+  s.chunk_start = length;
+  s.before = {};
+  size_t pages_kept = (s.packed_end + kPageTokens - 1) / kPageTokens;
+  for (auto& list : s.pages) list.resize(std::min(list.size(), std::max(pages_kept, s.pages_dropped) - s.pages_dropped));
+  return {};
+}
+
+Status Layer::select(const std::vector<size_t>& rows) {
+  State& s = *state_;
+  for (size_t row : rows)
+    if (row >= (size_t)s.batch)
+      return bad("select asks for sequence " + std::to_string(row) + " of " + std::to_string(s.batch));
+  if (rows.empty()) return bad("select needs one sequence or more");
+  try {
+    std::vector<std::vector<Page>> pages;
+    for (size_t row : rows) pages.push_back(s.pages[row]);
+    RawTokens sinks = gather(s.sinks, rows, s.batch), tail = gather(s.tail, rows, s.batch);
+    std::vector<float> offset_k = gather(s.offset_k, rows, s.batch), offset_v = gather(s.offset_v, rows, s.batch);
+    std::vector<uint8_t> counted = gather(s.tail_counted, rows, s.batch);
+    s.pages.swap(pages);
+    s.sinks = std::move(sinks), s.tail = std::move(tail), s.before = {}, s.chunk_start = s.length;
+    s.offset_k.swap(offset_k), s.offset_v.swap(offset_v), s.tail_counted.swap(counted);
+    s.batch = (int)rows.size();
+  } catch (const std::bad_alloc&) {
+    return {Code::out_of_memory, "out of memory in select; the cache is as before"};
+  }
+  return {};
+}
+
+Status Layer::copy_from(const Layer& other) {
+  try {
+    state_ = std::make_unique<State>(*other.state_);
+  } catch (const std::bad_alloc&) {
+    return {Code::out_of_memory, "out of memory in copy"};
+  }
+  return {};
+}
+
+Status Layer::set_offset(const float* k, const float* v) {
+  State& s = *state_;
+  if (!s.config.recipe.offset) return bad("set_offset on a recipe without offset");
+  if (s.packed_end > s.sink_tokens()) return bad("set_offset after tokens were packed; set it before");
+  if (k) s.given_k.assign(k, k + (size_t)s.config.kv_heads * s.config.head_dim_k);
+  if (v) s.given_v.assign(v, v + (size_t)s.config.kv_heads * s.config.head_dim_v);
+  return {};
+}
+
+Status Layer::set_lambda(const float* k, const float* v) {
+  State& s = *state_;
+  if (!s.config.recipe.lambda) return bad("set_lambda on a recipe without lambda");
+  if (s.packed_end > s.sink_tokens()) return bad("set_lambda after tokens were packed; set it before");
+  for (auto [from, d] : {std::pair{k, s.config.head_dim_k}, std::pair{v, s.config.head_dim_v}})
+    for (int i = 0; from && i < s.config.kv_heads * d; i++)
+      if (!(from[i] >= 1e-6f) || std::isinf(from[i])) return bad("lambda holds a value below 1e-6 or not finite");
+  if (k) s.lambda_k.assign(k, k + (size_t)s.config.kv_heads * s.config.head_dim_k);
+  if (v) s.lambda_v.assign(v, v + (size_t)s.config.kv_heads * s.config.head_dim_v);
+  s.inverse_lambda_k = inverse_of(s.lambda_k), s.inverse_lambda_v = inverse_of(s.lambda_v);
+  return {};
+}
+
+Status Layer::decode(float* k_out, float* v_out) const {
+  const State& s = *state_;
+  const size_t visible = s.length - s.first, sink = std::min(s.sink_tokens(), s.length);
+  parallel_for((size_t)s.batch * s.config.kv_heads * 2, [&](size_t task) {
+    const Side side = task % 2 ? Side::v : Side::k;
+    const int row = (int)(task / 2), b = row / s.config.kv_heads, head = row % s.config.kv_heads, d = s.head_dim(side);
+    float* out = (side == Side::k ? k_out : v_out) + (size_t)row * visible * d;
+    auto raw = [&](const RawTokens& tokens, size_t from, size_t to, size_t slot0) {
+      for (size_t t = std::max(from, s.first); t < to; t++)
+        for (int c = 0; c < d; c++)
+          out[(t - s.first) * d + c] = load_element(s.raw_at(tokens, side, b, head, t - slot0), s.config.dtype, c);
+    };
+    raw(s.sinks, 0, sink, 0);
+    const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
+    std::vector<float> block((size_t)kBlockTokens * d);
+    for (size_t t = std::max(s.sink_tokens(), s.first) / kBlockTokens * kBlockTokens; t < s.packed_end; t += kBlockTokens) {
+      const uint8_t* page = s.page_head(b, t, head);
+      const int at = (int)(t % kPageTokens / kBlockTokens);
+      current_backend().decode({&format, side == Side::k ? &s.rotation_k : &s.rotation_v, side,
+                                s.offset_of(side, b, head), s.lambda_of(side, head, true),
+                                page + (side == Side::k ? k_codes_at(s.format, at) : v_codes_at(s.format, at)),
+                                page + (side == Side::k ? k_scales_at(s.format, at) : v_scales_at(s.format, at)),
+                                block.data()});
+      for (size_t i = std::max(t, s.first); i < std::min(t + kBlockTokens, s.packed_end); i++)
+        std::copy_n(&block[(i - t) * d], d, &out[(i - s.first) * d]);
+    }
+    raw(s.tail, s.packed_end, s.length, s.packed_end);
+  });
+  return {};
+}
+
+size_t Layer::bytes() const {
+  const State& s = *state_;
+  std::set<const uint8_t*> unique;
+  size_t total = 0;
+  for (const auto& list : s.pages) {
+    total += list.capacity() * sizeof(Page);
+    for (const Page& page : list) unique.insert(page.get());
+  }
+  total += unique.size() * s.page_bytes();
+  for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before}) total += raw->k.capacity() + raw->v.capacity();
+  for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v})
+    total += numbers->capacity() * sizeof(float);
+  return total + s.tail_counted.capacity();
+}
+
+void Layer::record_past(bool on) { state_->record_past = on; }
+const LayerConfig& Layer::config() const { return state_->config; }
+size_t Layer::length() const { return state_->length; }
+size_t Layer::first() const { return state_->first; }
+size_t Layer::visible() const { return state_->length - state_->first; }
+size_t Layer::packed_tokens() const {
+  size_t from = std::max(state_->sink_tokens(), state_->pages_dropped * kPageTokens);
+  return state_->packed_end > from ? state_->packed_end - from : 0;
+}
+int Layer::batch() const { return state_->batch; }
+bool Layer::has_offset() const { return state_->offset_ready && state_->config.recipe.offset; }
+
+}  // namespace halfbyte

@@ -1,0 +1,79 @@
+// What one layer's cache holds: pages of packed blocks, and the tokens kept raw around them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+#include "numbers.h"
+
+namespace halfbyte {
+
+// Bytes of one page for all KV heads; shared between sequences until one of them writes.
+using Page = std::shared_ptr<uint8_t>;
+Page make_page(size_t bytes);   // throws std::bad_alloc
+
+// K and V of a few tokens as they came: [batch][kv_heads][capacity][head_dim] each.
+struct RawTokens {
+  std::vector<uint8_t> k, v;
+  size_t capacity = 0;
+};
+
+struct Layer::State {
+  LayerConfig config;
+  PageFormat format;
+  RotationPlan rotation_k, rotation_v;
+  int batch = 0;
+
+  // Tokens [0, sink) raw in `sinks`; [sink, packed_end) packed; [packed_end, length) raw in `tail`, whose slot 0 is
+  // token packed_end. Tokens below `first` have left a sliding window.
+  size_t length = 0, first = 0, packed_end = 0;
+  size_t pages_dropped = 0;                    // whole pages gone from the front of every sequence
+  std::vector<std::vector<Page>> pages;        // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
+  RawTokens sinks, tail;
+
+  // The last append, for queries of several tokens: the tail before it, which it may have packed.
+  RawTokens before;
+  size_t before_start = 0, chunk_start = 0;
+  bool record_past = false;
+
+  bool offset_ready = false;
+  std::vector<float> offset_k, offset_v;       // [batch][kv_heads][head_dim], once ready
+  std::vector<float> given_k, given_v;         // [kv_heads][head_dim]: set_offset's, or empty
+  std::vector<uint8_t> tail_counted;           // [batch][capacity], until the offset is fixed
+  std::vector<float> lambda_k, lambda_v, inverse_lambda_k, inverse_lambda_v;   // [kv_heads][head_dim] or empty
+
+  size_t sink_tokens() const { return (size_t)config.recipe.sink_tokens; }
+  size_t element_bytes() const { return dtype_bytes(config.dtype); }
+  size_t page_bytes() const { return config.kv_heads * page_head_bytes(format); }
+  int head_dim(Side side) const { return side == Side::k ? config.head_dim_k : config.head_dim_v; }
+
+  // First token, behind the sinks, that a query at `position` sees raw when raw values still exist.
+  size_t raw_start(size_t position) const {
+    size_t window = (size_t)config.recipe.raw_window;
+    size_t block = position / kBlockTokens * kBlockTokens;
+    return std::max(block > window ? block - window : 0, sink_tokens());
+  }
+  // Address of one raw token's vector.
+  const uint8_t* raw_at(const RawTokens& raw, Side side, int b, int head, size_t slot) const {
+    const std::vector<uint8_t>& data = side == Side::k ? raw.k : raw.v;
+    return data.data() + (((size_t)b * config.kv_heads + head) * raw.capacity + slot) * head_dim(side) * element_bytes();
+  }
+  const float* offset_of(Side side, int b, int head) const {
+    const std::vector<float>& data = side == Side::k ? offset_k : offset_v;
+    return data.empty() ? nullptr : data.data() + ((size_t)b * config.kv_heads + head) * head_dim(side);
+  }
+  const float* lambda_of(Side side, int head, bool inverse) const {
+    const std::vector<float>& data = side == Side::k ? (inverse ? inverse_lambda_k : lambda_k)
+                                                     : (inverse ? inverse_lambda_v : lambda_v);
+    return data.empty() ? nullptr : data.data() + (size_t)head * head_dim(side);
+  }
+  uint8_t* page_head(int b, size_t token, int head) const {
+    return pages[b][token / kPageTokens - pages_dropped].get() + head * page_head_bytes(format);
+  }
+  RawTokens make_raw(size_t capacity) const;
+};
+
+}  // namespace halfbyte

@@ -1,0 +1,394 @@
+// Attention kernels over simd.h: a few query rows against packed blocks, or against tokens kept as given. Included
+// inside the target's namespace, after kernels.h.
+//
+// Packed: q becomes signed bytes per K group, p·scale becomes signed bytes per block and V group, and both sums run in
+// integers, four products a lane. Codes are unsigned; the zero point's share is taken off once a group (`bias`).
+
+// ---------------------------------------------------------------------------------------------- softmax of a block
+
+// Which of the 16 tokens from `token` on row r sees.
+static mask16 visible_lanes(const Visible& visible, int r, size_t token) {
+  size_t lo = visible.lo[r], hi = visible.hi[r];
+  if (token >= hi || token + kLanes <= lo) return 0;
+  uint32_t lanes = 0xffff;
+  if (lo > token) lanes &= 0xffffu << (lo - token);
+  if (hi < token + kLanes) lanes &= 0xffffu >> (token + kLanes - hi);
+  const uint8_t* mask = visible.mask[r];
+  if (!mask) return (mask16)lanes;
+  if (hi >= token + kLanes && token >= visible.mask_first) return (mask16)lanes & load_mask(mask + (token - visible.mask_first));
+  for (int i = 0; i < kLanes; i++)   // the mask covers only part of this block
+    if (lanes >> i & 1 && !mask[token + i - visible.mask_first]) lanes &= ~(1u << i);
+  return (mask16)lanes;
+}
+
+// Tokens [lo, hi) that all of the rows see, as far as bounds alone can tell.
+struct Inside {
+  size_t lo, hi;
+};
+static Inside inside_of(const Visible& visible, int first_row, int rows) {
+  Inside inside = {0, (size_t)-1};
+  for (int r = first_row; r < first_row + rows; r++) {
+    if (visible.lo[r] > inside.lo) inside.lo = visible.lo[r];
+    if (visible.hi[r] < inside.hi) inside.hi = visible.hi[r];
+    if (visible.mask[r]) inside.hi = 0;
+  }
+  return inside;
+}
+
+HALFBYTE_INLINE f32x16 soft_capped(f32x16 scores, float softcap) {
+  return softcap > 0.0f ? mul(tanh(mul(scores, set1(1.0f / softcap))), set1(softcap)) : scores;
+}
+
+// Folds 16 scores into one row: returns p = e^(score − max), after lifting the row's maximum, sums and acc if need be.
+HALFBYTE_INLINE f32x16 fold_scores(f32x16 scores, mask16 lanes, float& row_max, f32x16& row_sums, float* acc,
+                                   int channels) {
+  f32x16 shown = select(lanes, scores, set1(kNothing));
+  if (greater(shown, set1(row_max))) {
+    float top = reduce_max(shown);
+    f32x16 keep = exp_negative(set1(row_max - top));
+    row_max = top;
+    row_sums = mul(row_sums, keep);
+    for (int c = 0; c < channels; c += kLanes) store(acc + c, mul(load(acc + c), keep));
+  }
+  f32x16 p = select(lanes, exp_negative(sub(shown, set1(row_max))), set1(0.0f));
+  row_sums = add(row_sums, p);
+  return p;
+}
+
+// ---------------------------------------------------------------------------------------------- packed blocks
+
+HALFBYTE_INLINE int four_bytes(const int8_t* p) {
+  int word;
+  memcpy(&word, p, 4);
+  return word;
+}
+
+template <int kBits>
+HALFBYTE_INLINE i32x16 dot4(i32x16 acc, u8x64 codes, int four) {
+  if constexpr (kBits == 4) return dot4_nibble(acc, codes, four);
+  else return dot4_byte(acc, codes, four);
+}
+
+// −zero · Σ bytes, in every lane.
+template <int kBits>
+HALFBYTE_INLINE i32x16 zero_bias(const int8_t* bytes, int n) {
+  i32x16 sum = set1(0);
+  for (int i = 0; i < n; i += 4) sum = dot4<kBits>(sum, row_of(kBits == 4 ? 8 : 128), four_bytes(bytes + i));
+  return sub(set1(0), sum);
+}
+
+// Query rows as signed bytes, one scale a K group.
+struct PackedQuery {
+  alignas(64) int8_t bytes[kMaxRows][kMaxHeadDim];
+  float scale[kMaxRows][kMaxHeadDim / 16];
+  int bias[kMaxRows][kMaxHeadDim / 16];
+};
+
+static void quantise_query(const SideFormat& format, const float* q, int rows, PackedQuery& out) {
+  for (int r = 0; r < rows; r++, q += format.padded_dim)
+    for (int g = 0; g < format.n_groups; g++) {
+      const int from = g * format.group;
+      const int to = from + format.group < format.padded_dim ? from + format.group : format.padded_dim;
+      f32x16 top = set1(0.0f);
+      for (int c = from; c < to; c += kLanes) top = max(top, abs(load(q + c)));
+      const float largest = reduce_max(top);
+      const f32x16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+      int8_t* bytes = out.bytes[r];
+      for (int c = from; c < to; c += kLanes) store_low_bytes(bytes + c, to_i32(mul(load(q + c), inverse)));
+      alignas(64) int32_t bias[kLanes];
+      store(bias, format.bits == 4 ? zero_bias<4>(bytes + from, to - from) : zero_bias<8>(bytes + from, to - from));
+      out.scale[r][g] = largest / 127.0f;
+      out.bias[r][g] = bias[0];
+    }
+}
+
+// Loads codes while asking for the same place of the next page, `ahead` bytes on.
+HALFBYTE_INLINE u8x64 stream_row(const uint8_t* codes, ptrdiff_t ahead) {
+  __builtin_prefetch((const char*)((uintptr_t)codes + ahead));
+  return load_row(codes);
+}
+
+// Integer sums of kRows rows over one span of K codes: low[r] over its first 16 channels, high[r] over the others.
+// When both belong to one group, low and high are the same accumulators.
+template <int kRows, int kBits>
+HALFBYTE_INLINE void score_span(const int8_t* const* bytes, int channel, const uint8_t* codes, ptrdiff_t ahead,
+                                i32x16* low, i32x16* high) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    u8x64 row = stream_row(codes + i * kRowBytes, ahead);
+    u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
+    u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      low[r] = dot4<kBits>(low[r], low_row, four_bytes(bytes[r] + channel + 4 * i));
+      high[r] = dot4<kBits>(high[r], high_row, four_bytes(bytes[r] + channel + 16 + 4 * i));
+    }
+  }
+}
+
+// scores[r] += q·k of kRows rows and the 16 tokens of one block.
+template <int kRows, int kBits>
+HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q, int first_row, const uint8_t* codes,
+                                 const uint8_t* scales, ptrdiff_t ahead, f32x16* scores) {
+  constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
+  const int8_t* bytes[kRows];
+  for (int r = 0; r < kRows; r++) bytes[r] = q.bytes[first_row + r];
+  auto start = [&](int g, i32x16* sums) {
+    for (int r = 0; r < kRows; r++) sums[r] = set1(q.bias[first_row + r][g]);
+  };
+  auto finish = [&](int g, const i32x16* sums) {
+    f32x16 scale = load_scales(format, scales, g);
+    for (int r = 0; r < kRows; r++)
+      scores[r] = fma(mul(to_f32(sums[r]), scale), set1(q.scale[first_row + r][g]), scores[r]);
+  };
+  if (format.group == 16) {
+    for (int c = 0, g = 0; c < format.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
+      i32x16 low[kRows], high[kRows];
+      start(g, low), start(g + 1, high);
+      score_span<kRows, kBits>(bytes, c, codes, ahead, low, high);
+      finish(g, low), finish(g + 1, high);
+    }
+    return;
+  }
+  for (int c = 0, g = 0; c < format.padded_dim; g++) {
+    i32x16 sums[kRows];
+    start(g, sums);
+    for (int end = c + format.group; c < end && c < format.padded_dim; c += kSpan, codes += kSpanBytes)
+      score_span<kRows, kBits>(bytes, c, codes, ahead, sums, sums);
+    finish(g, sums);
+  }
+}
+
+// p·scale of one V group as signed bytes, with the scale that undoes it and the zero point's share.
+template <int kRows>
+struct Weights {
+  alignas(16) int8_t bytes[kRows][kLanes];
+  float scale[kRows];
+  i32x16 bias[kRows];
+};
+
+template <int kRows, int kBits>
+HALFBYTE_INLINE void quantise_weights(const f32x16* p, f32x16 scales, Weights<kRows>& out) {
+  for (int r = 0; r < kRows; r++) {
+    f32x16 weight = mul(p[r], scales);
+    float largest = reduce_max(abs(weight));
+    out.scale[r] = largest * (1.0f / 127.0f);
+    store_low_bytes(out.bytes[r], to_i32(mul(weight, set1(largest > 0.0f ? 127.0f / largest : 0.0f))));
+    out.bias[r] = zero_bias<kBits>(out.bytes[r], kLanes);
+  }
+}
+
+// acc += Σ p·value of one span of V codes; `low` weighs its first 16 channels, `high` the others.
+template <int kRows, int kBits>
+HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* codes,
+                                ptrdiff_t ahead, float* acc, size_t acc_stride) {
+  i32x16 low_sums[kRows], high_sums[kRows];
+  for (int r = 0; r < kRows; r++) low_sums[r] = low.bias[r], high_sums[r] = high.bias[r];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    u8x64 row = stream_row(codes + i * kRowBytes, ahead);
+    u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
+    u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      low_sums[r] = dot4<kBits>(low_sums[r], low_row, four_bytes(&low.bytes[r][4 * i]));
+      high_sums[r] = dot4<kBits>(high_sums[r], high_row, four_bytes(&high.bytes[r][4 * i]));
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    float* out = acc + r * acc_stride;
+    store(out, fma(to_f32(low_sums[r]), set1(low.scale[r]), load(out)));
+    store(out + 16, fma(to_f32(high_sums[r]), set1(high.scale[r]), load(out + 16)));
+  }
+}
+
+// acc[r] += Σ p·value over the 16 tokens of one block.
+template <int kRows, int kBits>
+HALFBYTE_INLINE void weigh_block(const SideFormat& format, const f32x16* p, const uint8_t* codes, const uint8_t* scales,
+                                 ptrdiff_t ahead, float* acc, size_t acc_stride) {
+  constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
+  Weights<kRows> low;
+  if (format.group == 16) {
+    Weights<kRows> high;
+    for (int c = 0, g = 0; c < format.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
+      quantise_weights<kRows, kBits>(p, load_scales(format, scales, g), low);
+      quantise_weights<kRows, kBits>(p, load_scales(format, scales, g + 1), high);
+      weigh_span<kRows, kBits>(low, high, codes, ahead, acc + c, acc_stride);
+    }
+    return;
+  }
+  for (int c = 0, g = 0; c < format.padded_dim; g++) {
+    quantise_weights<kRows, kBits>(p, load_scales(format, scales, g), low);
+    for (int end = c + format.group; c < end && c < format.padded_dim; c += kSpan, codes += kSpanBytes)
+      weigh_span<kRows, kBits>(low, low, codes, ahead, acc + c, acc_stride);
+  }
+}
+
+// kRows rows over the blocks of [begin, end): load, score, softmax, weigh.
+template <int kRows, int kBitsK, int kBitsV>
+static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t begin,
+                               size_t end, Softmax& state) {
+  const PageFormat& format = *args.format;
+  const Inside inside = inside_of(args.visible, first_row, kRows);
+  const size_t last_page = (args.end - 1 - args.first_token) / kPageTokens;
+  float* acc = state.acc + first_row * state.acc_stride;
+  f32x16 sums[kRows], scores[kRows], p[kRows];
+  for (int r = 0; r < kRows; r++) sums[r] = set1(state.sum[first_row + r] / kLanes);
+  for (size_t token = begin; token < end; token += kLanes) {
+    const size_t slot = token - args.first_token, at = slot / kPageTokens;
+    const uint8_t* page = args.pages[at];
+    const ptrdiff_t ahead = at < last_page ? (ptrdiff_t)((uintptr_t)args.pages[at + 1] - (uintptr_t)page) : 0;
+    const int block = (int)(slot % kPageTokens / kBlockTokens);
+    for (int r = 0; r < kRows; r++) scores[r] = set1(args.q_offset[first_row + r]);
+    score_block<kRows, kBitsK>(format.k, q, first_row, page + k_codes_at(format, block),
+                               page + k_scales_at(format, block), ahead, scores);
+    const bool all = token >= inside.lo && token + kLanes <= inside.hi;
+    for (int r = 0; r < kRows; r++) {
+      mask16 lanes = all ? (mask16)0xffff : visible_lanes(args.visible, first_row + r, token);
+      p[r] = fold_scores(soft_capped(scores[r], args.visible.softcap), lanes, state.max[first_row + r], sums[r],
+                         acc + r * state.acc_stride, format.v.padded_dim);
+    }
+    weigh_block<kRows, kBitsV>(format.v, p, page + v_codes_at(format, block), page + v_scales_at(format, block), ahead,
+                               acc, state.acc_stride);
+  }
+  for (int r = 0; r < kRows; r++) state.sum[first_row + r] = reduce_add(sums[r]);
+}
+
+template <int kRows>
+static void attend_packed_bits(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t begin,
+                               size_t end, Softmax& state) {
+  const bool wide_k = args.format->k.bits == 8, wide_v = args.format->v.bits == 8;
+  if (wide_k && wide_v) attend_packed_rows<kRows, 8, 8>(args, q, first_row, begin, end, state);
+  else if (wide_k) attend_packed_rows<kRows, 8, 4>(args, q, first_row, begin, end, state);
+  else if (wide_v) attend_packed_rows<kRows, 4, 8>(args, q, first_row, begin, end, state);
+  else attend_packed_rows<kRows, 4, 4>(args, q, first_row, begin, end, state);
+}
+
+// Calls f.operator()<kRows>(first) when n == kRows, for kRows up to what the registers hold.
+template <int kRows, class F>
+HALFBYTE_INLINE void with_rows(int n, int first, F f) {
+  if constexpr (kRows > 1) {
+    if (n < kRows) {
+      with_rows<kRows - 1>(n, first, f);
+      return;
+    }
+  }
+  f.template operator()<kRows>(first);
+}
+
+// Splits the rows in parts that fit the registers, as even as can be.
+template <class F>
+HALFBYTE_INLINE void for_row_parts(int rows, F f) {
+  const int parts = (rows + kRegisterRows - 1) / kRegisterRows;
+  for (int i = 0, first = 0; i < parts; i++) {
+    const int n = (rows - first + parts - i - 1) / (parts - i);
+    with_rows<kRegisterRows>(n, first, f);
+    first += n;
+  }
+}
+
+static void attend_packed(const AttendPackedArgs& args, Softmax& state) {
+  constexpr size_t kSegment = 256;   // tokens that stay in cache while each part of the rows passes over them
+  PackedQuery q;
+  quantise_query(args.format->k, args.q, args.visible.rows, q);
+  for (size_t begin = args.begin / kLanes * kLanes; begin < args.end; begin += kSegment) {
+    const size_t end = begin + kSegment < args.end ? begin + kSegment : args.end;
+    for_row_parts(args.visible.rows, [&]<int kRows>(int first) {
+      attend_packed_bits<kRows>(args, q, first, begin, end, state);
+    });
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- tokens kept as given
+
+template <Dtype kDtype>
+HALFBYTE_INLINE f32x16 load_as(const void* p, ptrdiff_t at) {
+  return load_channels(p, kDtype, at);
+}
+
+// Scores of kRows rows against four tokens each time, so that a q register serves four dot products.
+template <int kRows, Dtype kDtype>
+HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff_t token, int tokens, float (*scores)[kLanes]) {
+  constexpr int kTokens = 4;
+  const int d = args.head_dim_k, whole = d / kLanes * kLanes;
+  for (int t = 0; t < tokens; t += kTokens) {
+    f32x16 sums[kTokens][kRows];
+    ptrdiff_t rows[kTokens];
+    for (int i = 0; i < kTokens; i++) {
+      rows[i] = (token + (t + i < tokens ? t + i : tokens - 1)) * args.k_stride;
+      for (int r = 0; r < kRows; r++) sums[i][r] = set1(0.0f);
+    }
+    for (int c = 0; c < d; c += kLanes) {
+      f32x16 k[kTokens];
+      for (int i = 0; i < kTokens; i++) {
+        k[i] = c < whole ? load_as<kDtype>(args.k, rows[i] + c) : load_some_channels(args.k, kDtype, rows[i] + c, d - c);
+        __builtin_prefetch((const char*)args.k + (rows[i] + 16 * args.k_stride + c) * (kDtype == Dtype::float32 ? 4 : 2));
+      }
+      for (int r = 0; r < kRows; r++) {
+        f32x16 q = load(args.q + (first_row + r) * args.q_stride + c);
+        for (int i = 0; i < kTokens; i++) sums[i][r] = fma(q, k[i], sums[i][r]);
+      }
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int i = 0; i < kTokens; i++) scores[r][t + i] = reduce_add(sums[i][r]);
+  }
+}
+
+template <int kRows, Dtype kDtype>
+HALFBYTE_INLINE void weigh_raw(const AttendRawArgs& args, ptrdiff_t token, int tokens, const float (*p)[kLanes], float* acc,
+                               size_t acc_stride) {
+  const int d = args.head_dim_v, whole = d / kLanes * kLanes;
+  for (int c = 0; c < d; c += kLanes) {
+    f32x16 sums[kRows];
+    for (int r = 0; r < kRows; r++) sums[r] = load(acc + r * acc_stride + c);
+    for (int t = 0; t < tokens; t++) {
+      ptrdiff_t at = (token + t) * args.v_stride + c;
+      f32x16 v = c < whole ? load_as<kDtype>(args.v, at) : load_some_channels(args.v, kDtype, at, d - c);
+      __builtin_prefetch((const char*)args.v + (at + 16 * args.v_stride) * (kDtype == Dtype::float32 ? 4 : 2));
+      for (int r = 0; r < kRows; r++) sums[r] = fma(v, set1(p[r][t]), sums[r]);
+    }
+    for (int r = 0; r < kRows; r++) store(acc + r * acc_stride + c, sums[r]);
+  }
+}
+
+template <int kRows, Dtype kDtype>
+static void attend_raw_rows(const AttendRawArgs& args, int first_row, size_t begin, size_t end, Softmax& state) {
+  const Inside inside = inside_of(args.visible, first_row, kRows);
+  float* acc = state.acc + first_row * state.acc_stride;
+  alignas(64) float scores[kRows][kLanes] = {};
+  f32x16 sums[kRows];
+  for (int r = 0; r < kRows; r++) sums[r] = set1(state.sum[first_row + r] / kLanes);
+  for (size_t token = begin; token < end; token += kLanes) {
+    const int tokens = end - token < (size_t)kLanes ? (int)(end - token) : kLanes;
+    const ptrdiff_t row = (ptrdiff_t)(token - args.first_token);
+    score_raw<kRows, kDtype>(args, first_row, row, tokens, scores);
+    const bool all = tokens == kLanes && token >= inside.lo && token + kLanes <= inside.hi;
+    for (int r = 0; r < kRows; r++) {
+      mask16 lanes = all ? (mask16)0xffff : visible_lanes(args.visible, first_row + r, token);
+      if (tokens < kLanes) lanes &= (mask16)((1u << tokens) - 1);
+      store(scores[r], fold_scores(soft_capped(load(scores[r]), args.visible.softcap), lanes, state.max[first_row + r],
+                                   sums[r], acc + r * state.acc_stride, args.head_dim_v));
+    }
+    weigh_raw<kRows, kDtype>(args, row, tokens, scores, acc, state.acc_stride);
+  }
+  for (int r = 0; r < kRows; r++) state.sum[first_row + r] = reduce_add(sums[r]);
+}
+
+template <int kRows>
+static void attend_raw_dtype(const AttendRawArgs& args, int first_row, size_t begin, size_t end, Softmax& state) {
+  switch (args.dtype) {
+    case Dtype::float32: attend_raw_rows<kRows, Dtype::float32>(args, first_row, begin, end, state); break;
+    case Dtype::float16: attend_raw_rows<kRows, Dtype::float16>(args, first_row, begin, end, state); break;
+    case Dtype::bfloat16: attend_raw_rows<kRows, Dtype::bfloat16>(args, first_row, begin, end, state); break;
+  }
+}
+
+static void attend_raw(const AttendRawArgs& args, Softmax& state) {
+  constexpr size_t kSegment = 64;
+  for (size_t begin = args.begin; begin < args.end; begin += kSegment) {
+    const size_t end = begin + kSegment < args.end ? begin + kSegment : args.end;
+    for_row_parts(args.visible.rows, [&]<int kRows>(int first) {
+      attend_raw_dtype<kRows>(args, first, begin, end, state);
+    });
+  }
+}

@@ -1,0 +1,25 @@
+// The CPU kernels for plain C++, for any CPU.
+#include <string.h>
+#include "../backend.h"
+#include "../numbers.h"
+
+namespace halfbyte::scalar {
+namespace {
+
+#include "simd.h"
+
+#include "kernels.h"
+
+#include "attend.h"
+
+bool supported() { return true; }
+
+}  // namespace
+}  // namespace halfbyte::scalar
+
+namespace halfbyte {
+
+extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::rotate,
+                                     scalar::encode, scalar::decode, scalar::attend_packed, scalar::attend_raw};
+
+}  // namespace halfbyte

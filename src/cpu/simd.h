@@ -1,0 +1,363 @@
+// Sixteen 32-bit lanes on any CPU: the words that kernels.h is written in. Included inside the target's namespace;
+// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, or neither: plain arrays).
+//
+//   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
+//   u8x64            one row of codes
+//   mask16           one bit a lane
+//   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
+//                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
+
+using mask16 = uint16_t;
+
+#if HALFBYTE_TARGET_AVX512
+
+constexpr int kRegisterRows = 6;   // query rows whose accumulators fit the 32 registers
+
+using f32x16 = __m512;
+using i32x16 = __m512i;
+using u8x64 = __m512i;
+
+HALFBYTE_INLINE f32x16 set1(float x) { return _mm512_set1_ps(x); }
+HALFBYTE_INLINE f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+HALFBYTE_INLINE void store(float* p, f32x16 x) { _mm512_storeu_ps(p, x); }
+HALFBYTE_INLINE f32x16 load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+HALFBYTE_INLINE f32x16 load_bf16(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+HALFBYTE_INLINE void store_f16(uint16_t* p, f32x16 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+HALFBYTE_INLINE f32x16 round_f16(f32x16 x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+HALFBYTE_INLINE f32x16 add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
+HALFBYTE_INLINE f32x16 sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
+HALFBYTE_INLINE f32x16 mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
+HALFBYTE_INLINE f32x16 div(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
+HALFBYTE_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fnmadd_ps(a, b, c); }
+HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+HALFBYTE_INLINE f32x16 abs(f32x16 a) { return _mm512_abs_ps(a); }
+HALFBYTE_INLINE f32x16 round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+HALFBYTE_INLINE mask16 greater(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+HALFBYTE_INLINE mask16 greater_equal(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) { return _mm512_mask_blend_ps(m, no, yes); }
+HALFBYTE_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a); }
+HALFBYTE_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a); }
+HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return _mm512_scalef_ps(x, n); }
+
+HALFBYTE_INLINE i32x16 set1(int x) { return _mm512_set1_epi32(x); }
+HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
+HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return _mm512_or_si512(a, b); }
+template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return _mm512_slli_epi32(a, kBits); }
+HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
+HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return _mm512_cvtps_epi32(a); }
+HALFBYTE_INLINE void store(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a); }
+HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+
+HALFBYTE_INLINE u8x64 load_row(const uint8_t* p) { return _mm512_loadu_si512(p); }
+HALFBYTE_INLINE u8x64 row_of(int code) { return _mm512_set1_epi8((char)code); }
+HALFBYTE_INLINE u8x64 low_nibbles(u8x64 row) { return _mm512_and_si512(row, _mm512_set1_epi8(15)); }
+HALFBYTE_INLINE u8x64 high_nibbles(u8x64 row) { return low_nibbles(_mm512_srli_epi16(row, 4)); }
+HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {
+  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
+}
+HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) { return dot4_nibble(acc, codes, four); }
+HALFBYTE_INLINE mask16 load_mask(const uint8_t* p) {
+  __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
+  f32x16 t[16];
+  for (int i = 0; i < 16; i += 4) {   // 4×4 blocks inside each 128-bit lane
+    f32x16 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    f32x16 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44), t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44), t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; i++) {       // then the lanes themselves
+    f32x16 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    f32x16 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i] = _mm512_shuffle_f32x4(a, c, 0x88), r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88), r[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+#elif HALFBYTE_TARGET_AVX2
+
+constexpr int kRegisterRows = 2;   // sixteen registers, two to a vector
+
+struct f32x16 { __m256 lo, hi; };
+struct i32x16 { __m256i lo, hi; };
+struct u8x64 { __m256i lo, hi; };
+
+HALFBYTE_INLINE f32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+HALFBYTE_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+HALFBYTE_INLINE void store(float* p, f32x16 x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
+HALFBYTE_INLINE f32x16 load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+HALFBYTE_INLINE __m256 widen_bf16(const uint16_t* p) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+HALFBYTE_INLINE f32x16 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+HALFBYTE_INLINE void store_f16(uint16_t* p, f32x16 x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+HALFBYTE_INLINE f32x16 round_f16(f32x16 x) {
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT)),
+          _mm256_cvtph_ps(_mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT))};
+}
+HALFBYTE_INLINE f32x16 add(f32x16 a, f32x16 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 sub(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 mul(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 div(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) {
+  return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)};
+}
+HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+HALFBYTE_INLINE f32x16 abs(f32x16 a) {
+  __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+HALFBYTE_INLINE f32x16 round(f32x16 a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
+}
+HALFBYTE_INLINE mask16 lanes_of(__m256 lo, __m256 hi) {
+  return (mask16)(_mm256_movemask_ps(lo) | _mm256_movemask_ps(hi) << 8);
+}
+HALFBYTE_INLINE mask16 greater(f32x16 a, f32x16 b) {
+  return lanes_of(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ));
+}
+HALFBYTE_INLINE mask16 greater_equal(f32x16 a, f32x16 b) {
+  return lanes_of(_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ));
+}
+HALFBYTE_INLINE __m256 lanes_from(int bits) {
+  __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits), each), each));
+}
+HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, lanes_from(m)), _mm256_blendv_ps(no.hi, yes.hi, lanes_from(m >> 8))};
+}
+HALFBYTE_INLINE float reduce_add(f32x16 a) {
+  __m256 s = _mm256_add_ps(a.lo, a.hi);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+HALFBYTE_INLINE float reduce_max(f32x16 a) {
+  __m256 s = _mm256_max_ps(a.lo, a.hi);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+HALFBYTE_INLINE __m256 scale_by_power(__m256 x, __m256 n) {   // n in [−126, 127]: 2^n through the exponent bits
+  __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(bits));
+}
+HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {scale_by_power(x.lo, n.lo), scale_by_power(x.hi, n.hi)}; }
+
+HALFBYTE_INLINE i32x16 set1(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
+  return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
+}
+HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+HALFBYTE_INLINE void store(int32_t* p, i32x16 a) {
+  _mm256_storeu_si256((__m256i*)p, a.lo), _mm256_storeu_si256((__m256i*)(p + 8), a.hi);
+}
+HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) {
+  __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1,
+                                  -1, -1, -1, -1, -1, -1, -1, -1);
+  __m256i lo = _mm256_shuffle_epi8(a.lo, pick), hi = _mm256_shuffle_epi8(a.hi, pick);
+  int words[4] = {_mm256_extract_epi32(lo, 0), _mm256_extract_epi32(lo, 4), _mm256_extract_epi32(hi, 0),
+                  _mm256_extract_epi32(hi, 4)};
+  _mm_storeu_si128((__m128i*)p, _mm_setr_epi32(words[0], words[1], words[2], words[3]));
+}
+
+HALFBYTE_INLINE u8x64 load_row(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+HALFBYTE_INLINE u8x64 row_of(int code) { return {_mm256_set1_epi8((char)code), _mm256_set1_epi8((char)code)}; }
+HALFBYTE_INLINE u8x64 low_nibbles(u8x64 row) {
+  __m256i low = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(row.lo, low), _mm256_and_si256(row.hi, low)};
+}
+HALFBYTE_INLINE u8x64 high_nibbles(u8x64 row) {
+  return low_nibbles({_mm256_srli_epi16(row.lo, 4), _mm256_srli_epi16(row.hi, 4)});
+}
+HALFBYTE_INLINE __m256i sum_pairs(__m256i acc, __m256i pairs) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {   // 15·127·2 fits 16 bits
+  __m256i b = _mm256_set1_epi32(four);
+  return {sum_pairs(acc.lo, _mm256_maddubs_epi16(codes.lo, b)), sum_pairs(acc.hi, _mm256_maddubs_epi16(codes.hi, b))};
+}
+HALFBYTE_INLINE __m256i dot4_byte_half(__m256i acc, __m256i codes, __m256i b) {   // counted from 128: |−128|·127·2 fits
+  __m256i centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+  return sum_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(b, centred)));
+}
+HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) {
+  __m256i b = _mm256_set1_epi32(four);
+  return {dot4_byte_half(acc.lo, codes.lo, b), dot4_byte_half(acc.hi, codes.hi, b)};
+}
+HALFBYTE_INLINE mask16 load_mask(const uint8_t* p) {
+  __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return (mask16)~_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+}
+HALFBYTE_INLINE void transpose8(__m256 r[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44), t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20), r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
+  __m256 quarter[4][8];   // (row half, column half)
+  for (int i = 0; i < 8; i++) {
+    quarter[0][i] = r[i].lo, quarter[1][i] = r[i].hi, quarter[2][i] = r[i + 8].lo, quarter[3][i] = r[i + 8].hi;
+  }
+  for (int i = 0; i < 4; i++) transpose8(quarter[i]);
+  for (int i = 0; i < 8; i++) r[i] = {quarter[0][i], quarter[2][i]}, r[i + 8] = {quarter[1][i], quarter[3][i]};
+}
+
+#else   // plain C++: the compiler's own vectors, correct on any CPU
+
+constexpr int kRegisterRows = 1;
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+
+HALFBYTE_INLINE f32x16 set1(float x) { return x - f32x16{}; }
+HALFBYTE_INLINE f32x16 load(const float* p) {
+  f32x16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+HALFBYTE_INLINE void store(float* p, f32x16 x) { memcpy(p, &x, sizeof x); }
+static f32x16 load_f16(const uint16_t* p) {
+  f32x16 x;
+  for (int i = 0; i < 16; i++) x[i] = half_to_float(p[i]);
+  return x;
+}
+static f32x16 load_bf16(const uint16_t* p) {
+  f32x16 x;
+  for (int i = 0; i < 16; i++) x[i] = bf16_to_float(p[i]);
+  return x;
+}
+static void store_f16(uint16_t* p, f32x16 x) {
+  for (int i = 0; i < 16; i++) p[i] = float_to_half(x[i]);
+}
+static f32x16 round_f16(f32x16 x) {
+  uint16_t bits[16];
+  store_f16(bits, x);
+  return load_f16(bits);
+}
+HALFBYTE_INLINE f32x16 add(f32x16 a, f32x16 b) { return a + b; }
+HALFBYTE_INLINE f32x16 sub(f32x16 a, f32x16 b) { return a - b; }
+HALFBYTE_INLINE f32x16 mul(f32x16 a, f32x16 b) { return a * b; }
+HALFBYTE_INLINE f32x16 div(f32x16 a, f32x16 b) { return a / b; }
+HALFBYTE_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return c - a * b; }
+HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+HALFBYTE_INLINE f32x16 abs(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
+HALFBYTE_INLINE f32x16 round(f32x16 a) {   // to even, for |a| < 2^22: adding 1.5 · 2^23 pushes the fraction out
+  f32x16 shift = set1(12582912.0f);
+  return (a + shift) - shift;
+}
+static mask16 lanes_of(i32x16 yes) {
+  int m = 0;
+  for (int i = 0; i < 16; i++) m |= (yes[i] & 1) << i;
+  return (mask16)m;
+}
+HALFBYTE_INLINE mask16 greater(f32x16 a, f32x16 b) { return lanes_of(a > b); }
+HALFBYTE_INLINE mask16 greater_equal(f32x16 a, f32x16 b) { return lanes_of(a >= b); }
+HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) {
+  i32x16 each = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return ((each & (int)m) != 0) ? yes : no;
+}
+static float reduce_add(f32x16 a) {
+  float s = 0;
+  for (int i = 0; i < 16; i++) s += a[i];
+  return s;
+}
+static float reduce_max(f32x16 a) {
+  float s = a[0];
+  for (int i = 1; i < 16; i++) s = a[i] > s ? a[i] : s;
+  return s;
+}
+HALFBYTE_INLINE i32x16 set1(int x) { return x - i32x16{}; }
+HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return a - b; }
+HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return a | b; }
+template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return a << kBits; }
+HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return __builtin_convertvector(a, f32x16); }
+HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return __builtin_convertvector(round(a), i32x16); }
+HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return x * (f32x16)((to_i32(n) + 127) << 23); }
+HALFBYTE_INLINE void store(int32_t* p, i32x16 a) { memcpy(p, &a, sizeof a); }
+static void store_low_bytes(void* p, i32x16 a) {
+  for (int i = 0; i < 16; i++) static_cast<uint8_t*>(p)[i] = (uint8_t)a[i];
+}
+
+HALFBYTE_INLINE u8x64 load_row(const uint8_t* p) {
+  u8x64 row;
+  memcpy(&row, p, sizeof row);
+  return row;
+}
+HALFBYTE_INLINE u8x64 row_of(int code) { return (uint8_t)code - u8x64{}; }
+HALFBYTE_INLINE u8x64 low_nibbles(u8x64 row) { return row & 15; }
+HALFBYTE_INLINE u8x64 high_nibbles(u8x64 row) { return row >> 4; }
+static i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {
+  i32x16 words = (i32x16)codes;
+  return acc + (words & 255) * (int)(int8_t)four + (words >> 8 & 255) * (int)(int8_t)(four >> 8) +
+         (words >> 16 & 255) * (int)(int8_t)(four >> 16) + (words >> 24 & 255) * (four >> 24);
+}
+HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) { return dot4_nibble(acc, codes, four); }
+static mask16 load_mask(const uint8_t* p) {
+  int m = 0;
+  for (int i = 0; i < 16; i++) m |= (p[i] != 0) << i;
+  return (mask16)m;
+}
+static void transpose16(f32x16 r[16]) {
+  float from[16][16], to[16][16];
+  memcpy(from, r, sizeof from);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[i][j] = from[j][i];
+  memcpy(r, to, sizeof to);
+}
+
+#endif
+
+// e^x for x <= 0, relative error under 2e-6; below −87 it is e^−87, which no float sum notices.
+HALFBYTE_INLINE f32x16 exp_negative(f32x16 x) {
+  f32x16 t = mul(max(x, set1(-87.0f)), set1(1.44269504f)), n = round(t), f = sub(t, n);
+  f32x16 p = set1(1.33335581e-3f);   // Taylor coefficients of 2^f, |f| <= 1/2
+  p = fma(p, f, set1(9.61812911e-3f));
+  p = fma(p, f, set1(5.55041087e-2f));
+  p = fma(p, f, set1(2.40226507e-1f));
+  p = fma(p, f, set1(6.93147181e-1f));
+  p = fma(p, f, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+// tanh by exp: odd, saturating.
+HALFBYTE_INLINE f32x16 tanh(f32x16 x) {
+  f32x16 e = exp_negative(mul(abs(x), set1(-2.0f)));
+  f32x16 t = div(sub(set1(1.0f), e), add(set1(1.0f), e));
+  return select(greater(set1(0.0f), x), sub(set1(0.0f), t), t);
+}

@@ -1,0 +1,98 @@
+// Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv 2605.05699).
+#include "rotation.h"
+
+#include <cmath>
+#include <numbers>
+
+namespace halfbyte {
+namespace {
+
+constexpr double kTau = 2.0 * std::numbers::pi;
+
+// splitmix64's output function: one well-mixed word per counter, so channel j's sign needs no history.
+uint64_t mix(uint64_t x) {
+  x ^= x >> 30;
+  x *= 0xBF58476D1CE4E5B9ull;
+  x ^= x >> 27;
+  x *= 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+float sign_of_channel(uint64_t seed, int layer_index, int channel) {
+  uint64_t counter = 1 + (uint64_t)layer_index * 512 + (uint64_t)channel;
+  return mix(seed + 0x9E3779B97F4A7C15ull * counter) >> 63 ? -1.0f : 1.0f;
+}
+
+void push_root(std::vector<float>& table, double turns) {
+  table.push_back((float)std::cos(kTau * turns));
+  table.push_back((float)std::sin(kTau * turns));
+}
+
+int next_radix(int length) {
+  for (int radix : {4, 2, 3, 5})
+    if (length % radix == 0) return radix;
+  for (int radix = 7; radix * radix <= length; radix += 2)
+    if (length % radix == 0) return radix;
+  return length;   // prime
+}
+
+void plan_fft(RotationPlan& plan, int n) {
+  for (int length = n, stride = 1; length > 1;) {
+    FftPass pass{next_radix(length), 0, stride, (int)plan.twiddles.size()};
+    pass.rest = length / pass.radix;
+    for (int p = 0; p < pass.rest; p++)
+      for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)p * k / length);
+    if (pass.radix > 5) {   // a prime radix: its own roots follow its twiddles
+      for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)k / pass.radix);
+    }
+    plan.passes.push_back(pass);
+    length = pass.rest;
+    stride *= pass.radix;
+  }
+  for (int k = 0; k < n; k++) push_root(plan.unpack, -(double)k / (2 * n));
+}
+
+// Row i of the SRFT matrix before the signs, at column j.
+double srft_entry(int d, int i, int j) {
+  int half = d / 2;
+  double norm = std::sqrt(1.0 / d);
+  if (i == 0) return norm;
+  if (i == half) return j % 2 ? -norm : norm;
+  int k = i < half ? i : i - half;
+  double angle = kTau * ((long)k * j % d) / d;
+  return std::sqrt(2.0) * norm * (i < half ? std::cos(angle) : -std::sin(angle));
+}
+
+double srht_entry(int d, int i, int j) {
+  double norm = std::sqrt(1.0 / d);
+  return __builtin_parity((unsigned)(i & j)) ? -norm : norm;
+}
+
+}  // namespace
+
+RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index) {
+  RotationPlan plan;
+  plan.kind = kind;
+  plan.head_dim = head_dim;
+  for (int j = 0; j < head_dim; j++) plan.signs.push_back(sign_of_channel(seed, layer_index, j));
+  if (kind == Rotation::srft) plan_fft(plan, head_dim / 2);
+  return plan;
+}
+
+void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out) {
+  int d = plan.head_dim;
+  if (plan.kind == Rotation::identity) {
+    for (int j = 0; j < d; j++) out[j] = x[j];
+    return;
+  }
+  auto entry = plan.kind == Rotation::srft ? srft_entry : srht_entry;
+  for (int i = 0; i < d; i++) out[i] = 0.0;
+  for (int i = 0; i < d; i++)
+    for (int j = 0; j < d; j++) {
+      double r = entry(d, i, j) * plan.signs[j];
+      if (inverse) out[j] += r * x[i];
+      else out[i] += r * x[j];
+    }
+}
+
+}  // namespace halfbyte

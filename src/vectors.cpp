@@ -1,0 +1,103 @@
+// Codes for loose vectors, outside any cache: round trips for evaluation, encode and bandwidth timing, rotation.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <numeric>
+
+#include "encode.h"
+#include "threads.h"
+
+namespace halfbyte {
+namespace {
+
+// One side of one block, apart from any page.
+struct Block {
+  std::vector<uint8_t> codes, scales;
+  explicit Block(const SideFormat& format) : codes(code_bytes(format)), scales(scales_bytes(format)) {}
+};
+
+constexpr size_t kVectorsEach = 1024;   // vectors a task
+
+// Calls task(from, to) for runs of whole blocks.
+template <class Task>
+void for_runs(size_t n, Task task) {
+  parallel_for((n + kVectorsEach - 1) / kVectorsEach,
+               [&](size_t i) { task(i * kVectorsEach, std::min(n, (i + 1) * kVectorsEach)); });
+}
+
+EncodeArgs encode_args(const SideFormat& format, const RotationPlan& rotation, Side side, const float* x, int n, Block& block) {
+  EncodeArgs args{&format, &rotation, side, Dtype::float32, {}, n, 0, nullptr, nullptr, block.codes.data(), block.scales.data()};
+  for (int i = 0; i < n; i++) args.rows[i] = x + (size_t)i * format.head_dim;
+  return args;
+}
+
+}  // namespace
+
+Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, Side side, const float* mu,
+                 const float* lambda, int layer_index) {
+  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+  const SideFormat format = make_side_format(recipe, side, head_dim);
+  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
+  std::vector<float> inverse_lambda;
+  for (int c = 0; lambda && c < head_dim; c++) inverse_lambda.push_back(1.0f / lambda[c]);
+  for_runs(n, [&](size_t from, size_t to) {
+    Block block(format);
+    std::vector<float> vectors((size_t)kBlockTokens * head_dim);
+    for (size_t i = from; i < to; i += kBlockTokens) {
+      const int count = (int)std::min<size_t>(kBlockTokens, to - i);
+      EncodeArgs args = encode_args(format, rotation, side, x + i * head_dim, count, block);
+      args.offset = mu, args.lambda = lambda;
+      current_backend().encode(args);
+      current_backend().decode({&format, &rotation, side, mu, lambda ? inverse_lambda.data() : nullptr,
+                                block.codes.data(), block.scales.data(), vectors.data()});
+      std::copy_n(vectors.data(), (size_t)count * head_dim, out + i * head_dim);
+    }
+  });
+  return {};
+}
+
+Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side) {
+  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+  const SideFormat format = make_side_format(recipe, side, head_dim);
+  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, 0);
+  for_runs(n, [&](size_t from, size_t to) {
+    Block block(format);
+    for (size_t i = from; i < to; i += kBlockTokens)
+      current_backend().encode(encode_args(format, rotation, side, x + i * head_dim,
+                                           (int)std::min<size_t>(kBlockTokens, to - i), block));
+  });
+  return {};
+}
+
+Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse) {
+  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
+  for_runs(n, [&](size_t from, size_t to) {
+    std::copy_n(x + from * head_dim, (to - from) * head_dim, out + from * head_dim);
+    for (size_t i = from; i < to; i += kBlockTokens)
+      current_backend().rotate(rotation, inverse, out + i * head_dim, head_dim, (int)std::min<size_t>(kBlockTokens, to - i));
+  });
+  return {};
+}
+
+double read_bandwidth(size_t bytes, int threads, int repeats) {
+  const size_t words = bytes / sizeof(uint64_t), part = words / threads;
+  std::vector<uint64_t> data(words, 1);
+  std::atomic<uint64_t> sink = 0;   // so that the reads are not optimised away
+  std::vector<double> seconds;
+  const int before = num_threads();
+  set_num_threads(threads);
+  for (int i = 0; i < repeats; i++) {
+    auto start = std::chrono::steady_clock::now();
+    parallel_for(threads, [&](size_t t) {
+      const uint64_t* from = data.data() + t * part;
+      sink += std::accumulate(from, from + part, (uint64_t)0);
+    });
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  set_num_threads(before);
+  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+  return (double)(part * threads * sizeof(uint64_t)) / seconds[repeats / 2];
+}
+
+}  // namespace halfbyte
