@@ -1,8 +1,10 @@
-// The thread pool: workers claim task numbers from a counter, spin a little for the next job, then sleep.
+// Threads for tasks: those of an OpenMP runtime already in the process, or an own pool whose workers claim task numbers
+// from a counter, spin a little for the next job, then sleep.
 #include "threads.h"
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -44,7 +46,10 @@ class Pool {
     job_.fetch_add(1, std::memory_order_release);
     job_.notify_all();
     claim();
-    while (busy_.load(std::memory_order_acquire)) pause();
+    for (int i = 0; busy_.load(std::memory_order_acquire); i++) {
+      if (i < kSpins) pause();
+      else std::this_thread::yield();   // a worker may be waiting for this very core
+    }
   }
 
   size_t workers() const { return threads_.size(); }
@@ -74,6 +79,21 @@ class Pool {
   size_t n_ = 0;
 };
 
+std::atomic<OpenMpParallel> openmp = nullptr;
+
+void run_on_openmp(OpenMpParallel parallel, size_t n, const std::function<void(size_t)>& task, int threads) {
+  struct Job {
+    std::atomic<size_t> next{0};
+    size_t n;
+    const std::function<void(size_t)>& task;
+  } job{{}, n, task};
+  auto claim = [](void* data) {
+    Job& job = *static_cast<Job*>(data);
+    for (size_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.n;) job.task(i);
+  };
+  parallel(claim, &job, (unsigned)threads, 0);
+}
+
 std::mutex mutex;   // one parallel_for at a time; a second caller runs its tasks itself
 std::unique_ptr<Pool> pool;
 int wanted = (int)std::thread::hardware_concurrency();
@@ -89,14 +109,22 @@ const int at_fork = pthread_atfork(nullptr, nullptr, forget_pool);
 }  // namespace
 
 void parallel_for(size_t n, const std::function<void(size_t)>& task) {
+  const int threads = (int)std::min<size_t>(n, (size_t)wanted);
+  OpenMpParallel parallel = openmp.load(std::memory_order_relaxed);
+  if (threads > 1 && parallel) {
+    run_on_openmp(parallel, n, task, threads);
+    return;
+  }
   std::unique_lock lock(mutex, std::try_to_lock);
-  if (n <= 1 || wanted <= 1 || !lock.owns_lock()) {
+  if (threads <= 1 || !lock.owns_lock()) {
     for (size_t i = 0; i < n; i++) task(i);
     return;
   }
   if (!pool || pool->workers() != (size_t)wanted - 1) pool = std::make_unique<Pool>(wanted - 1);
   pool->run(n, task);
 }
+
+void use_openmp(OpenMpParallel parallel) { openmp = parallel; }
 
 void set_num_threads(int n) { wanted = n < 1 ? 1 : n; }
 int num_threads() { return wanted; }

@@ -5,12 +5,15 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <memory>
 
 #include "halfbyte/halfbyte.hpp"
+#include "threads.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -109,6 +112,13 @@ void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const 
     status = layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted));
   }
   check(status);
+}
+
+bool use_openmp_of(const std::string& path) {
+  void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+  auto parallel = library ? reinterpret_cast<OpenMpParallel>(dlsym(library, "GOMP_parallel")) : nullptr;
+  use_openmp(parallel);
+  return parallel != nullptr;
 }
 
 void bind_recipe(nb::module_& m) {
@@ -235,6 +245,9 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &cpu_features);
   m.def("set_num_threads", &set_num_threads, "n"_a);
   m.def("num_threads", &num_threads);
+  m.def("use_openmp", &use_openmp_of, "path"_a,
+        "Runs on the threads of the OpenMP runtime at `path` if it is loaded and GNU-style; '' goes back to the own pool. "
+        "Returns whether OpenMP is now in use.");
   bind_recipe(m);
   bind_layer(m);
   bind_raw_cache(m);

@@ -39,20 +39,27 @@ HALFBYTE_INLINE f32x16 soft_capped(f32x16 scores, float softcap) {
   return softcap > 0.0f ? mul(tanh(mul(scores, set1(1.0f / softcap))), set1(softcap)) : scores;
 }
 
-// Folds 16 scores into one row: returns p = e^(score − max), after lifting the row's maximum, sums and acc if need be.
-HALFBYTE_INLINE f32x16 fold_scores(f32x16 scores, mask16 lanes, float& row_max, f32x16& row_sums, float* acc,
-                                   int channels) {
-  f32x16 shown = select(lanes, scores, set1(kNothing));
-  if (greater(shown, set1(row_max))) {
-    float top = reduce_max(shown);
+// Folds kTile·16 scores into one row: scores becomes p = e^(score − max), after lifting the row's maximum, sums and acc
+// if need be.
+template <int kTile>
+HALFBYTE_INLINE void fold_scores(f32x16* scores, const mask16* lanes, float& row_max, f32x16& row_sums, float* acc,
+                                 int channels) {
+  f32x16 highest = set1(kNothing);
+  for (int i = 0; i < kTile; i++) {
+    scores[i] = select(lanes[i], scores[i], set1(kNothing));
+    highest = max(highest, scores[i]);
+  }
+  if (greater(highest, set1(row_max))) {
+    float top = reduce_max(highest);
     f32x16 keep = exp_negative(set1(row_max - top));
     row_max = top;
     row_sums = mul(row_sums, keep);
     for (int c = 0; c < channels; c += kLanes) store(acc + c, mul(load(acc + c), keep));
   }
-  f32x16 p = select(lanes, exp_negative(sub(shown, set1(row_max))), set1(0.0f));
-  row_sums = add(row_sums, p);
-  return p;
+  for (int i = 0; i < kTile; i++) {
+    scores[i] = select(lanes[i], exp_negative(sub(scores[i], set1(row_max))), set1(0.0f));
+    row_sums = add(row_sums, scores[i]);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- packed blocks
@@ -159,36 +166,55 @@ HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q,
   }
 }
 
+// Blocks that share one pass: a softmax step, a scale of p and an update of acc for two blocks cost little more than
+// for one.
+constexpr int kTileBlocks = 2;
+constexpr int kTileTokens = kTileBlocks * kBlockTokens;
+
+// Where the blocks of one tile lie.
+struct TileBlocks {
+  const uint8_t* page[kTileBlocks];
+  int block[kTileBlocks];
+  ptrdiff_t ahead;   // from these pages to the next ones
+};
+
 // p·scale of one V group as signed bytes, with the scale that undoes it and the zero point's share.
 template <int kRows>
 struct Weights {
-  alignas(16) int8_t bytes[kRows][kLanes];
+  alignas(16) int8_t bytes[kRows][kTileTokens];
   float scale[kRows];
   i32x16 bias[kRows];
 };
 
 template <int kRows, int kBits>
-HALFBYTE_INLINE void quantise_weights(const f32x16* p, f32x16 scales, Weights<kRows>& out) {
+HALFBYTE_INLINE void quantise_weights(const PageFormat& format, const f32x16 (*p)[kTileBlocks], const TileBlocks& tile,
+                                      int group, Weights<kRows>& out) {
+  f32x16 scales[kTileBlocks];
+  for (int i = 0; i < kTileBlocks; i++)
+    scales[i] = load_scales(format.v, tile.page[i] + v_scales_at(format, tile.block[i]), group);
   for (int r = 0; r < kRows; r++) {
-    f32x16 weight = mul(p[r], scales);
-    float largest = reduce_max(abs(weight));
+    f32x16 weight[kTileBlocks], top = set1(0.0f);
+    for (int i = 0; i < kTileBlocks; i++) weight[i] = mul(p[r][i], scales[i]), top = max(top, abs(weight[i]));
+    const float largest = reduce_max(top);
+    const f32x16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    for (int i = 0; i < kTileBlocks; i++) store_low_bytes(out.bytes[r] + i * kLanes, to_i32(mul(weight[i], inverse)));
     out.scale[r] = largest * (1.0f / 127.0f);
-    store_low_bytes(out.bytes[r], to_i32(mul(weight, set1(largest > 0.0f ? 127.0f / largest : 0.0f))));
-    out.bias[r] = zero_bias<kBits>(out.bytes[r], kLanes);
+    out.bias[r] = zero_bias<kBits>(out.bytes[r], kTileTokens);
   }
 }
 
 // acc += Σ p·value of one span of V codes; `low` weighs its first 16 channels, `high` the others.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* codes,
+HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* const* codes,
                                 ptrdiff_t ahead, float* acc, size_t acc_stride) {
   i32x16 low_sums[kRows], high_sums[kRows];
   for (int r = 0; r < kRows; r++) low_sums[r] = low.bias[r], high_sums[r] = high.bias[r];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    u8x64 row = stream_row(codes + i * kRowBytes, ahead);
+#pragma GCC unroll 8
+  for (int i = 0; i < 4 * kTileBlocks; i++) {
+    const uint8_t* from = codes[i / 4] + i % 4 * kRowBytes;
+    u8x64 row = stream_row(from, ahead);
     u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
-    u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
+    u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(from + 4 * kRowBytes, ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       low_sums[r] = dot4<kBits>(low_sums[r], low_row, four_bytes(&low.bytes[r][4 * i]));
@@ -202,25 +228,31 @@ HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>&
   }
 }
 
-// acc[r] += Σ p·value over the 16 tokens of one block.
+// acc[r] += Σ p·value over the tokens of one tile.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void weigh_block(const SideFormat& format, const f32x16* p, const uint8_t* codes, const uint8_t* scales,
-                                 ptrdiff_t ahead, float* acc, size_t acc_stride) {
+HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kTileBlocks], const TileBlocks& tile, float* acc,
+                                size_t acc_stride) {
   constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
+  const SideFormat& v = format.v;
+  const uint8_t* codes[kTileBlocks];
+  for (int i = 0; i < kTileBlocks; i++) codes[i] = tile.page[i] + v_codes_at(format, tile.block[i]);
+  auto weigh = [&](const Weights<kRows>& low, const Weights<kRows>& high, int c) {
+    weigh_span<kRows, kBits>(low, high, codes, tile.ahead, acc + c, acc_stride);
+    for (int i = 0; i < kTileBlocks; i++) codes[i] += kSpanBytes;
+  };
   Weights<kRows> low;
-  if (format.group == 16) {
+  if (v.group == 16) {
     Weights<kRows> high;
-    for (int c = 0, g = 0; c < format.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
-      quantise_weights<kRows, kBits>(p, load_scales(format, scales, g), low);
-      quantise_weights<kRows, kBits>(p, load_scales(format, scales, g + 1), high);
-      weigh_span<kRows, kBits>(low, high, codes, ahead, acc + c, acc_stride);
+    for (int c = 0, g = 0; c < v.padded_dim; c += kSpan, g += 2) {
+      quantise_weights<kRows, kBits>(format, p, tile, g, low);
+      quantise_weights<kRows, kBits>(format, p, tile, g + 1, high);
+      weigh(low, high, c);
     }
     return;
   }
-  for (int c = 0, g = 0; c < format.padded_dim; g++) {
-    quantise_weights<kRows, kBits>(p, load_scales(format, scales, g), low);
-    for (int end = c + format.group; c < end && c < format.padded_dim; c += kSpan, codes += kSpanBytes)
-      weigh_span<kRows, kBits>(low, low, codes, ahead, acc + c, acc_stride);
+  for (int c = 0, g = 0; c < v.padded_dim; g++) {
+    quantise_weights<kRows, kBits>(format, p, tile, g, low);
+    for (int end = c + v.group; c < end && c < v.padded_dim; c += kSpan) weigh(low, low, c);
   }
 }
 
@@ -232,24 +264,33 @@ static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& 
   const Inside inside = inside_of(args.visible, first_row, kRows);
   const size_t last_page = (args.end - 1 - args.first_token) / kPageTokens;
   float* acc = state.acc + first_row * state.acc_stride;
-  f32x16 sums[kRows], scores[kRows], p[kRows];
+  f32x16 sums[kRows], p[kRows][kTileBlocks];
   for (int r = 0; r < kRows; r++) sums[r] = set1(state.sum[first_row + r] / kLanes);
-  for (size_t token = begin; token < end; token += kLanes) {
-    const size_t slot = token - args.first_token, at = slot / kPageTokens;
-    const uint8_t* page = args.pages[at];
-    const ptrdiff_t ahead = at < last_page ? (ptrdiff_t)((uintptr_t)args.pages[at + 1] - (uintptr_t)page) : 0;
-    const int block = (int)(slot % kPageTokens / kBlockTokens);
-    for (int r = 0; r < kRows; r++) scores[r] = set1(args.q_offset[first_row + r]);
-    score_block<kRows, kBitsK>(format.k, q, first_row, page + k_codes_at(format, block),
-                               page + k_scales_at(format, block), ahead, scores);
-    const bool all = token >= inside.lo && token + kLanes <= inside.hi;
-    for (int r = 0; r < kRows; r++) {
-      mask16 lanes = all ? (mask16)0xffff : visible_lanes(args.visible, first_row + r, token);
-      p[r] = fold_scores(soft_capped(scores[r], args.visible.softcap), lanes, state.max[first_row + r], sums[r],
-                         acc + r * state.acc_stride, format.v.padded_dim);
+  for (size_t token = begin; token < end; token += kTileTokens) {
+    TileBlocks tile;
+    for (int i = 0; i < kTileBlocks; i++) {
+      // A tile that reaches past the end repeats its first block there; no row sees those lanes.
+      const size_t slot = (token + i * kLanes < end ? token + i * kLanes : token) - args.first_token, at = slot / kPageTokens;
+      tile.page[i] = args.pages[at];
+      tile.block[i] = (int)(slot % kPageTokens / kBlockTokens);
+      tile.ahead = at < last_page ? (ptrdiff_t)((uintptr_t)args.pages[at + 1] - (uintptr_t)tile.page[i]) : 0;
+      f32x16 scores[kRows];
+      for (int r = 0; r < kRows; r++) scores[r] = set1(args.q_offset[first_row + r]);
+      score_block<kRows, kBitsK>(format.k, q, first_row, tile.page[i] + k_codes_at(format, tile.block[i]),
+                                 tile.page[i] + k_scales_at(format, tile.block[i]), tile.ahead, scores);
+      for (int r = 0; r < kRows; r++) p[r][i] = soft_capped(scores[r], args.visible.softcap);
     }
-    weigh_block<kRows, kBitsV>(format.v, p, page + v_codes_at(format, block), page + v_scales_at(format, block), ahead,
-                               acc, state.acc_stride);
+    const bool all = token >= inside.lo && token + kTileTokens <= inside.hi && token + kTileTokens <= end;
+    for (int r = 0; r < kRows; r++) {
+      mask16 lanes[kTileBlocks];
+      for (int i = 0; i < kTileBlocks; i++) {
+        const size_t from = token + i * kLanes;
+        lanes[i] = all ? (mask16)0xffff : from < end ? visible_lanes(args.visible, first_row + r, from) : (mask16)0;
+      }
+      fold_scores<kTileBlocks>(p[r], lanes, state.max[first_row + r], sums[r], acc + r * state.acc_stride,
+                               format.v.padded_dim);
+    }
+    weigh_tile<kRows, kBitsV>(format, p, tile, acc, state.acc_stride);
   }
   for (int r = 0; r < kRows; r++) state.sum[first_row + r] = reduce_add(sums[r]);
 }
@@ -366,8 +407,9 @@ static void attend_raw_rows(const AttendRawArgs& args, int first_row, size_t beg
     for (int r = 0; r < kRows; r++) {
       mask16 lanes = all ? (mask16)0xffff : visible_lanes(args.visible, first_row + r, token);
       if (tokens < kLanes) lanes &= (mask16)((1u << tokens) - 1);
-      store(scores[r], fold_scores(soft_capped(load(scores[r]), args.visible.softcap), lanes, state.max[first_row + r],
-                                   sums[r], acc + r * state.acc_stride, args.head_dim_v));
+      f32x16 p = soft_capped(load(scores[r]), args.visible.softcap);
+      fold_scores<1>(&p, &lanes, state.max[first_row + r], sums[r], acc + r * state.acc_stride, args.head_dim_v);
+      store(scores[r], p);
     }
     weigh_raw<kRows, kDtype>(args, row, tokens, scores, acc, state.acc_stride);
   }
