@@ -1,0 +1,274 @@
+"""Collects per-channel statistics of keys and values from a model: what recipes with lambda need beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from . import _native
+from .recipes import get_recipe
+
+FORMAT = "halfbyte-calibration"
+VERSION = "1"
+WATCH = "halfbyte_watch"
+LAMBDA_CLAMP = 1e-6
+# The recipe fields that lambda depends on: a calibration made with others would divide the wrong channels.
+RECIPE_FIELDS = ("rotation", "seed", "offset")
+PARTS = ("lambda_k", "lambda_v", "offset_k", "offset_v")
+
+_hook = None  # the function that sees keys and values; set by watch_attention for the time of its block
+
+
+def _watching_attention(module, query, key, value, attention_mask, **kwargs):
+    if _hook is not None:
+        key, value = _hook(module.layer_idx, key, value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(WATCH, _watching_attention)
+AttentionMaskInterface.register(WATCH, sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention_set_to(model, implementation: str):
+    """Within the block, `model` attends with `implementation`; afterwards with what it had."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def watch_attention(model, hook):
+    """Within the block, every layer's keys (after RoPE) and values pass through `hook` before they are attended.
+
+    hook(layer_index, key, value) -> (key, value), each [batch, kv_heads, tokens, head_dim]. RuntimeError when nested.
+    """
+    global _hook
+    if _hook is not None:
+        raise RuntimeError("watch_attention: another one is active in this process")
+    _hook = hook
+    try:
+        with attention_set_to(model, WATCH):
+            yield
+    finally:
+        _hook = None
+
+
+@dataclasses.dataclass
+class Calibration:
+    """Per layer and KV head, float32 [kv_heads, head_dim]: lambda in the rotated domain, offsets in the original one.
+
+    recipe holds the fields lambda depends on; model is fingerprint(model); text_sha256 is of the token ids.
+    """
+
+    lambda_k: list[torch.Tensor]
+    lambda_v: list[torch.Tensor]
+    offset_k: list[torch.Tensor]
+    offset_v: list[torch.Tensor]
+    recipe: dict = dataclasses.field(default_factory=dict)
+    model: str = ""
+    text_sha256: str = ""
+    tokens: int = 0
+    seed: int | None = None  # of the sampled text; None when the text was given
+
+    def save(self, path) -> None:
+        """Writes one safetensors file: a tensor a layer and part, the rest as metadata."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"layers.{i}.{part}": tensor.contiguous() for part in PARTS for i, tensor in enumerate(getattr(self, part))
+        }
+        facts = {
+            "recipe": self.recipe,
+            "model": self.model,
+            "text_sha256": self.text_sha256,
+            "tokens": self.tokens,
+            "seed": self.seed,
+        }
+        try:
+            save_file(tensors, str(path), {"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
+        except OSError as error:
+            raise ValueError(f"path: cannot write {str(path)!r}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path, model=None) -> Calibration:
+        """Reads what save wrote; with `model`, also checks that it was made with these weights. ValueError if not."""
+        tensors, metadata = _read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"path: {str(path)!r} is a safetensors file but not a {FORMAT} one")
+        if metadata.get("version") != VERSION:
+            raise ValueError(f"path: {str(path)!r} has format version {metadata.get('version')!r}; takes {VERSION!r}")
+        try:
+            facts = json.loads(metadata["facts"])
+            layers = range(len(tensors) // len(PARTS))
+            parts = {part: [tensors[f"layers.{i}.{part}"] for i in layers] for part in PARTS}
+            calibration = cls(**parts, **facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"path: this {FORMAT} file is damaged, {str(path)!r}: {error}") from error
+        if model is not None and calibration.model != fingerprint(model):
+            raise ValueError(
+                f"path: {str(path)!r} was calibrated on another model (fingerprint {calibration.model}, this one has "
+                f"{fingerprint(model)})"
+            )
+        return calibration
+
+    def check_recipe(self, recipe) -> None:
+        """ValueError unless lambda was collected under this recipe's rotation, seed and offset."""
+        for field, made_with in self.recipe.items():
+            if getattr(recipe, field) != made_with:
+                raise ValueError(
+                    f"calibration: was made with {field}={made_with!r}, the recipe has {getattr(recipe, field)!r}"
+                )
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"path: no calibration file {str(path)!r}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {str(path)!r} is not a whole safetensors file: {error}") from error
+
+
+def fingerprint(model) -> str:
+    """16 hex digits of the key and value projections and the geometry: tells models apart that look alike."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        if any(part in name for part in ("k_proj", "v_proj", "qkv_proj", "embed_tokens")):
+            # float32 of the first rows: the same whatever dtype the checkpoint was loaded in, up to its rounding.
+            head = weight.detach().flatten()[:4096].to(torch.bfloat16).view(torch.int16)
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + head.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class _Range:
+    """Running minimum, maximum and sum of vectors a KV head: all that lambda and the mean need, in one pass."""
+
+    def __init__(self):
+        self.low = self.high = self.total = None
+        self.count = 0
+
+    def add(self, rotated, raw):  # both [kv_heads, tokens, head_dim]
+        low, high, total = rotated.amin(1), rotated.amax(1), raw.double().sum(1)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self.total = total if self.total is None else self.total + total
+        self.count += raw.shape[1]
+
+    def mean(self):
+        return (self.total / self.count).float()
+
+    def lambda_(self, rotated_offset):
+        """1 / max |R x - R mu|, from the range alone because R is linear."""
+        widest = torch.maximum(self.high - rotated_offset, rotated_offset - self.low)
+        return 1.0 / widest.clamp_min(LAMBDA_CLAMP)
+
+
+def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> torch.Tensor:
+    """R x (or its inverse) for float32 x [..., head_dim], with the recipe's rotation for this layer."""
+    x = x.float().contiguous()
+    out = torch.empty_like(x)
+    head_dim = x.shape[-1]
+    _native.rotate(x.data_ptr(), out.data_ptr(), x.numel() // head_dim, head_dim, recipe, layer_index, inverse)
+    return out
+
+
+@torch.inference_mode()
+def calibrate(
+    model, input_ids, window: int = 2048, progress: bool = True, recipe="paper-g32-lambda", seed: int | None = None
+) -> Calibration:
+    """One forward pass over `input_ids` [tokens] or [rows, tokens], `window` tokens at a time.
+
+    lambda = 1 / max |R (x - mu)| a channel, with mu the mean over the text (0 when the recipe has no offset) and the
+    maximum clamped to 1e-6: the deployed lambda of arXiv 2605.05699. seed is only noted in the result.
+    """
+    recipe = get_recipe(recipe)
+    ids = torch.as_tensor(input_ids).reshape(-1)
+    if ids.numel() < 16:
+        raise ValueError(f"input_ids: got {ids.numel()} tokens; a calibration takes at least 16")
+    ranges: dict[tuple[int, str], _Range] = {}
+
+    def observe(layer, key, value):
+        for which, x in (("k", key), ("v", value)):
+            raw = x[0].float()
+            ranges.setdefault((layer, which), _Range()).add(rotate(raw, recipe, layer), raw)
+        return key, value
+
+    from tqdm import tqdm
+
+    with watch_attention(model, observe):
+        for start in tqdm(
+            range(0, ids.numel(), window), desc="calibrate", unit="window", disable=not progress, leave=False
+        ):
+            model(ids[None, start : start + window], use_cache=False, logits_to_keep=1)
+    return _assemble(model, recipe, ranges, ids, seed)
+
+
+def _assemble(model, recipe, ranges, ids, seed) -> Calibration:
+    parts = {part: [] for part in PARTS}
+    for layer, which in sorted(ranges):
+        seen = ranges[layer, which]
+        mean = seen.mean()
+        centre = rotate(mean, recipe, layer) if recipe.offset else torch.zeros_like(mean)
+        parts[f"lambda_{which}"].append(seen.lambda_(centre))
+        parts[f"offset_{which}"].append(mean)
+    return Calibration(
+        **parts,
+        recipe={name: getattr(recipe, name) for name in RECIPE_FIELDS},
+        model=fingerprint(model),
+        text_sha256=hash_ids(ids),
+        tokens=ids.numel(),
+        seed=seed,
+    )
+
+
+def hash_ids(ids: torch.Tensor) -> str:
+    """SHA-256 of the token ids as little-endian int64."""
+    return hashlib.sha256(ids.long().cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+@torch.inference_mode()
+def sample_text(model, tokens: int, seed: int = 0, progress: bool = True, rows: int = 16) -> torch.Tensor:
+    """`tokens` token ids, int64 [tokens], drawn from the model itself at temperature 1.
+
+    `rows` sequences are drawn side by side from the beginning-of-text token and then joined, which is many times
+    quicker than one long one. The same seed, dtype and thread count give the same text.
+    """
+    from tqdm import tqdm
+    from transformers import DynamicCache
+
+    if tokens < 1:
+        raise ValueError(f"tokens: got {tokens}; takes at least 1")
+    length = -(-tokens // rows)
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache(config=model.config)
+    step = torch.full((rows, 1), _first_token(model))
+    drawn = []
+    for _ in tqdm(range(length), desc="sample text", unit="step", disable=not progress, leave=False):
+        logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        drawn.append(step)
+    return torch.cat(drawn, dim=1).reshape(-1)[:tokens]
+
+
+def _first_token(model) -> int:
+    config = model.config.get_text_config(decoder=True)
+    for token in (config.bos_token_id, config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, (list, tuple)) else token
+    return 0

@@ -1,0 +1,81 @@
+"""Int4Cache: a transformers cache that holds K and V in 4 bits, for model.generate(past_key_values=...)."""
+
+import copy
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
+
+from .layer import Int4Layer, Shared, tensor_bytes
+from .recipes import get_recipe
+
+PACKED_LAYERS = ("full_attention", "sliding_attention")
+
+__all__ = ["Int4Cache", "Int4Layer"]
+
+
+class Int4Cache(DynamicCache):
+    """KV cache in 4 bits, for generate(past_key_values=...) after model.set_attn_implementation("halfbyte").
+
+    config: the model's config; model.config itself, not a copy. recipe: a name from halfbyte.recipes.RECIPES or a
+    Recipe; overrides: its fields, such as sink_tokens=16. calibration: a halfbyte.calibrate.Calibration, for recipes
+    with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill.
+
+    Full and sliding attention layers are packed; other kinds of layer are the library's own. The first prefill attends
+    exactly to its own raw K, V; later queries see packed values for the blocks of 16 tokens that were complete before
+    their own block. Under any other attn_implementation everything works on unpacked tensors, slower.
+
+    Raises ValueError for unknown recipes or fields, for values that are not finite, and for a model of another shape,
+    dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.compile or torch.export.
+    """
+
+    def __init__(self, config, recipe="default", calibration=None, **overrides):
+        if not hasattr(config, "get_text_config"):
+            raise ValueError(f"config: got {type(config).__name__}, takes a model's config: Int4Cache(model.config)")
+        self.recipe = get_recipe(recipe, **overrides)
+        if self.recipe.lambda_ and calibration is None:
+            raise ValueError("calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses lambda")
+        text_config = config.get_text_config(decoder=True)
+        self._shared = Shared(text_config)
+        layers = []
+        for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
+            if kind in PACKED_LAYERS:
+                window = options.get("sliding_window") or 0
+                layers.append(Int4Layer(self.recipe, index, self._shared, window, calibration))
+            else:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+        Cache.__init__(self, layers=layers)
+
+    @torch.compiler.disable
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        try:
+            layer = self.layers[layer_idx]
+        except IndexError:
+            self._shared.roll_back(self._shared.layers[-1].seen - key_states.shape[2] if self._shared.layers else 0)
+            raise ValueError(
+                f"past_key_values: got layer {layer_idx} of a model, takes one with {len(self.layers)} layers as in "
+                "the config that the cache was made with"
+            ) from None
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def nbytes(self):
+        """Bytes held by all layers, the library's own included: codes, scales, page slack, raw tokens, offsets."""
+        return sum(layer.nbytes if isinstance(layer, Int4Layer) else tensor_bytes(vars(layer)) for layer in self.layers)
+
+    def __deepcopy__(self, memo):
+        other = copy.copy(self)
+        # The config stays shared: it is how set_attn_implementation reaches the copy as well.
+        other._shared = Shared(self._shared.config)
+        other.layers = [
+            layer.copy(other._shared) if isinstance(layer, Int4Layer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        return other
+
+    def __reduce__(self):
+        raise NotImplementedError("pickling an Int4Cache is not supported yet: rebuild it from the token ids")
+
+    def __copy__(self):
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other

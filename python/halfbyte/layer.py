@@ -1,0 +1,489 @@
+"""Int4Layer: what Int4Cache holds of one attention layer, and the layer interface that transformers expects of it."""
+
+import copy
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from . import _native
+from .attention import States, Step
+from .offset import bias_offset
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+OFFSET_TOKENS = 16  # a shorter first prefill gives no mean worth having
+
+
+class Shared:
+    """What the layers of one cache have in common: the config to watch, and each other."""
+
+    def __init__(self, config):
+        self.config = config
+        self.layers = []
+        self.packed = False  # attention reads packed layers, so update returns handles
+        self.rope_means = {}
+
+    def begin_forward(self, first):
+        """Called by the first layer's update: looks up the attention, keeps thread counts equal and layers in step."""
+        self.packed = self.config._attn_implementation == "halfbyte"
+        threads = torch.get_num_threads()
+        if threads != _native.num_threads():
+            _native.set_num_threads(threads)
+        last = self.layers[-1]
+        if last.seen != first.seen:
+            raise ValueError(
+                f"past_key_values: layer {first.layer_idx} holds {first.seen} tokens but layer {last.layer_idx} "
+                f"{last.seen}: takes a model with the layers of the config that the cache was made with "
+                "(call reset() after a forward pass that was interrupted)"
+            )
+
+    def roll_back(self, length):
+        """Takes the layers that a failed forward pass has already advanced back to `length` tokens.
+
+        A block that the failed pass completed stays packed; any other content is as before.
+        """
+        for layer in self.layers:
+            if layer.seen > length:
+                layer.forget(layer.seen - length)
+
+
+class Int4Layer(CacheLayerMixin):
+    """The cache of one attention layer, full or sliding: packed blocks, with the newest tokens raw.
+
+    `keys` and `values` unpack to tensors [batch, kv_heads, tokens, head_dim] of the model's dtype (slow); assigning
+    both packs them anew. Under attn_implementation="halfbyte", `update` returns handles that attention reads packed.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, recipe, layer_idx, shared, sliding_window=0, calibration=None):
+        self.recipe = recipe
+        self.layer_idx = layer_idx
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window > 0
+        self.calibration = calibration
+        self.record_past = False
+        self._shared = shared
+        shared.layers.append(self)
+        self._clear()
+
+    def _clear(self):
+        self.native = None
+        self.is_initialized = False
+        self.seen = 0  # tokens, staged ones included
+        self._staged = None  # the Step of a first prefill that attention has not read yet
+        self._assigned = {}  # "keys", "values": tensors assigned and not yet packed
+        self._k_shape = self._v_shape = self._q_shape = None
+        self.batch = 0
+        self.dtype = self.device = None
+
+    def lazy_initialization(self, key_states, value_states):
+        if key_states.dtype not in DTYPES:
+            raise ValueError(f"key_states: got {key_states.dtype}, takes one of {[str(dtype) for dtype in DTYPES]}")
+        batch, kv_heads, _, dim_k = key_states.shape
+        dim_v = value_states.shape[-1]
+        _check_against_config(self._shared.config, self.layer_idx, kv_heads, dim_k)
+        native = _native.Layer(
+            kv_heads=kv_heads,
+            head_dim_k=dim_k,
+            head_dim_v=dim_v,
+            dtype=DTYPES[key_states.dtype],
+            recipe=self.recipe,
+            layer_index=self.layer_idx,
+            sliding_window=self.sliding_window,
+        )
+        native.record_past(self.record_past)
+        self._calibrate(native, kv_heads, dim_k, dim_v)
+        self.native = native
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
+        self._set_batch(batch)
+        self.is_initialized = True
+
+    def _calibrate(self, native, kv_heads, dim_k, dim_v):
+        if self.calibration is None:
+            return
+        for name, setter in (("offset", native.set_offset), ("lambda", native.set_lambda)):
+            if not (self.recipe.offset if name == "offset" else self.recipe.lambda_):
+                continue
+            addresses, kept = [], []
+            for part, dim in (("k", dim_k), ("v", dim_v)):
+                tensors = getattr(self.calibration, f"{name}_{part}", None)
+                if not tensors:
+                    addresses.append(0)
+                    continue
+                if len(tensors) <= self.layer_idx:
+                    raise ValueError(f"calibration: got {len(tensors)} layers, takes those of the model")
+                tensor = torch.as_tensor(tensors[self.layer_idx], dtype=torch.float32).contiguous()
+                if tensor.shape != (kv_heads, dim):
+                    raise ValueError(
+                        f"calibration: {name}_{part} of layer {self.layer_idx} has shape {list(tensor.shape)}, "
+                        f"takes [{kv_heads}, {dim}]"
+                    )
+                kept.append(tensor)
+                addresses.append(tensor.data_ptr())
+            if kept:
+                setter(*addresses)
+
+    def _set_batch(self, batch):
+        self.batch = batch
+        # What one decoding step brings; anything else is looked at closely.
+        self._k_shape = torch.Size((batch, self.kv_heads, 1, self.head_dim_k))
+        self._v_shape = torch.Size((batch, self.kv_heads, 1, self.head_dim_v))
+        self._q_shape = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Adds K, V [batch, kv_heads, tokens, head_dim]; returns handles for attention, or all of K and V unpacked.
+
+        The unpacked ones hold packed values for blocks complete before these tokens, raw ones after. Raises ValueError,
+        with the whole cache as before the forward pass, if a value is not finite or the shape or dtype is another than
+        the layer's; NotImplementedError off the CPU.
+        """
+        shared = self._shared
+        if self._staged is not None or self._assigned:
+            self._settle()
+        if shared.layers[0] is self:
+            shared.begin_forward(self)
+        start = self.seen
+        try:
+            if (
+                key_states.shape != self._k_shape
+                or value_states.shape != self._v_shape
+                or key_states.dtype is not self.dtype
+                or value_states.dtype is not self.dtype
+                or type(key_states) is not torch.Tensor
+                or not key_states.is_cpu
+            ):
+                self._admit(key_states, value_states)
+            step = Step(self, key_states, value_states, start)
+            if shared.packed:
+                if start:
+                    self._append(key_states, value_states)
+                else:
+                    self._staged = step
+                    self.seen = step.length
+                return States(step, 0), States(step, 1)
+            tensors = key_states, value_states
+            if start:
+                old = self._unpack(step.tokens - key_states.shape[2])
+                tensors = tuple(torch.cat(pair, dim=2) for pair in zip(old, tensors, strict=True))
+            self._append(key_states, value_states)
+        except (ValueError, RuntimeError, MemoryError):
+            self._fail(start)
+            raise
+        tensors[0].halfbyte_shared = shared
+        return tensors
+
+    def _admit(self, k, v):
+        """Raises unless this layer can take K and V; initialises it on the first ones."""
+        where = f"layer {self.layer_idx}"
+        if _is_traced(k):
+            raise NotImplementedError(f"{where}: torch.compile and torch.export can not trace Int4Cache: run eagerly")
+        if not (k.is_cpu and v.is_cpu):
+            raise NotImplementedError(f"{where}: key_states on {k.device}: takes CPU tensors; use DynamicCache there")
+        if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"{where}: key_states and value_states: got shapes {list(k.shape)} and {list(v.shape)}, "
+                "takes [batch, kv_heads, tokens, head_dim], alike but for head_dim"
+            )
+        if k.dtype is not v.dtype:
+            raise ValueError(f"{where}: value_states: got {v.dtype}, takes {k.dtype} as key_states")
+        if not self.is_initialized:
+            try:
+                self.lazy_initialization(k, v)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            return
+        if self.seen == 0 and self.batch != k.shape[0]:
+            self._set_batch(k.shape[0])
+        got = (k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype)
+        takes = (self.batch, self.kv_heads, self.head_dim_k, self.head_dim_v, self.dtype)
+        if got != takes:
+            form = "batch {}, kv_heads {}, head_dim {} in K and {} in V, {}"
+            raise ValueError(f"{where}: key_states: got {form.format(*got)}, the cache takes {form.format(*takes)}")
+
+    def _append(self, k, v, counted=None):
+        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count."""
+        tokens = k.shape[2]
+        if tokens == 0:
+            return
+        if k.stride(3) != 1:
+            k = k.contiguous()
+        if v.stride(3) != 1:
+            v = v.contiguous()
+        k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+        address = 0 if counted is None else counted.data_ptr()
+        try:
+            self.native.append(k.data_ptr(), v.data_ptr(), self.batch, tokens, k_strides, v_strides, address)
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer_idx}: {error}") from None
+        self.seen += tokens
+
+    def _fail(self, start):
+        """Leaves the cache as it was before a forward pass that went wrong in this layer."""
+        if start == 0:
+            self._clear()
+        self._shared.roll_back(start)
+
+    def commit(self, step, mask, module):
+        """Packs a first prefill once attention has read it raw. mask: as attention got it; module: its caller."""
+        if self._staged is not step:
+            return  # another layer has attended the same states before
+        counted = None
+        if mask is not None:
+            # Causal or windowed, a token sees itself unless it is padding.
+            shown = mask if mask.dtype is torch.bool else mask == 0
+            if shown.shape[2] == shown.shape[3]:
+                counted = shown[:, 0].diagonal(dim1=1, dim2=2).expand(self.batch, -1).to(torch.uint8).contiguous()
+        self._flush(counted, module)
+
+    def _flush(self, counted=None, module=None):
+        step, self._staged = self._staged, None
+        self.seen = 0
+        try:
+            if module is not None and step.length < OFFSET_TOKENS and self.recipe.offset and self.calibration is None:
+                offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k)
+                if offset is not None:
+                    self.native.set_offset(offset.data_ptr(), 0)
+            self._append(step.k.detach(), step.v.detach(), counted)
+        except (ValueError, RuntimeError, MemoryError):
+            self._fail(0)
+            raise
+
+    def _settle(self):
+        """Packs what is staged or assigned, so that the native layer holds all there is."""
+        if self._staged is not None:
+            self._flush()
+        if self._assigned:
+            k, v = self.keys, self.values
+            if k is None or v is None or k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
+                raise RuntimeError(
+                    f"layer {self.layer_idx}: of keys and values one was assigned that does not fit the other"
+                )
+            gone = self.seen - self._held()  # fell out of the window
+            self._clear()
+            self._admit(k, v)
+            self._append(k, v)
+            self.seen += gone
+
+    def attend(self, step, query, mask, scaling, softcap, s_aux):
+        """Attention of the newest tokens on the packed layer, as [batch, queries, heads, head_dim_v]."""
+        if step.length != self.seen:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: these K, V stand for {step.length} tokens and the cache now holds {self.seen}"
+            )
+        batch, heads, queries, head_dim = shape = query.shape
+        if shape != self._q_shape or query.dtype is not self.dtype:
+            fits = batch == self.batch and heads % self.kv_heads == 0 and head_dim == self.head_dim_k
+            if not fits or query.dtype is not self.dtype:
+                raise ValueError(
+                    f"layer {self.layer_idx}: query: got shape {list(shape)} and {query.dtype}, takes "
+                    f"[{self.batch}, a multiple of {self.kv_heads}, queries, {self.head_dim_k}] and {self.dtype}"
+                )
+            self._q_shape = shape
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        dim_v = self.head_dim_v
+        out = torch.empty((batch, queries, heads, dim_v), dtype=query.dtype)
+        options = {}
+        if queries > 1:
+            k, v = step.k[:, :, -queries:], step.v[:, :, -queries:]
+            k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (k, v))
+            options.update(chunk_k=k.data_ptr(), chunk_v=v.data_ptr())
+            options.update(chunk_k_strides=k.stride()[:3], chunk_v_strides=v.stride()[:3])
+        if mask is not None:
+            if mask.stride(3) != 1:
+                mask = mask.contiguous()
+            mask = mask.expand(batch, 1, queries, -1)
+            options.update(mask=mask.data_ptr(), mask_tokens=mask.shape[3])
+            options["mask_strides"] = mask.stride(0), mask.stride(2)
+        if softcap is not None:
+            options["softcap"] = softcap
+        if s_aux is not None:
+            sinks = s_aux.detach().float().contiguous()
+            options["sinks"] = sinks.data_ptr()
+        self.native.attend(
+            query.data_ptr(),
+            out.data_ptr(),
+            heads,
+            queries,
+            query.stride()[:3],
+            (queries * heads * dim_v, dim_v, heads * dim_v),
+            scaling if scaling is not None else head_dim**-0.5,
+            **options,
+        )
+        return out
+
+    def _unpack(self, tokens):
+        """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of the layer's dtype."""
+        held = self.native.visible
+        parts = [torch.empty(self.batch, self.kv_heads, held, dim) for dim in (self.head_dim_k, self.head_dim_v)]
+        if held:
+            self.native.dequantize(*(part.data_ptr() for part in parts))
+        return [part[:, :, max(held - tokens, 0) :].to(self.dtype) for part in parts]
+
+    def unpack(self, step):
+        """K and V as `step`'s queries see them, its own tokens raw."""
+        if step.length != self.seen:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: these K, V stand for {step.length} tokens and the cache now holds {self.seen}"
+            )
+        pairs = zip(self._unpack(step.tokens), (step.k, step.v), strict=True)
+        return tuple(torch.cat([old[:, :, : old.shape[2] - new.shape[2]], new], dim=2) for old, new in pairs)
+
+    def _get(self, name):
+        if name in self._assigned:
+            return self._assigned[name]
+        if not self.is_initialized:
+            return None
+        part = 0 if name == "keys" else 1
+        held = self._held()
+        if self._staged is not None:
+            return (self._staged.k, self._staged.v)[part][:, :, self._staged.length - held :]
+        return self._unpack(held)[part]
+
+    def _held(self):
+        """How many tokens `keys` and `values` have: those a later query may still see."""
+        if not self.is_initialized:
+            return 0
+        held = self.native.visible if self._staged is None else self._staged.length
+        return min(held, self.sliding_window - 1) if self.is_sliding and not self.record_past else held
+
+    def _set(self, name, tensor):
+        if self._staged is not None:
+            self._flush()
+        if tensor is None:
+            self._clear()
+            return
+        self._assigned[name] = tensor
+        if len(self._assigned) == 2:
+            self._settle()
+
+    keys = property(lambda self: self._get("keys"), lambda self, tensor: self._set("keys", tensor))
+    values = property(lambda self: self._get("values"), lambda self, tensor: self._set("values", tensor))
+
+    @property
+    def nbytes(self):
+        """Bytes held: packed pages with their slack, raw tokens, offsets, and anything staged."""
+        staged = [] if self._staged is None else [self._staged.k, self._staged.v]
+        return (self.native.nbytes if self.native is not None else 0) + tensor_bytes([*staged, self._assigned])
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_max_length(self):
+        return self.sliding_window or -1
+
+    def get_mask_sizes(self, query_length):
+        """(tokens, position of the first one) that the next `query_length` queries are shown."""
+        if not self.is_sliding:
+            return self.seen + query_length, 0
+        return min(self.seen, self.sliding_window - 1) + query_length, max(self.seen - self.sliding_window + 1, 0)
+
+    def activate_past_recording(self):
+        """Sliding layers keep what falls out of the window until the next crop, so that crop can bring it back."""
+        if self.is_sliding:
+            self.record_past = True
+            if self.native is not None:
+                self.native.record_past(True)
+
+    def crop(self, tokens_to_remove):
+        """Forgets the newest -tokens_to_remove tokens; a positive number is the length to keep (the older form)."""
+        count = int(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        remove = max(self.seen - count, 0) if count > 0 else -count
+        if self._staged is not None or self._assigned:
+            self._settle()
+        if self.is_sliding and remove and self.seen >= self.sliding_window and not self.record_past:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: crop({count}): tokens that fell out of the sliding window are gone; "
+                "call activate_past_recording() on the cache before adding the tokens to remove"
+            )
+        self.forget(remove)
+
+    def forget(self, remove):
+        if remove >= self.seen:
+            self._clear()
+            return
+        if self._staged is not None or self._assigned:
+            self._settle()
+        self.native.crop(self.native.length - remove)
+        self.seen -= remove
+
+    def _select(self, rows):
+        if not self.is_initialized or self.seen == 0:
+            return
+        if self._staged is not None or self._assigned:
+            self._settle()
+        self.native.select(rows)
+        self._set_batch(len(rows))
+
+    def reorder_cache(self, beam_idx):
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats):
+        self._select([row for row in range(self.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices):
+        self._select(torch.arange(self.batch)[indices].tolist())
+
+    def reset(self):
+        self._clear()
+
+    def offload(self):
+        """Nothing to move: the layer lives in CPU memory."""
+
+    def prefetch(self):
+        """Nothing to move: the layer lives in CPU memory."""
+
+    def copy(self, shared):
+        """A layer of its own for another cache; packed pages are shared until either writes to them."""
+        other = copy.copy(self)
+        other._shared = shared
+        shared.layers.append(other)
+        other._assigned = dict(self._assigned)
+        if self.native is not None:
+            other.native = self.native.copy()
+        if self._staged is not None:
+            other._staged = Step(other, self._staged.k, self._staged.v, 0)
+        return other
+
+    def __deepcopy__(self, memo):
+        return self.copy(Shared(self._shared.config))
+
+
+def _check_against_config(config, layer_idx, kv_heads, head_dim):
+    """Raises if the K of a model can not be that of this config; only where the config says plainly what K is."""
+    layer_configs = getattr(config, "per_layer_config", None)  # of newer transformers
+    config = config if layer_configs is None else layer_configs[layer_idx]
+    named = [name for name in vars(config) if "head_dim" in name]
+    wants_dim = getattr(config, "head_dim", None) if named == ["head_dim"] else None
+    wants_heads = getattr(config, "num_key_value_heads", None)
+    wrong_dim = isinstance(wants_dim, int) and wants_dim != head_dim
+    # Fewer heads are fine: a tensor-parallel rank has its share.
+    wrong_heads = wants_dim and isinstance(wants_heads, int) and wants_heads % kv_heads
+    if wrong_dim or wrong_heads:
+        raise ValueError(
+            f"past_key_values: got K of {kv_heads} heads and head_dim {head_dim}, takes {wants_heads} heads and "
+            f"head_dim {wants_dim} as in the config that the cache was made with"
+        )
+
+
+def _is_traced(tensor):
+    """Whether there are no values behind it; torch.export and torch.compile pass such tensors."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def tensor_bytes(value):
+    """Bytes of all tensors in nested lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(tensor_bytes(item) for item in value)
