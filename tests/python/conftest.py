@@ -1,0 +1,46 @@
+"""Models, prompts and runs that the Python tests share."""
+
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+
+
+def load(name, dtype="float32"):
+    """One of the shipped models, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # models this small gain nothing from two, and lose much on a busy machine
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None  # every run is as long as it says
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    return load("tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    return load("tiny-gemma")
+
+
+@pytest.fixture(params=["qwen", "gemma"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def text(qwen):
+    """640 token ids sampled from tiny-qwen, [1, 640]: text for both models, which share a tokenizer."""
+    import torch
+    from transformers import DynamicCache
+
+    torch.manual_seed(7)
+    qwen.set_attn_implementation("sdpa")
+    start = torch.tensor([[1]])
+    return qwen.generate(start, max_new_tokens=639, do_sample=True, past_key_values=DynamicCache(config=qwen.config))

@@ -1,0 +1,135 @@
+"""Calibration: lambda and offsets against their definitions, the file they are kept in, and sampled text."""
+
+import pytest
+import torch
+
+from halfbyte.calibrate import Calibration, calibrate, fingerprint, rotate, sample_text, watch_attention
+from halfbyte.recipes import get_recipe
+
+
+@pytest.fixture(scope="module")
+def calibration(qwen, text):
+    return calibrate(qwen, text[0, :256], window=128, progress=False)
+
+
+def states(model, ids, window):
+    """Per layer the keys and values of a plain cache, joined over windows: [kv_heads, tokens, head_dim]."""
+    from transformers import DynamicCache
+
+    model.set_attn_implementation("sdpa")
+    caches = []
+    for start in range(0, ids.numel(), window):
+        caches.append(DynamicCache(config=model.config))
+        with torch.inference_mode():
+            model(ids[None, start : start + window], past_key_values=caches[-1], use_cache=True)
+    layers = range(len(caches[0].layers))
+    return [
+        {
+            which: torch.cat([getattr(cache.layers[i], name)[0] for cache in caches], 1)
+            for which, name in (("k", "keys"), ("v", "values"))
+        }
+        for i in layers
+    ]
+
+
+@pytest.mark.parametrize("name", ["paper-g32-lambda", "default"])
+def test_lambda_and_offset_follow_their_definitions(qwen, text, name):
+    recipe = get_recipe(name)
+    found = calibrate(qwen, text[0, :256], window=128, progress=False, recipe=recipe)
+    for layer, seen in enumerate(states(qwen, text[0, :256], 128)):
+        for which, x in seen.items():
+            mean = x.mean(1)
+            centred = x - mean[:, None] if recipe.offset else x
+            expected = 1 / rotate(centred, recipe, layer).abs().amax(1).clamp_min(1e-6)
+            torch.testing.assert_close(getattr(found, f"offset_{which}")[layer], mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(getattr(found, f"lambda_{which}")[layer], expected, rtol=1e-3, atol=0)
+
+
+def test_rotation_keeps_lengths_and_its_inverse_undoes_it():
+    x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(0))
+    y = rotate(x, get_recipe("default"), 2)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotate(y, get_recipe("default"), 2, inverse=True), x, rtol=1e-5, atol=1e-5)
+    assert (y - x).abs().max() > 0.1
+
+
+def test_a_saved_calibration_comes_back_whole(calibration, qwen, tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibration.save(path)
+    back = Calibration.load(path, qwen)
+    for part in ("lambda_k", "lambda_v", "offset_k", "offset_v"):
+        assert len(getattr(back, part)) == 4
+        for x, y in zip(getattr(back, part), getattr(calibration, part), strict=True):
+            assert torch.equal(x, y)
+    assert (back.recipe, back.model, back.text_sha256, back.tokens) == (
+        calibration.recipe,
+        calibration.model,
+        calibration.text_sha256,
+        256,
+    )
+
+
+def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "calibration.safetensors"
+    with pytest.raises(ValueError, match="no calibration file"):
+        Calibration.load(path)
+    calibration.save(path)
+    with pytest.raises(ValueError, match="another model"):
+        Calibration.load(path, gemma)
+    whole = path.read_bytes()
+    for length in (0, 7, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Calibration.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a halfbyte-calibration one"):
+        Calibration.load(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "halfbyte-calibration", "version": "9"})
+    with pytest.raises(ValueError, match="format version '9'; takes '1'"):
+        Calibration.load(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "halfbyte-calibration", "version": "1"})
+    with pytest.raises(ValueError, match="halfbyte-calibration file is damaged"):
+        Calibration.load(path)
+
+
+def test_a_calibration_for_another_rotation_is_refused(calibration):
+    calibration.check_recipe(get_recipe("paper-g32-lambda"))
+    with pytest.raises(ValueError, match="made with offset=False, the recipe has True"):
+        calibration.check_recipe(get_recipe("default"))
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_their_dtype(qwen, gemma):
+    from conftest import load
+
+    assert fingerprint(load("tiny-qwen", "bfloat16")) == fingerprint(qwen) != fingerprint(gemma)
+
+
+def test_watching_ends_with_its_block_even_on_an_error(qwen, text):
+    qwen.set_attn_implementation("sdpa")
+
+    def failing(layer, key, value):
+        raise KeyError("seen")
+
+    with pytest.raises(KeyError), watch_attention(qwen, failing):
+        qwen(text[:, :8], use_cache=False)
+    assert qwen.config._attn_implementation == "sdpa"
+    with watch_attention(qwen, lambda layer, key, value: (key, value)):
+        with pytest.raises(RuntimeError, match="another one is active"), watch_attention(qwen, failing):
+            pass
+        qwen(text[:, :8], use_cache=False)
+
+
+def test_sampled_text_depends_on_the_seed_alone(qwen):
+    first = sample_text(qwen, 100, seed=3, progress=False)
+    assert first.shape == (100,)
+    assert torch.equal(first, sample_text(qwen, 100, seed=3, progress=False))
+    assert not torch.equal(first, sample_text(qwen, 100, seed=4, progress=False))
+    with pytest.raises(ValueError, match="tokens: got 0"):
+        sample_text(qwen, 0)
+
+
+def test_too_short_a_text_is_refused(qwen):
+    with pytest.raises(ValueError, match="got 5 tokens"):
+        calibrate(qwen, torch.arange(5), progress=False)

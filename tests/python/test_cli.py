@@ -1,0 +1,221 @@
+"""The command line: help, rows and files as documented, and one clear line for every bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import MODELS
+from halfbyte import bench, cli, demo, results
+
+COMMANDS = (["demo"], ["bench", "attend"], ["bench", "encode"], ["bench", "generate"], ["eval"], ["calibrate"],
+            ["doctor"])  # fmt: skip
+GENERATE_KEYS = ["model", "dtype", "prefix", "fp_ms_per_token", "int4_ms_per_token", "fp_cache_bytes",
+                 "int4_cache_bytes"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    monkeypatch.setenv("HALFBYTE_MODELS", str(MODELS))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("HALFBYTE_TRACEBACK", raising=False)
+    # The machine's bandwidth takes a second to measure and is not what these tests are about.
+    monkeypatch.setattr(results, "BANDWIDTH_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 20)
+
+
+def run(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def run_rows(tmp_path, *words):
+    """The JSON document a command wrote."""
+    file = tmp_path / "rows.json"
+    outcome = run(*words, "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    document = json.loads(file.read_text())
+    assert list(document)[:4] == ["halfbyte", "commit", "machine", "command"]
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["read_gb_per_s"]["1"] > 0
+    return document
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_teaches_with_an_example(command):
+    outcome = run(*command, "--help")
+    assert outcome.exit_code == 0
+    assert "Example" in outcome.output
+    assert "halfbyte " + command[0] in outcome.output
+
+
+def test_help_does_not_import_torch():
+    code = ("import sys; from typer.testing import CliRunner; from halfbyte import cli; "
+            "assert CliRunner().invoke(cli.app, ['eval', '--help']).exit_code == 0; "
+            "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--text", "TEXT", "--recipe", "fp,none"], "'none'.*default.*no-offset.*paper-per-token.*k8v4.*fp"),
+        (["eval", "--text", "missing.txt"], "text: cannot read 'missing.txt': No such file"),
+        (["eval", "--text", "TEXT", "--calib", "missing.txt"], "calib: cannot read 'missing.txt'"),
+        (["eval", "--text", "TEXT", "--model", "./missing"], "model: no folder './missing'"),
+        (["eval", "--text", "TEXT", "--dtype", "int3"], "dtype: got 'int3'; takes one of float32"),
+        (["eval", "--text", "TEXT", "--windows", "99"], "text: has .* tokens, 99 windows of 2048"),
+        (["bench", "generate", "--recipe", "none"], "'none'.*default"),
+        (["bench", "generate", "--prefix", "12,x"], "prefix: got '12,x'; takes whole numbers"),
+        (["bench", "generate", "--prefix", "99999"], "prefix: 99999 and .* exceed the 32768 positions"),
+        (["bench", "attend", "--tokens", "0"], "tokens: got 0; takes numbers of at least 16"),
+        (["bench", "attend", "--heads", "5"], "heads: got 5; takes a multiple of kv_heads"),
+        (["bench", "attend", "--recipe", "paper-g32-lambda"], "recipe: one with lambda needs a calibration"),
+        (["bench", "encode", "--head-dim", "33", "--vectors", "4"], "33"),
+        (["bench", "encode", "--vectors", "0"], "vectors: got 0"),
+        (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
+        (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
+        (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
+        (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gives_one_line_and_status_2(tmp_path, monkeypatch, words, message):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A short text. " * 50)
+    outcome = run(*("text.txt" if word == "TEXT" else word for word in words))
+    assert outcome.exit_code == 2, outcome.output
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("halfbyte: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert "Traceback" not in outcome.output
+
+
+def test_eval_writes_its_rows(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the old mill, and the miller counts his sacks. " * 60)
+    document = run_rows(tmp_path, "eval", "--text", text, "--recipe", "fp,default", "--windows", 2, "--window", 128,
+                        "--seed", 5, "--quiet")  # fmt: skip
+    assert [list(row) for row in document["rows"]] == [["recipe", "ppl", "delta_ppl", "kl", "top1"]] * 2
+    assert [row["recipe"] for row in document["rows"]] == ["fp", "default"]
+    assert document["seeds"] == {"seed": 5}
+    assert document["rows"][0]["kl"] == 0 < document["rows"][1]["kl"]
+
+
+def test_bench_attend_writes_its_rows(tmp_path):
+    document = run_rows(tmp_path, "bench", "attend", "--tokens", "64,256", "--threads", "1,2", "--rounds", 1)
+    keys = ["backend", "tokens", "threads", "fp16_ns", "int4_ns", "sdpa_ns", "read_bandwidth_share"]
+    assert [list(row) for row in document["rows"]] == [keys] * 4
+    assert [(row["tokens"], row["threads"]) for row in document["rows"]] == [(64, 1), (64, 2), (256, 1), (256, 2)]
+    assert all(row[key] > 0 for row in document["rows"] for key in keys[3:])
+
+
+def test_bench_encode_writes_its_rows(tmp_path):
+    document = run_rows(tmp_path, "bench", "encode", "--head-dim", 96, "--vectors", 512, "--rounds", 1)
+    assert {"default", "no-search", "paper-per-token", "g16"} <= {row["recipe"] for row in document["rows"]}
+    assert "srht" not in {row["recipe"] for row in document["rows"]}  # 96 is no power of two
+    for row in document["rows"]:
+        assert list(row) == ["backend", "head_dim", "recipe", "ns_per_vector"]
+        assert row["ns_per_vector"] > 0
+
+
+def test_bench_generate_writes_its_rows(tmp_path):
+    document = run_rows(
+        tmp_path, "bench", "generate", "--prefix", "256,512", "--new-tokens", 2, "--rounds", 1, "--quiet"
+    )
+    assert [list(row) for row in document["rows"]] == [GENERATE_KEYS] * 2
+    for row in document["rows"]:
+        # 4 layers, K and V, 2 heads of 128 channels of bfloat16 a token; 2 + 2 tokens were decoded.
+        assert row["fp_cache_bytes"] == (row["prefix"] + 4) * 4 * 2 * 2 * 128 * 2
+        assert 0 < row["int4_cache_bytes"] < row["fp_cache_bytes"]
+
+
+def test_demo_shows_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SCORED_TOKENS", 128)
+    monkeypatch.setattr(demo, "SHOWN_TOKENS", 8)
+    file = tmp_path / "rows.json"
+    outcome = run("demo", "--model", "tiny-gemma", "--prefix", "64,300", "--quiet", "--json", file)
+    assert outcome.exit_code == 0, outcome.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [list(row) for row in rows] == [[*GENERATE_KEYS, "ppl_fp", "ppl_int4", "kl", "top1"]] * 2
+    for row in rows:
+        assert 0 < row["kl"] < 0.05
+        assert row["top1"] > 0.8
+        assert row["ppl_int4"] == pytest.approx(row["ppl_fp"], rel=0.05)
+    for shown in ("full cache", "packed cache", "of 8 tokens equal", "sampled from tiny-gemma (seed 0)"):
+        assert shown in outcome.output
+
+
+def test_calibrate_writes_a_file_that_loads(tmp_path, qwen):
+    from halfbyte.calibrate import Calibration
+
+    file = tmp_path / "c.safetensors"
+    outcome = run("calibrate", "--out", file, "--tokens", 64, "--quiet")
+    assert outcome.exit_code == 0, outcome.output
+    assert Calibration.load(file, qwen).tokens == 64
+
+
+def test_doctor_passes_here_and_fails_when_a_backend_is_wrong(tmp_path, monkeypatch):
+    from halfbyte import doctor
+
+    monkeypatch.setattr(doctor, "TAIL_TOKENS", (1, 33))
+    document = run_rows(tmp_path, "doctor", "--quiet")
+    assert all(row["ok"] for row in document["rows"])
+    assert {"reference: attention", "generate"} <= {row["check"] for row in document["rows"]}
+    exact = doctor._plain_attention
+    monkeypatch.setattr(doctor, "_plain_attention", lambda *args: -exact(*args))
+    outcome = run("doctor", "--quiet")
+    assert outcome.exit_code == 1
+    assert "NO" in outcome.output
+
+
+def test_held_bytes_counts_what_a_view_keeps_alive(gemma, text):
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=gemma.config)
+    with torch.inference_mode():
+        gemma.set_attn_implementation("sdpa")
+        gemma(text, past_key_values=cache, use_cache=True)
+    # All four layers hold the whole prompt: the sliding ones keep a view of it until the next token comes.
+    assert bench.held_bytes(cache) == 4 * 2 * 640 * 256 * 4
+
+
+def test_each_side_decodes_with_its_own_attention(gemma, text, monkeypatch):
+    from halfbyte.hf import Int4Cache
+
+    gemma.set_attn_implementation("sdpa")
+    seen = []
+    decode = bench.DecodeArm.decode
+    monkeypatch.setattr(
+        bench.DecodeArm,
+        "decode",
+        lambda arm, count: (
+            seen.append((type(arm.cache) is Int4Cache, gemma.config._attn_implementation)) or decode(arm, count)
+        ),
+    )
+    arms = {packed: bench.make_arm(gemma, text[0, :64], packed) for packed in (False, True)}
+    bench.decode_times(arms, new_tokens=2, rounds=2)
+    assert seen == [(False, "sdpa"), (True, "halfbyte")] * 3
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen", "tiny-gemma"])
+def test_the_bfloat16_model_is_the_one_that_loading_gives(name):
+    import torch
+
+    from halfbyte.models import load_model
+
+    ids = torch.arange(1, 40)[None]
+    converted, loaded = bench.load_in_dtypes(name)[0]["bfloat16"], load_model(name, "bfloat16")[0]
+    with torch.inference_mode():
+        assert torch.equal(converted(ids).logits, loaded(ids).logits)
+    assert converted.dtype is torch.bfloat16
+
+
+def test_a_failed_write_leaves_no_half_file(tmp_path):
+    with pytest.raises(ValueError, match=r"NaN|JSON"):
+        results.write_json(tmp_path / "rows.json", [{"x": float("nan")}], "command")
+    assert list(tmp_path.iterdir()) == []

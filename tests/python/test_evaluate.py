@@ -1,0 +1,133 @@
+"""Quality measurement: the measures against their formulas, and recipes against each other on a trained model."""
+
+import math
+
+import pytest
+import torch
+
+from halfbyte.calibrate import watch_attention
+from halfbyte.evaluate import Score, evaluate, logits_deployed, logits_packed, round_trip
+from halfbyte.recipes import RECIPES, get_recipe
+
+
+def test_score_is_perplexity_kl_and_agreement():
+    reference = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]).log() + 3.0  # logits are free up to a constant
+    other = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.1, 0.8]]).log()
+    score = Score()
+    score.add(reference, other, torch.tensor([0, 2]))
+    kl = 0.5 * math.log(2) - 0.25 * math.log(2) + 0.4 * math.log(2) + 0.6 * math.log(0.75)
+    assert score.kl == pytest.approx(kl, rel=1e-5)
+    assert score.ppl == pytest.approx(1 / math.sqrt(0.25 * 0.8), rel=1e-5)
+    assert (score.agreed, score.tokens) == (1, 2)
+
+
+def test_long_texts_are_scored_in_parts_that_add_up():
+    generator = torch.Generator().manual_seed(0)
+    reference, other = torch.randn(700, 50, generator=generator), torch.randn(700, 50, generator=generator)
+    targets = torch.randint(50, (700,), generator=generator)
+    score = Score()
+    score.add(reference, other, targets)
+    expected = torch.nn.functional.kl_div(other.log_softmax(-1), reference.log_softmax(-1), log_target=True,
+                                          reduction="sum")  # fmt: skip
+    assert score.kl == pytest.approx(expected.item(), rel=1e-4)
+    assert score.nll == pytest.approx(torch.nn.functional.cross_entropy(other, targets).item() * 700, rel=1e-5)
+
+
+def test_watching_changes_nothing_by_itself(model, text):
+    with torch.inference_mode():
+        model.set_attn_implementation("sdpa")
+        plain = model(text, use_cache=False).logits
+        with watch_attention(model, lambda layer, key, value: (key, value)):
+            assert torch.equal(model(text, use_cache=False).logits, plain)
+
+
+def test_round_trip_is_close_and_uses_the_offset_with_its_sign():
+    x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+    far = x + 100 * torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(1))
+    mean = far.mean(1).contiguous()
+    recipe = get_recipe("default")
+
+    def error(packed, exact):
+        return ((packed - exact).norm() / x.norm()).item()
+
+    assert error(round_trip(x, recipe, "k", 0), x) < 0.15
+    assert error(round_trip(far, recipe, "k", 0, mean), far) < 0.15
+    assert error(round_trip(far, recipe, "k", 0, -mean), far) > 1
+    assert error(round_trip(x, get_recipe("k8v4"), "k", 0), x) < 0.02
+
+
+def test_round_trip_divides_lambda_out_again():
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    lambda_ = torch.rand(1, 64, generator=torch.Generator().manual_seed(1)) + 0.5
+    recipe = get_recipe("paper-g32-lambda")
+    assert ((round_trip(x, recipe, "v", 0, None, lambda_) - x).norm() / x.norm()).item() < 0.2
+    with pytest.raises(ValueError, match="lambda_v of shape"):
+        round_trip(x, recipe, "v", 0, None, lambda_[:, :32])
+
+
+def test_the_full_cache_costs_nothing_and_the_ladder_has_its_order(qwen, text):
+    names = ["fp", "paper-per-token", "default", "k8v4"]
+    rows = {row["recipe"]: row for row in evaluate(qwen, text[0], names, 1, 512, progress=False)}
+    assert list(rows) == names
+    full = rows["fp"]
+    assert (full["delta_ppl"], full["kl"], full["top1"]) == (0.0, 0.0, 1.0)
+    assert rows["default"]["ppl"] == pytest.approx(full["ppl"] + rows["default"]["delta_ppl"])
+    assert 0 < rows["k8v4"]["kl"] < rows["default"]["kl"] < 0.03
+    assert rows["paper-per-token"]["kl"] > 0.3
+    assert rows["paper-per-token"]["delta_ppl"] > 10 * abs(rows["default"]["delta_ppl"])
+    assert rows["paper-per-token"]["top1"] < 0.7 < 0.85 < rows["default"]["top1"]
+
+
+def test_lambda_from_sampled_text_helps_the_paper_recipe(qwen, text, monkeypatch):
+    monkeypatch.setattr("halfbyte.evaluate.CALIBRATION_TOKENS", 1024)
+    rows = evaluate(qwen, text[0], ["paper-g32", "paper-g32-lambda"], 1, 256, progress=False)
+    assert rows[1]["kl"] < 0.8 * rows[0]["kl"]
+    given = evaluate(qwen, text[0], ["paper-g32-lambda"], 1, 256, calib_ids=text[0, 256:], progress=False)
+    assert given[0]["kl"] < 0.8 * rows[0]["kl"]
+    assert given[0]["kl"] != rows[1]["kl"]
+
+
+def test_sliding_layers_are_packed_too(gemma, text):
+    rows = evaluate(gemma, text[0], ["default", "paper-per-token"], 1, 512, progress=False)
+    assert 0 < rows[0]["kl"] < 0.02
+    assert rows[1]["kl"] > rows[0]["kl"]
+
+
+def test_as_deployed_is_exact_on_the_prompt_and_close_after_it(model, text):
+    with torch.inference_mode():
+        model.set_attn_implementation("sdpa")
+        plain = model(text, use_cache=False).logits[0]
+        deployed = logits_deployed(model, text[0], get_recipe("default"))
+        packed = logits_packed(model, text[0], get_recipe("default"))
+    torch.testing.assert_close(deployed[:256], plain[:256], rtol=1e-3, atol=1e-3)
+    after, spread = slice(256, None), plain[256:].std()
+    assert 0.005 * spread < (deployed[after] - plain[after]).std() < 0.2 * spread
+    assert (deployed[after] - packed[after]).abs().max() > 0  # the unfinished block stays raw here only
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_as_deployed_is_the_same_in_any_chunks(model, text):
+    with torch.inference_mode():
+        one, seven, many = (
+            logits_deployed(model, text[0, :330], get_recipe("default"), chunk=chunk) for chunk in (1, 7, 64)
+        )
+    # Block rule: the same codes are read; only the order of float sums and the 8-bit queries of a chunk may differ.
+    assert (seven - one).norm() < 0.02 * one.norm()
+    assert (many - one).norm() < 0.02 * one.norm()
+
+
+def test_evaluation_repeats_itself(qwen, text):
+    runs = [evaluate(qwen, text[0], ["default"], 1, 128, progress=False) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_bad_input_is_named(qwen, text):
+    with pytest.raises(ValueError, match=r"640 tokens, 3 windows of 256 take 768; 2 such windows fit"):
+        evaluate(qwen, text[0], ["default"], 3, 256)
+    with pytest.raises(ValueError, match="windows: got 0"):
+        evaluate(qwen, text[0], ["default"], 0, 256)
+    with pytest.raises(ValueError, match="window: got 8"):
+        evaluate(qwen, text[0], ["default"], 1, 8)
+    with pytest.raises(ValueError, match="'none'") as raised:
+        evaluate(qwen, text[0], ["none"], 1, 256)
+    assert all(name in str(raised.value) for name in [*RECIPES, "fp"])

@@ -1,0 +1,91 @@
+"""What a cache costs: bytes held, and the peak of a whole process that prefills and decodes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import MODELS, load
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache  # noqa: E402
+
+from halfbyte import Int4Cache  # noqa: E402
+
+# VmHWM rather than ru_maxrss: the latter starts at what the parent process held.
+CHILD = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, DynamicCache
+from halfbyte import Int4Cache
+
+torch.set_num_threads(2)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.bfloat16).eval()
+packed = sys.argv[1] == "int4"
+model.set_attn_implementation("halfbyte" if packed else "sdpa")
+cache = Int4Cache(model.config) if packed else DynamicCache(config=model.config)
+ids = torch.randint(5, 4000, (2, 8192), generator=torch.Generator().manual_seed(0))
+model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+assert cache.get_seq_length() == 8195
+status = Path("/proc/self/status")
+if status.exists():
+    print(int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024)
+else:
+    import resource
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_bytes(kind):
+    """Peak resident bytes of a process that runs CHILD, which says what; an assertion carries its errors."""
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, kind, str(MODELS / "tiny-qwen")], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    return int(child.stdout.split()[-1])
+
+
+@pytest.mark.memory
+@pytest.mark.slow
+def test_peak_of_8k_prefill_and_decode_is_below_dynamic_cache():
+    packed, dense = peak_bytes("int4"), peak_bytes("dynamic")
+    assert packed < dense, f"{packed / 2**20:.0f} MiB against {dense / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen", "tiny-gemma"])
+def test_cache_bytes_at_4096(name):
+    model = load(name, "bfloat16")
+    ids = torch.randint(5, 4000, (1, 4096), generator=torch.Generator().manual_seed(0))
+    held = {}
+    for attention, cache in (("sdpa", DynamicCache(config=model.config)), ("halfbyte", Int4Cache(model.config))):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            out = model(ids, past_key_values=cache, logits_to_keep=1)
+            model(out.logits.argmax(-1), past_key_values=cache)
+        held[attention] = cache
+    dense = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in held["sdpa"].layers)
+    assert dense / held["halfbyte"].nbytes >= 3.2
+
+
+def test_nbytes_counts_what_is_staged_and_what_the_library_holds():
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        hidden_size=64,
+    )
+    cache = Int4Cache(config)
+    assert cache.nbytes == 0
+    cache.layers[0].update_conv_state(torch.zeros(1, 8, 4))
+    assert cache.nbytes >= 8 * 4 * 4
+    before = cache.nbytes
+    config._attn_implementation = "halfbyte"
+    k = torch.randn(1, 1, 20, 32)
+    cache.update(k, k, 1)
+    assert cache.nbytes >= before + 2 * k.numel() * 4
