@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
+#include <functional>
 #include <new>
 #include <type_traits>
 
@@ -14,6 +14,7 @@ namespace {
 
 // fp16 scales reach 65504 · 8; a vector of 512 channels, offset included, stays under it when each value does this.
 constexpr float kLargestForHalfScales = 1e4f;
+constexpr float kLargestForFloatScales = 1e15f;   // squares of 512 such channels, rotated, stay finite in float
 
 using State = Layer::State;
 
@@ -67,6 +68,10 @@ const uint8_t* chunk_row(const State& s, const Chunk& chunk, Side side, int b, i
   return row_of(side == Side::k ? *chunk.k : *chunk.v, s.element_bytes(), b, head, token);
 }
 
+float largest_codable(const State& s) {
+  return s.config.recipe.scale_bits == 16 ? kLargestForHalfScales : kLargestForFloatScales;
+}
+
 // Whether one head's new tokens can be coded; writes the position of the first that cannot.
 bool head_is_codable(const State& s, const Chunk& chunk, Side side, int b, int head, float limit, size_t* where) {
   for (size_t t = 0; t < chunk.tokens; t++)
@@ -82,12 +87,14 @@ Status uncodable(const State& s, const Chunk& chunk, Side side, int b, int head,
                       std::to_string(head) + ", token " + std::to_string(s.length + t);
   float largest = largest_of(chunk_row(s, chunk, side, b, head, t), s.config.dtype, s.head_dim(side));
   if (!std::isfinite(largest)) return {Code::bad_value, where + " holds a NaN or an infinity; the cache is as before"};
-  return {Code::bad_value, where + " holds " + std::to_string(largest) +
-                               ": scale_bits=16 codes values up to 10000, use scale_bits=32; the cache is as before"};
+  const char* range = s.config.recipe.scale_bits == 16 ? "16 codes values up to 10000, use scale_bits=32"
+                                                       : "32 codes values up to 1e15";
+  return {Code::bad_value, where + " holds " + std::to_string(largest) + ": scale_bits=" + range +
+                               "; the cache is as before"};
 }
 
 Status check_values(const State& s, const Chunk& chunk) {
-  const float limit = s.config.recipe.scale_bits == 16 ? kLargestForHalfScales : std::numeric_limits<float>::max();
+  const float limit = largest_codable(s);
   const size_t heads = s.config.kv_heads, rows = 2 * heads * chunk.batch;
   std::atomic<bool> all_good = true;
   auto check = [&](size_t row, size_t* where) {
@@ -101,7 +108,7 @@ Status check_values(const State& s, const Chunk& chunk) {
   if (chunk.tokens < 64) {   // a decode step: not worth waking threads for
     for (size_t row = 0; row < rows; row++) quick(row);
   } else {
-    parallel_for(rows, quick);
+    parallel_for(rows, std::ref(quick));
   }
   for (size_t row = 0, where = 0; !all_good && row < rows; row++)
     if (!check(row, &where))
@@ -162,18 +169,19 @@ void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head
 }
 
 void fix_offset(State& s, const Chunk& chunk) {
-  auto fill = [&](Side side, const std::vector<float>& given, std::vector<float>& to) {
+  auto fill = [&](Side side, const std::vector<float>& given) {
     const size_t d = s.head_dim(side), heads = s.config.kv_heads;
     std::vector<float> mu(chunk.batch * heads * d);
-    parallel_for(chunk.batch * heads, [&](size_t row) {
+    auto fill_row = [&](size_t row) {
       const size_t head = row % heads;
       if (given.empty()) mean_of_head(s, chunk, side, (int)(row / heads), (int)head, &mu[row * d]);
       else std::copy_n(&given[head * d], d, &mu[row * d]);
-    });
-    to = std::move(mu);
+    };
+    parallel_for(chunk.batch * heads, std::ref(fill_row));
+    return mu;
   };
-  fill(Side::k, s.given_k, s.offset_k);
-  fill(Side::v, s.given_v, s.offset_v);
+  std::vector<float> offset_k = fill(Side::k, s.given_k), offset_v = fill(Side::v, s.given_v);
+  s.offset_k.swap(offset_k), s.offset_v.swap(offset_v);
   s.offset_ready = true;
   s.tail_counted = {};
 }
@@ -222,7 +230,7 @@ void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
   const size_t first_block = from / kBlockTokens, blocks = (to - 1) / kBlockTokens + 1 - first_block;
   constexpr size_t kBlocksEach = 8;   // blocks a task
   const size_t parts = (blocks + kBlocksEach - 1) / kBlocksEach;
-  parallel_for(heads * parts, [&](size_t task) {
+  auto pack_part = [&](size_t task) {
     const int b = (int)(task / parts / s.config.kv_heads), head = (int)(task / parts % s.config.kv_heads);
     const size_t begin = first_block + task % parts * kBlocksEach, end = std::min(begin + kBlocksEach, first_block + blocks);
     for (size_t block = begin; block < end; block++) {
@@ -230,7 +238,8 @@ void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
       pack_block(s, chunk, Side::k, b, head, lo, hi);
       pack_block(s, chunk, Side::v, b, head, lo, hi);
     }
-  });
+  };
+  parallel_for(heads * parts, std::ref(pack_part));   // std::ref: a std::function of it needs no memory
 }
 
 // Fills raw storage with tokens [from, to), slot 0 = `from`.
@@ -278,7 +287,7 @@ void drop_pages_behind_window(State& s) {
 
 }  // namespace
 
-Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted) {
+Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted) try {
   State& s = *state_;
   const Chunk chunk{&k, &v, batch, tokens, counted};
   if (Status status = check_shape(s, chunk); !status.ok()) return status;
@@ -290,46 +299,44 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   const size_t packed_end = std::max(std::min(filled, std::max(length, sink)), s.raw_start(length - 1));
   const size_t packed_from = s.packed_end;
   const size_t capacity = kBlockTokens + (size_t)s.config.recipe.raw_window;
-  try {
-    if (!s.batch) s.batch = batch;   // make_raw sizes by it
-    RawTokens sinks, tail, before;
-    const bool moves = packed_end != packed_from || !s.tail.capacity;
-    if (moves) tail = s.make_raw(capacity);
-    if (sink && s.length < sink) sinks = s.make_raw(sink);
-    // Only queries of several tokens look back at the tail as it was.
-    const bool keep_before = tokens > 1 && s.length > packed_from;
-    if (keep_before && !moves) before = s.tail;
-    drop_pages_behind_window(s);
-    std::vector<std::vector<Page>> pages = pages_for(s, batch, packed_from, packed_end);
-    // Nothing below allocates except the offset, which comes first.
-    if (packed_end != packed_from && !s.offset_ready) fix_offset(s, chunk);
-    else if (!s.offset_ready) remember_counted(s, chunk, std::max(capacity + sink, (size_t)1));
-    s.pages.swap(pages);
-    pages.clear();
-    pack(s, chunk, packed_from, packed_end);
-    if (sinks.capacity) {
-      copy_raw(s, chunk, 0, std::min(sink, length), sinks);
-      s.sinks = std::move(sinks);
-    }
-    s.before = {};
-    if (moves) {
-      if (length > packed_end) copy_raw(s, chunk, packed_end, length, tail);
-      if (keep_before) before = std::move(s.tail);
-      s.tail = std::move(tail);
-    } else {
-      extend_tail(s, chunk, packed_end);
-    }
-    s.before = std::move(before);
-  } catch (const std::bad_alloc&) {
-    if (!s.length) s.batch = 0;
-    return {Code::out_of_memory, "out of memory in append; the cache is as before"};
+  if (!s.batch) s.batch = batch;   // make_raw sizes by it
+  RawTokens sinks, tail, before;
+  const bool moves = packed_end != packed_from || !s.tail.capacity;
+  if (moves) tail = s.make_raw(capacity);
+  if (sink && s.length < sink) sinks = s.make_raw(sink);
+  // Only queries of several tokens look back at the tail as it was.
+  const bool keep_before = tokens > 1 && s.length > packed_from;
+  if (keep_before && !moves) before = s.tail;
+  std::vector<std::vector<Page>> pages = pages_for(s, batch, packed_from, packed_end);
+  if (packed_end != packed_from && !s.offset_ready) fix_offset(s, chunk);
+  else if (!s.offset_ready) remember_counted(s, chunk, std::max(capacity + sink, (size_t)1));
+  // Nothing below allocates.
+  s.pages.swap(pages);
+  pages.clear();
+  drop_pages_behind_window(s);
+  pack(s, chunk, packed_from, packed_end);
+  if (sinks.capacity) {
+    copy_raw(s, chunk, 0, std::min(sink, length), sinks);
+    s.sinks = std::move(sinks);
   }
+  s.before = {};
+  if (moves) {
+    if (length > packed_end) copy_raw(s, chunk, packed_end, length, tail);
+    if (keep_before) before = std::move(s.tail);
+    s.tail = std::move(tail);
+  } else {
+    extend_tail(s, chunk, packed_end);
+  }
+  s.before = std::move(before);
   s.before_start = std::min(packed_from, s.length);
   if (packed_from % kBlockTokens) s.before_start = std::min(filled, length);   // those tokens exist packed only
   s.chunk_start = s.length;
   s.packed_end = packed_end;
   s.length = length;
   return {};
+} catch (const std::bad_alloc&) {
+  if (!state_->length) state_->batch = 0;
+  return out_of_memory();
 }
 
 }  // namespace halfbyte

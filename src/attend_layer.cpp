@@ -1,7 +1,9 @@
 // Layer::attend and RawCache::attend: which rows see which tokens, the split over threads, and the merge.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <new>
 
 #include "attend.h"
@@ -162,14 +164,20 @@ Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
     const int first_row = part * rows_each;
     return Tile{plan, b, head, first_row, std::min(rows_each, plan.rows() - first_row), q, {{}, {}, acc, plan.acc_stride()}};
   };
-  parallel_for(tiles * splits, [&](size_t task) {
+  std::atomic<bool> failed = false;
+  auto attend_task = [&](size_t task) {
     alignas(64) float q[kMaxRows * kMaxHeadDim], local[kMaxRows * kMaxHeadDim];
     const size_t split = task % splits;
     Tile tile = tile_of(task / splits, q, splits > 1 ? &partials.acc[task * acc_size] : local);
     if (tile.n <= 0) return;
     load_queries(tile);
     start(tile.state, tile.n);
-    attend_tile(tile, split, splits);
+    try {
+      attend_tile(tile, split, splits);
+    } catch (const std::bad_alloc&) {   // a task may not throw: its thread could be a worker
+      failed = true;
+      return;
+    }
     for (int r = 0; r < tile.n; r++) {
       if (splits > 1) {
         partials.max[task * rows_each + r] = tile.state.max[r];
@@ -178,7 +186,9 @@ Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
         store_row(tile, r, tile.state.max[r], tile.state.sum[r], local + r * plan.acc_stride());
       }
     }
-  });
+  };
+  parallel_for(tiles * splits, std::ref(attend_task));
+  if (failed) return out_of_memory();
   for (size_t i = 0; splits > 1 && i < tiles; i++) {
     Tile tile = tile_of(i, nullptr, nullptr);
     for (int r = 0; r < tile.n; r++) {
@@ -192,7 +202,7 @@ Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
   }
   return {};
 } catch (const std::bad_alloc&) {
-  return {Code::out_of_memory, "out of memory in attend; the cache is as before"};
+  return out_of_memory();
 }
 
 // The split's share of [begin, end), cut where `unit` divides.
@@ -351,7 +361,7 @@ Status RawCache::append(const View& k, const View& v, int batch, size_t tokens) 
   s.length += tokens;
   return {};
 } catch (const std::bad_alloc&) {
-  return {Code::out_of_memory, "out of memory in append; the cache is as before"};
+  return out_of_memory();
 }
 
 Status RawCache::attend(const AttendArgs& args) {

@@ -68,6 +68,8 @@ extern const Backend kReferenceBackend = {"reference",      always,           kM
 
 const Backend& current_backend() { return *chosen().load(std::memory_order_relaxed); }
 
+const Backend* backend_at(int i) { return i >= 0 && (size_t)i < std::size(kBackends) ? kBackends[i] : nullptr; }
+
 std::vector<BackendInfo> backends() {
   std::vector<BackendInfo> list;
   for (const Backend* backend : kBackends) list.push_back({backend->name, backend->supported()});

@@ -94,6 +94,7 @@ struct Backend {
 };
 
 const Backend& current_backend();
+const Backend* backend_at(int i);   // best first; null past the end
 
 extern const Backend kReferenceBackend;
 extern const Backend kScalarBackend;

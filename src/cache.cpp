@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <new>
 #include <set>
+#include <tuple>
 
 #include "encode.h"
 #include "threads.h"
@@ -80,7 +82,7 @@ Layer::~Layer() = default;
 Layer::Layer(Layer&&) noexcept = default;
 Layer& Layer::operator=(Layer&&) noexcept = default;
 
-Result<Layer> Layer::create(const LayerConfig& config) {
+Result<Layer> Layer::create(const LayerConfig& config) try {
   if (config.kv_heads < 1) return bad("kv_heads is " + std::to_string(config.kv_heads) + "; it takes 1 or more");
   if (config.sliding_window < 0 || config.sliding_window == 1)
     return bad("sliding_window is " + std::to_string(config.sliding_window) + "; it takes 0 (none) or 2 and more");
@@ -95,15 +97,21 @@ Result<Layer> Layer::create(const LayerConfig& config) {
   s.packed_end = s.sink_tokens();
   s.offset_ready = !config.recipe.offset;
   return layer;
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
-void Layer::reset() {
-  Result<Layer> fresh = create(state_->config);
-  State& s = *fresh.value().state_;
-  for (auto member : {&State::lambda_k, &State::lambda_v, &State::inverse_lambda_k, &State::inverse_lambda_v})
-    s.*member = std::move((*state_).*member);
-  s.record_past = state_->record_past;
-  *this = std::move(fresh.value());
+void Layer::reset() {   // allocates nothing: it cannot fail
+  State& s = *state_;
+  State fresh;
+  fresh.config = s.config, fresh.format = s.format, fresh.record_past = s.record_past;
+  fresh.packed_end = s.sink_tokens();
+  fresh.offset_ready = !s.config.recipe.offset;
+  fresh.rotation_k = std::move(s.rotation_k), fresh.rotation_v = std::move(s.rotation_v);
+  for (auto member : {&State::given_k, &State::given_v, &State::lambda_k, &State::lambda_v, &State::inverse_lambda_k,
+                      &State::inverse_lambda_v})
+    fresh.*member = std::move(s.*member);
+  s = std::move(fresh);
 }
 
 Status Layer::crop(size_t length) {
@@ -113,9 +121,10 @@ Status Layer::crop(size_t length) {
     reset();
     return {};
   }
-  if (length < s.first)
+  // The next query, at `length`, sees window − 1 tokens before itself: those must still be held.
+  if (s.first > 0 && length < s.first + s.config.sliding_window - 1)
     return bad("crop to " + std::to_string(length) + " tokens, but a sliding layer has dropped the tokens before " +
-               std::to_string(s.first) + "; call record_past first");
+               std::to_string(s.first) + ", which the next query would see; call record_past first");
   s.length = length;
   // Codes stay codes: what is left of a packed block is never unpacked.
   s.packed_end = std::max(std::min(s.packed_end, length), s.sink_tokens());
@@ -143,7 +152,7 @@ Status Layer::select(const std::vector<size_t>& rows) {
     s.offset_k.swap(offset_k), s.offset_v.swap(offset_v), s.tail_counted.swap(counted);
     s.batch = (int)rows.size();
   } catch (const std::bad_alloc&) {
-    return {Code::out_of_memory, "out of memory in select; the cache is as before"};
+    return out_of_memory();
   }
   return {};
 }
@@ -152,37 +161,47 @@ Status Layer::copy_from(const Layer& other) {
   try {
     state_ = std::make_unique<State>(*other.state_);
   } catch (const std::bad_alloc&) {
-    return {Code::out_of_memory, "out of memory in copy"};
+    return out_of_memory();
   }
   return {};
 }
 
-Status Layer::set_offset(const float* k, const float* v) {
+Status Layer::set_offset(const float* k, const float* v) try {
   State& s = *state_;
+  auto given = [&](const float* from, int d, const std::vector<float>& before) {
+    return from ? std::vector<float>(from, from + (size_t)s.config.kv_heads * d) : before;
+  };
   if (!s.config.recipe.offset) return bad("set_offset on a recipe without offset");
   if (s.packed_end > s.sink_tokens()) return bad("set_offset after tokens were packed; set it before");
-  if (k) s.given_k.assign(k, k + (size_t)s.config.kv_heads * s.config.head_dim_k);
-  if (v) s.given_v.assign(v, v + (size_t)s.config.kv_heads * s.config.head_dim_v);
+  std::vector<float> given_k = given(k, s.config.head_dim_k, s.given_k), given_v = given(v, s.config.head_dim_v, s.given_v);
+  s.given_k.swap(given_k), s.given_v.swap(given_v);
   return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
-Status Layer::set_lambda(const float* k, const float* v) {
+Status Layer::set_lambda(const float* k, const float* v) try {
   State& s = *state_;
   if (!s.config.recipe.lambda) return bad("set_lambda on a recipe without lambda");
   if (s.packed_end > s.sink_tokens()) return bad("set_lambda after tokens were packed; set it before");
   for (auto [from, d] : {std::pair{k, s.config.head_dim_k}, std::pair{v, s.config.head_dim_v}})
     for (int i = 0; from && i < s.config.kv_heads * d; i++)
       if (!(from[i] >= 1e-6f) || std::isinf(from[i])) return bad("lambda holds a value below 1e-6 or not finite");
-  if (k) s.lambda_k.assign(k, k + (size_t)s.config.kv_heads * s.config.head_dim_k);
-  if (v) s.lambda_v.assign(v, v + (size_t)s.config.kv_heads * s.config.head_dim_v);
-  s.inverse_lambda_k = inverse_of(s.lambda_k), s.inverse_lambda_v = inverse_of(s.lambda_v);
+  for (auto [from, d, lambda, inverse] : {std::tuple{k, s.config.head_dim_k, &s.lambda_k, &s.inverse_lambda_k},
+                                          std::tuple{v, s.config.head_dim_v, &s.lambda_v, &s.inverse_lambda_v}}) {
+    if (!from) continue;
+    std::vector<float> given(from, from + (size_t)s.config.kv_heads * d), inverse_given = inverse_of(given);
+    lambda->swap(given), inverse->swap(inverse_given);
+  }
   return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
-Status Layer::decode(float* k_out, float* v_out) const {
+Status Layer::decode(float* k_out, float* v_out) const try {
   const State& s = *state_;
   const size_t visible = s.length - s.first, sink = std::min(s.sink_tokens(), s.length);
-  parallel_for((size_t)s.batch * s.config.kv_heads * 2, [&](size_t task) {
+  auto decode_head = [&](size_t task) {
     const Side side = task % 2 ? Side::v : Side::k;
     const int row = (int)(task / 2), b = row / s.config.kv_heads, head = row % s.config.kv_heads, d = s.head_dim(side);
     float* out = (side == Side::k ? k_out : v_out) + (size_t)row * visible * d;
@@ -193,7 +212,7 @@ Status Layer::decode(float* k_out, float* v_out) const {
     };
     raw(s.sinks, 0, sink, 0);
     const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
-    std::vector<float> block((size_t)kBlockTokens * d);
+    alignas(64) float block[kBlockTokens * kMaxHeadDim];
     for (size_t t = std::max(s.sink_tokens(), s.first) / kBlockTokens * kBlockTokens; t < s.packed_end; t += kBlockTokens) {
       const uint8_t* page = s.page_head(b, t, head);
       const int at = (int)(t % kPageTokens / kBlockTokens);
@@ -201,13 +220,16 @@ Status Layer::decode(float* k_out, float* v_out) const {
                                 s.offset_of(side, b, head), s.lambda_of(side, head, true),
                                 page + (side == Side::k ? k_codes_at(s.format, at) : v_codes_at(s.format, at)),
                                 page + (side == Side::k ? k_scales_at(s.format, at) : v_scales_at(s.format, at)),
-                                block.data()});
+                                block});
       for (size_t i = std::max(t, s.first); i < std::min(t + kBlockTokens, s.packed_end); i++)
         std::copy_n(&block[(i - t) * d], d, &out[(i - s.first) * d]);
     }
     raw(s.tail, s.packed_end, s.length, s.packed_end);
-  });
+  };
+  parallel_for((size_t)s.batch * s.config.kv_heads * 2, std::ref(decode_head));
   return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
 size_t Layer::bytes() const {

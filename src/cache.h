@@ -15,6 +15,9 @@ namespace halfbyte {
 using Page = std::shared_ptr<uint8_t>;
 Page make_page(size_t bytes);   // throws std::bad_alloc
 
+// Short enough to sit inside the string: reporting it needs no memory.
+inline Status out_of_memory() { return {Code::out_of_memory, "out of memory"}; }
+
 // K and V of a few tokens as they came: [batch][kv_heads][capacity][head_dim] each.
 struct RawTokens {
   std::vector<uint8_t> k, v;

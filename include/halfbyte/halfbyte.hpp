@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,11 +35,11 @@ class [[nodiscard]] Result {
   Result(Status status) : status_(std::move(status)) {}
   bool ok() const { return status_.ok(); }
   const Status& status() const { return status_; }
-  T& value() { return value_; }
+  T& value() { return *value_; }
 
  private:
   Status status_;
-  T value_{};
+  std::optional<T> value_;
 };
 
 enum class Dtype { float32, float16, bfloat16 };

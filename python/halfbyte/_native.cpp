@@ -233,6 +233,8 @@ void bind_vectors(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // The named recipes live as long as the process; nanobind would report them as leaked at exit.
+  nb::set_leak_warnings(false);
   m.attr("version") = version();
   m.attr("commit") = commit();
   m.def("backends", [] {

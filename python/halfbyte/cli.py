@@ -73,11 +73,13 @@ def report(title, rows, json_file, seeds, caption=None, extra=None):
         write_json(json_file, rows, command_line(), seeds=seeds)
 
 
-def begin(file, argument="json") -> None:
+def begin(file, argument="json", timed=False) -> None:
     """What every command checks before it starts."""
-    from .results import check_writable
+    from .results import check_writable, warn_if_busy
 
     check_writable(file, argument)
+    if timed:
+        warn_if_busy()
 
 
 @app.callback(invoke_without_command=True)
@@ -116,7 +118,7 @@ def demo(
 
     Example: `halfbyte demo --model tiny-qwen --prefix 256,4096 --json demo.json`
     """
-    begin(json_file)
+    begin(json_file, timed=True)
     prefixes = whole_numbers(prefix, "prefix", 16)
     from .demo import MODELS, SCORED_TOKENS, demo_model
 
@@ -184,7 +186,7 @@ def attend(
 
     Example (Gemma's geometry): `halfbyte bench attend --heads 4 --kv-heads 1 --head-dim 256 --tokens 4096 --threads 2`
     """
-    begin(json_file)
+    begin(json_file, timed=True)
     sizes, counts = whole_numbers(tokens, "tokens", 16), whole_numbers(threads, "threads")
     from .bench import bench_attend
 
@@ -212,7 +214,7 @@ def encode(
 
     Example: `halfbyte bench encode --head-dim 256 --vectors 65536`
     """
-    begin(json_file)
+    begin(json_file, timed=True)
     from .bench import bench_encode
 
     rows = bench_encode(head_dim, vectors, rounds, seed)
@@ -238,7 +240,7 @@ def generate(
 
     Example: `halfbyte bench generate --model tiny-gemma --prefix 4096,16384 --json generate.json`
     """
-    begin(json_file)
+    begin(json_file, timed=True)
     prefixes = whole_numbers(prefix, "prefix", 16)
     from .bench import bench_generate
 

@@ -1,16 +1,24 @@
 """Int4Cache: a transformers cache that holds K and V in 4 bits, for model.generate(past_key_values=...)."""
 
 import copy
+from pathlib import Path
 
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
 
+from . import _native
 from .layer import Int4Layer, Shared, tensor_bytes
 from .recipes import get_recipe
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
 
 __all__ = ["Int4Cache", "Int4Layer"]
+
+# PyTorch's own OpenMP threads, where its build carries a GNU one: they spin between operations, and threads of ours
+# would compete with them for the same cores (docs/decisions/threads.md).
+for _path in Path(torch.__file__).parent.glob("lib/libgomp*.so*"):
+    if _native.use_openmp(str(_path)):
+        break
 
 
 class Int4Cache(DynamicCache):

@@ -46,6 +46,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def load_average() -> float:
+    """Processes that wanted a core over the last minute, 0 where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+
+
+def warn_if_busy() -> None:
+    """Says on stderr, before anything is timed, that other work on the machine will show in the times."""
+    load, cores = load_average(), usable_cores()
+    if load > cores / 2:
+        print(f"halfbyte: other work keeps this machine busy (load {load} on {cores} cores): times will show it",
+              file=sys.stderr)  # fmt: skip
+
+
 def machine_facts() -> dict:
     """What a number depends on: processor, cores, memory, system, versions and read bandwidth (GB/s, all cores)."""
     from . import _native
@@ -55,6 +68,7 @@ def machine_facts() -> dict:
         "cpu": cpu_model(),
         "cores": cores,
         "memory_bytes": memory_bytes(),
+        "load_average": load_average(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "backend": _native.backend(),
