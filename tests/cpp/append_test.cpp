@@ -1,0 +1,304 @@
+// Appending: any chunking gives identical bytes, blocks pack when the rule says, the offset, and input that is refused.
+#include <array>
+#include <numeric>
+#include <tuple>
+
+#include "testing.h"
+
+namespace halfbyte {
+namespace {
+
+using namespace testing;
+
+// Random cuts of [0, tokens].
+std::vector<size_t> cuts(Random& random, size_t tokens) {
+  std::vector<size_t> at = {0};
+  const int largest = 1 + random.below(40);
+  while (at.back() < tokens) at.push_back(std::min(tokens, at.back() + 1 + random.below(largest)));
+  return at;
+}
+
+TEST(Append, AnyChunkingGivesIdenticalBytes) {
+  Random random;
+  for (const std::string& name : fast_backends())
+    for (int form = 0; form < 12; form++) {
+      UseBackend use(name);
+      Recipe recipe;
+      recipe.k.bits = form % 2 ? 4 : 8, recipe.k.group = form % 3 ? 32 : 16;
+      recipe.sink_tokens = form % 4 == 1 ? 32 : 0, recipe.raw_window = form % 4 == 2 ? 32 : 0;
+      recipe.offset = form != 5;
+      const int d = std::array{64, 80, 18}[form % 3];
+      const Dtype dtype = form % 5 ? Dtype::float32 : Dtype::bfloat16;
+      const size_t tokens = 140 + random.below(70);
+      const Array k = random_array(random, 2, 2, tokens, d, dtype), v = random_array(random, 2, 2, tokens, d, dtype);
+      const Array q = random_array(random, 2, 4, 1, d, dtype);
+      const std::vector<float> mu = random.normals(2 * d);
+      auto build = [&](const std::vector<size_t>& at) {
+        Layer layer = make_layer(config_of(2, d, dtype, recipe));
+        if (recipe.offset) must(layer.set_offset(mu.data(), mu.data()));   // else the first chunk's size decides μ
+        for (size_t i = 1; i < at.size(); i++) must(append(layer, k, v, at[i - 1], at[i]));
+        return layer;
+      };
+      Layer whole = build({0, tokens});
+      std::vector<size_t> singly(tokens + 1);
+      std::iota(singly.begin(), singly.end(), 0);
+      for (const std::vector<size_t>& at : {singly, cuts(random, tokens), cuts(random, tokens)}) {
+        Layer parts = build(at);
+        EXPECT_EQ(parts.length(), whole.length());
+        EXPECT_EQ(parts.packed_tokens(), whole.packed_tokens());
+        EXPECT_TRUE(same_bits(decode(parts), decode(whole))) << name << " form " << form;
+        EXPECT_TRUE(same_bits(attend(parts, q), attend(whole, q))) << name << " form " << form;
+      }
+    }
+}
+
+TEST(Append, ABlockIsPackedWhenAQueryHasLeftIt) {
+  for (int sinks : {0, 32})
+    for (int window : {0, 16}) {
+      Recipe recipe;
+      recipe.sink_tokens = sinks, recipe.raw_window = window;
+      Layer layer = make_layer(config_of(1, 32, Dtype::float32, recipe));
+      Random random;
+      const Array k = random_array(random, 1, 1, 150, 32), v = random_array(random, 1, 1, 150, 32);
+      for (size_t n = 1; n <= 150; n++) {
+        must(append(layer, k, v, n - 1, n));
+        const int packed = (int)((n - 1) / 16 * 16) - sinks - window;   // the block of the newest token stays raw
+        ASSERT_EQ(layer.packed_tokens(), (size_t)std::max(0, packed)) << n;
+        ASSERT_EQ(layer.length(), n);
+        ASSERT_EQ(layer.visible(), n);
+      }
+    }
+}
+
+TEST(Append, StridesAreFollowed) {
+  Random random;
+  const Array k = random_array(random, 2, 3, 50, 32), v = random_array(random, 2, 3, 50, 32);
+  // [batch, token, head, d], as projections give it, with a gap behind each head.
+  const int wide = 40;
+  std::vector<float> k_rows(2 * 50 * 3 * wide, NAN), v_rows(2 * 50 * 3 * wide, NAN);
+  for (int b = 0; b < 2; b++)
+    for (int h = 0; h < 3; h++)
+      for (int t = 0; t < 50; t++)
+        for (int c = 0; c < 32; c++) {
+          const size_t at = (((size_t)b * 50 + t) * 3 + h) * wide + c;
+          k_rows[at] = k.get(b, h, t, c), v_rows[at] = v.get(b, h, t, c);
+        }
+  Layer plain = make_layer(config_of(3, 32)), strided = make_layer(config_of(3, 32));
+  must(append(plain, k, v));
+  must(strided.append({k_rows.data(), 50 * 3 * wide, wide, 3 * wide}, {v_rows.data(), 50 * 3 * wide, wide, 3 * wide}, 2, 50));
+  EXPECT_TRUE(same_bits(decode(plain), decode(strided)));
+}
+
+// ---- the offset
+
+// Error of what a layer holds against what it was given, root mean square a channel.
+double error_of_layer(const Layer& layer, const Array& k, size_t from, size_t to) {
+  const Decoded held = decode(layer);
+  double sum = 0.0;
+  for (size_t t = from; t < to; t++)
+    for (int c = 0; c < k.d; c++) sum += std::pow((double)held.k.get(0, 0, t, c) - k.get(0, 0, t, c), 2);
+  return std::sqrt(sum / (double)((to - from) * k.d));
+}
+
+Array biased(Random& random, size_t tokens, float bias) {
+  Array x = random_array(random, 1, 1, tokens, 64);
+  for (size_t t = 0; t < tokens; t++)
+    for (int c = 0; c < 64; c++) x.set(0, 0, t, c, x.get(0, 0, t, c) + (c % 3 ? bias : -bias));
+  return x;
+}
+
+TEST(Append, OffsetIsTheMeanOverTheFirstPrefill) {
+  Random random;
+  const Array k = biased(random, 100, 500.0f);
+  Layer layer = make_layer(config_of(1, 64));
+  EXPECT_FALSE(layer.has_offset());
+  must(append(layer, k, k, 0, 10));
+  EXPECT_FALSE(layer.has_offset());
+  must(append(layer, k, k, 10, 100));
+  EXPECT_TRUE(layer.has_offset());
+  EXPECT_LT(error_of_layer(layer, k, 0, 96), 0.15);   // 4 bits of spread 1: 0.08
+}
+
+TEST(Append, OffsetIsFixedOnce) {
+  Random random;
+  const Array near = biased(random, 33, 0.0f), far = biased(random, 40, 500.0f);
+  Layer layer = make_layer(config_of(1, 64));
+  must(append(layer, near, near));
+  const Decoded before = decode(layer);
+  must(append(layer, far, far));
+  const Decoded after = decode(layer);
+  for (size_t t = 0; t < 32; t++)
+    for (int c = 0; c < 64; c++) ASSERT_EQ(before.k.get(0, 0, t, c), after.k.get(0, 0, t, c));
+  EXPECT_GT(error_of_layer(layer, far, 0, 0 + 1), 100.0);   // token 0 is `near`: a sanity check of the helper
+}
+
+TEST(Append, PaddingIsNotCounted) {
+  Random random;
+  for (size_t first : {1, 20, 60}) {   // padding may come before, or with, the append that fixes the offset
+    Array k = biased(random, 60, 500.0f);
+    std::vector<uint8_t> counted(60, 1);
+    for (size_t t = 0; t < 12; t++) {
+      counted[t] = 0;
+      for (int c = 0; c < 64; c++) k.set(0, 0, t, c, -3000.0f);
+    }
+    Layer layer = make_layer(config_of(1, 64)), fooled = make_layer(config_of(1, 64));
+    for (auto [from, to] : {std::pair<size_t, size_t>{0, first}, {first, 60}}) {
+      if (from == to) continue;
+      must(layer.append(k.view(from), k.view(from), 1, to - from, counted.data() + from));
+      must(fooled.append(k.view(from), k.view(from), 1, to - from));
+    }
+    EXPECT_LT(error_of_layer(layer, k, 16, 48), 0.3) << first;
+    if (first != 20) {
+      EXPECT_GT(error_of_layer(fooled, k, 16, 48), 1.0) << first;
+    }
+  }
+}
+
+TEST(Append, AllPaddingIsCountedRatherThanNothing) {
+  Random random;
+  const Array k = biased(random, 40, 500.0f);
+  const std::vector<uint8_t> counted(40, 0);
+  Layer layer = make_layer(config_of(1, 64));
+  must(layer.append(k.view(), k.view(), 1, 40, counted.data()));
+  EXPECT_LT(error_of_layer(layer, k, 0, 32), 0.15);
+}
+
+TEST(Append, GivenOffsetHoldsForOneSideAndUntilPacking) {
+  Random random;
+  const Array k = biased(random, 40, 500.0f);
+  std::vector<float> mu;
+  for (int c = 0; c < 64; c++) mu.push_back(c % 3 ? 500.0f : -500.0f);
+  Layer layer = make_layer(config_of(1, 64));
+  must(append(layer, k, k, 0, 16));
+  must(layer.set_offset(mu.data(), nullptr));   // V's is still found by itself
+  must(append(layer, k, k, 16, 40));
+  EXPECT_LT(error_of_layer(layer, k, 0, 32), 0.15);
+  const Status late = layer.set_offset(mu.data(), mu.data());
+  EXPECT_EQ(late.code(), Code::bad_argument);
+  EXPECT_NE(late.message().find("after tokens were packed"), std::string::npos) << late.message();
+  Recipe without;
+  without.offset = false;
+  Layer bare = make_layer(config_of(1, 64, Dtype::float32, without));
+  EXPECT_EQ(bare.set_offset(mu.data(), mu.data()).code(), Code::bad_argument);
+  EXPECT_FALSE(bare.has_offset());
+}
+
+// ---- refused input
+
+// The layer must be as if the refused append had never been: same tokens, same attention, same bytes later.
+void expect_refused(Layer& layer, Layer& untouched, const Array& k, const Array& v, const Array& bad_k, const Array& bad_v,
+                    Code code, const std::vector<std::string>& parts) {
+  const size_t bytes = layer.bytes(), length = layer.length();
+  const Status status = append(layer, bad_k, bad_v);
+  EXPECT_EQ(status.code(), code);
+  for (const std::string& part : parts)
+    EXPECT_NE(status.message().find(part), std::string::npos) << "'" << part << "' in: " << status.message();
+  EXPECT_EQ(layer.length(), length);
+  EXPECT_EQ(layer.bytes(), bytes);
+  if (length) {
+    EXPECT_TRUE(same_bits(decode(layer), decode(untouched)));
+  }
+  must(append(layer, k, v)), must(append(untouched, k, v));
+  EXPECT_TRUE(same_bits(decode(layer), decode(untouched)));
+}
+
+TEST(Append, NamesTheTokenThatIsNotANumber) {
+  Random random;
+  for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16})
+    for (float bad : {NAN, INFINITY, -INFINITY})
+      for (size_t tokens : {1, 17, 80})   // a decode step, a short chunk, one that is checked by threads
+        for (int side = 0; side < 2; side++) {
+          const size_t held = random.below(3) * 13;
+          Layer layer = make_layer(config_of(2, 80, dtype)), untouched = make_layer(config_of(2, 80, dtype));
+          if (held) {
+            const Array x = random_array(random, 2, 2, held, 80, dtype);
+            must(append(layer, x, x)), must(append(untouched, x, x));
+          }
+          const Array k = random_array(random, 2, 2, tokens, 80, dtype), v = random_array(random, 2, 2, tokens, 80, dtype);
+          Array bad_k = k, bad_v = v;
+          const int b = random.below(2), h = random.below(2), c = random.below(80);
+          const size_t t = random.below((int)tokens);
+          (side ? bad_v : bad_k).set(b, h, t, c, bad);
+          const std::string where = std::string(side ? "V" : "K") + " of sequence " + std::to_string(b) + ", head " +
+                                    std::to_string(h) + ", token " + std::to_string(held + t) + " ";
+          expect_refused(layer, untouched, k, v, bad_k, bad_v, Code::bad_value, {where, "NaN or an infinity"});
+        }
+}
+
+TEST(Append, FindsABadNumberAtEveryChannel) {
+  Random random;
+  for (int d : {16, 18, 30, 64, 80})
+    for (int c = 0; c < d; c++) {
+      Layer layer = make_layer(config_of(1, d));
+      Array k = random_array(random, 1, 1, 2, d), v = k;
+      k.set(0, 0, 1, c, -NAN);
+      EXPECT_EQ(append(layer, k, v).code(), Code::bad_value) << d << " " << c;
+      EXPECT_EQ(append(layer, v, k).code(), Code::bad_value) << d << " " << c;
+    }
+}
+
+TEST(Append, NamesValuesTooLargeForTheirScales) {
+  Random random;
+  for (auto [scale_bits, most, over] : {std::tuple{16, 1e4f, 1.1e4f}, std::tuple{32, 1e15f, 1e16f}}) {
+    Recipe recipe;
+    recipe.scale_bits = scale_bits;
+    Layer layer = make_layer(config_of(1, 512, Dtype::float32, recipe));
+    Layer untouched = make_layer(config_of(1, 512, Dtype::float32, recipe));
+    Array k = random_array(random, 1, 1, 40, 512, Dtype::float32, 0.2f * most);
+    for (size_t t = 0; t < 40; t++)
+      for (int c = 0; c < 512; c++) k.set(0, 0, t, c, std::clamp(k.get(0, 0, t, c), -most, most));
+    Array large = k;
+    large.set(0, 0, 33, 7, over);
+    expect_refused(layer, untouched, k, k, large, k, Code::bad_value,
+                   {"K of sequence 0, head 0, token 33 ", "scale_bits=" + std::to_string(scale_bits)});
+    EXPECT_TRUE(all_finite(decode(layer).k));   // the largest values allowed stay numbers
+    double worst = 0.0;
+    const Decoded held = decode(layer);
+    for (size_t t = 0; t < 32; t++)
+      for (int c = 0; c < 512; c++) worst = std::max(worst, std::fabs((double)held.k.get(0, 0, t, c) - k.get(0, 0, t, c)));
+    EXPECT_LT(worst, 0.15 * most);
+  }
+}
+
+TEST(Append, NamesBadShapes) {
+  Random random;
+  Layer layer = make_layer(config_of(1, 32));
+  const Array x = random_array(random, 3, 1, 20, 32);
+  auto expect_bad = [&](const Status& status, const std::string& part) {
+    EXPECT_EQ(status.code(), Code::bad_argument);
+    EXPECT_NE(status.message().find(part), std::string::npos) << status.message();
+  };
+  expect_bad(layer.append(x.view(), x.view(), 0, 1), "batch is 0");
+  expect_bad(layer.append({}, x.view(), 1, 1), "addresses");
+  expect_bad(layer.append(x.view(), {}, 1, 1), "addresses");
+  EXPECT_EQ(layer.batch(), 0);
+  must(layer.append(x.view(), x.view(), 2, 20));
+  expect_bad(layer.append(x.view(), x.view(), 3, 1), "batch is 3, but the cache holds 2");
+  must(layer.append(x.view(), x.view(), 2, 0));
+  EXPECT_EQ(layer.length(), 20u);
+  Recipe recipe;
+  recipe.lambda = true;
+  Layer needs = make_layer(config_of(1, 32, Dtype::float32, recipe));
+  expect_bad(needs.append(x.view(), x.view(), 1, 20), "set_lambda");
+}
+
+TEST(Append, NamesBadLambda) {
+  Recipe recipe;
+  recipe.lambda = true;
+  Layer layer = make_layer(config_of(1, 32, Dtype::float32, recipe));
+  for (float bad : {0.0f, -1.0f, NAN, INFINITY}) {
+    std::vector<float> lambda(32, 1.0f);
+    lambda[31] = bad;
+    EXPECT_EQ(layer.set_lambda(lambda.data(), lambda.data()).code(), Code::bad_argument) << bad;
+  }
+  const std::vector<float> good(32, 2.0f);
+  EXPECT_EQ(make_layer(config_of(1, 32)).set_lambda(good.data(), good.data()).code(), Code::bad_argument);
+  must(layer.set_lambda(good.data(), good.data()));
+  Random random;
+  const Array x = random_array(random, 1, 1, 20, 32);
+  must(append(layer, x, x));
+  EXPECT_EQ(layer.set_lambda(good.data(), good.data()).code(), Code::bad_argument);
+}
+
+}  // namespace
+}  // namespace halfbyte
