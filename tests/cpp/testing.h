@@ -38,6 +38,7 @@ class Random {
   Random() : engine_(test_seed()) {}
   int below(int n) { return (int)(engine_() % (uint64_t)n); }
   float normal() { return normal_(engine_); }
+  float factor() { return std::exp2((float)below(2001) / 1000.0f - 1.0f); }   // a λ, between 1/2 and 2
   std::vector<float> normals(size_t n, float spread = 1.0f) {
     std::vector<float> x(n);
     for (float& value : x) value = spread * normal();
