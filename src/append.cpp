@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cache.h"
+#include "encode.h"
 #include "threads.h"
 
 namespace halfbyte {
@@ -25,11 +26,6 @@ struct Chunk {
   size_t tokens;
   const uint8_t* counted;
 };
-
-const uint8_t* row_of(const View& view, size_t bytes, int b, int head, size_t token) {
-  ptrdiff_t at = b * view.batch_stride + head * view.head_stride + (ptrdiff_t)token * view.token_stride;
-  return static_cast<const uint8_t*>(view.data) + at * (ptrdiff_t)bytes;
-}
 
 // Address of one token's vector, wherever it lies raw: in the chunk, in the tail, or among the sinks.
 const uint8_t* find_raw(const State& s, const Chunk& chunk, Side side, int b, int head, size_t token) {
@@ -146,11 +142,12 @@ void add_row(const uint8_t* row, Dtype dtype, int d, float* sum) {
     for (int c = 0; c < d; c++) sum[c] += half_to_float(bits[c]);
 }
 
-// mu of one sequence and head: the mean over all tokens held now, padding left out unless there is nothing else.
+// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them; padding is left out
+// unless there is nothing else.
 void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head, float* mu) {
   constexpr size_t kRun = 256;   // tokens summed in float before they join the double sums
   const int d = s.head_dim(side);
-  const size_t total = s.length + chunk.tokens;
+  const size_t held = s.length + chunk.tokens, total = s.warm_up() ? std::min(held, s.warm_up()) : held;
   double sum[kMaxHeadDim] = {};
   size_t n = 0;
   for (bool all : {false, true}) {
@@ -183,7 +180,7 @@ void fix_offset(State& s, const Chunk& chunk) {
   std::vector<float> offset_k = fill(Side::k, s.given_k), offset_v = fill(Side::v, s.given_v);
   s.offset_k.swap(offset_k), s.offset_v.swap(offset_v);
   s.offset_ready = true;
-  s.tail_counted = {};
+  if (!s.warm_up()) s.tail_counted = {};   // otherwise crop may come back to before the offset
 }
 
 // ---- packing
@@ -221,7 +218,7 @@ void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t
                   page + (side == Side::k ? k_codes_at(s.format, block) : v_codes_at(s.format, block)),
                   page + (side == Side::k ? k_scales_at(s.format, block) : v_scales_at(s.format, block))};
   for (size_t t = from; t < to; t++) args.rows[t - from] = find_raw(s, chunk, side, b, head, t);
-  current_backend().encode(args);
+  encode_block(args);
 }
 
 void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
@@ -264,8 +261,18 @@ void extend_tail(State& s, const Chunk& chunk, size_t from) {
         }
 }
 
+// Raw copies of what an append of several tokens is about to pack, as far as crop is likely to come back for it.
+constexpr size_t kUndoTokens = 64;
+
+void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t packed_end, RawTokens& undo, size_t& start) {
+  const size_t length = s.length + chunk.tokens, reach = kUndoTokens + (size_t)s.config.recipe.raw_window;
+  start = std::max(packed_from, length > reach ? (length - reach) / kBlockTokens * kBlockTokens : 0);
+  if (chunk.tokens == 1 || start >= packed_end) return;
+  undo = s.make_raw(packed_end - start);
+  copy_raw(s, chunk, start, packed_end, undo);
+}
+
 void remember_counted(State& s, const Chunk& chunk, size_t tail_capacity) {
-  if (s.offset_ready) return;
   std::vector<uint8_t> counted((size_t)chunk.batch * tail_capacity, 1);
   for (int b = 0; b < chunk.batch; b++)
     for (size_t t = 0; t < std::min(s.length + chunk.tokens, tail_capacity); t++)
@@ -298,18 +305,21 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   const size_t filled = (s.packed_end + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
   const size_t packed_end = std::max(std::min(filled, std::max(length, sink)), s.raw_start(length - 1));
   const size_t packed_from = s.packed_end;
-  const size_t capacity = kBlockTokens + (size_t)s.config.recipe.raw_window;
+  const size_t capacity = s.tail_capacity();
   if (!s.batch) s.batch = batch;   // make_raw sizes by it
-  RawTokens sinks, tail, before;
+  RawTokens sinks, tail, before, undo;
+  size_t undo_start = 0;
   const bool moves = packed_end != packed_from || !s.tail.capacity;
   if (moves) tail = s.make_raw(capacity);
   if (sink && s.length < sink) sinks = s.make_raw(sink);
   // Only queries of several tokens look back at the tail as it was.
   const bool keep_before = tokens > 1 && s.length > packed_from;
   if (keep_before && !moves) before = s.tail;
+  keep_undo(s, chunk, filled, packed_end, undo, undo_start);
   std::vector<std::vector<Page>> pages = pages_for(s, batch, packed_from, packed_end);
-  if (packed_end != packed_from && !s.offset_ready) fix_offset(s, chunk);
-  else if (!s.offset_ready) remember_counted(s, chunk, std::max(capacity + sink, (size_t)1));
+  const bool fixes_offset = packed_end != packed_from && !s.offset_ready;
+  if (fixes_offset) fix_offset(s, chunk);
+  if (!s.offset_ready || (fixes_offset && s.warm_up())) remember_counted(s, chunk, capacity + sink);
   // Nothing below allocates.
   s.pages.swap(pages);
   pages.clear();
@@ -328,6 +338,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
     extend_tail(s, chunk, packed_end);
   }
   s.before = std::move(before);
+  s.undo = std::move(undo), s.undo_start = undo_start;
   s.before_start = std::min(packed_from, s.length);
   if (packed_from % kBlockTokens) s.before_start = std::min(filled, length);   // those tokens exist packed only
   s.chunk_start = s.length;

@@ -14,6 +14,7 @@ namespace halfbyte {
 namespace {
 
 constexpr size_t kSmallestSplit = 512;   // tokens that are worth a task of their own
+constexpr size_t kExactSplit = 4096;     // tokens of a task where results may not depend on the number of tasks
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -110,16 +111,30 @@ bool narrow(const Visible& visible, size_t& begin, size_t& end) {
   return lo < hi;
 }
 
-// Attends to raw tokens [begin, end), of which token `begin` is row 0 of k and v.
+// K and V of consecutive tokens as numbers; row 0 is token `first`.
+struct Rows {
+  Dtype dtype;
+  const void* k;
+  const void* v;
+  ptrdiff_t k_stride, v_stride;   // elements
+  size_t first;
+};
+
+// Attends to tokens [begin, end) of `rows`.
 template <class Lo>
-void attend_raw_run(Tile& tile, const void* k, const void* v, ptrdiff_t k_stride, ptrdiff_t v_stride, size_t row0,
-                    size_t begin, size_t end, Lo lo) {
+void attend_rows(Tile& tile, const Rows& rows, size_t begin, size_t end, Lo lo) {
   const Plan& plan = tile.plan;
+  const size_t run_begin = begin;
   Visible visible = visible_rows(tile, begin, end, lo, [&](int) { return end; });
   if (!narrow(visible, begin, end)) return;
-  current_backend().attend_raw({plan.dtype, plan.head_dim_k, plan.head_dim_v, k, v, k_stride, v_stride, row0, begin, end,
-                                tile.q, plan.q_stride(), visible},
-                               tile.state);
+  // Exact: one block a call, so that a row's sums run in the same order whatever else the call holds.
+  if (plan.args.exact) begin = std::max(run_begin, begin / kBlockTokens * kBlockTokens);
+  for (size_t t = begin, next; t < end; t = next) {
+    next = plan.args.exact ? std::min(end, (t / kBlockTokens + 1) * kBlockTokens) : end;
+    current_backend().attend_raw({rows.dtype, plan.head_dim_k, plan.head_dim_v, rows.k, rows.v, rows.k_stride, rows.v_stride,
+                                  rows.first, t, next, tile.q, plan.q_stride(), visible},
+                                 tile.state);
+  }
 }
 
 void store_row(const Tile& tile, int r, float max, float sum, const float* acc) {
@@ -152,6 +167,7 @@ Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
   const size_t tiles = (size_t)plan.batch * plan.kv_heads * parts, threads = (size_t)num_threads();
   size_t splits = tiles % threads == 0 || tiles > 4 * threads ? 1 : threads;
   splits = std::max<size_t>(1, std::min(splits, packed_tokens / kSmallestSplit));
+  if (plan.args.exact) splits = plan.length / kExactSplit + 1;   // the same whatever the threads and the queries
   const size_t acc_size = (size_t)rows_each * plan.acc_stride();
   Partials partials;
   if (splits > 1) {
@@ -206,7 +222,11 @@ Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
 }
 
 // The split's share of [begin, end), cut where `unit` divides.
-void share(size_t split, size_t splits, size_t unit, size_t& begin, size_t& end) {
+void share(const Plan& plan, size_t split, size_t splits, size_t unit, size_t& begin, size_t& end) {
+  if (plan.args.exact) {
+    begin = std::max(begin, split * kExactSplit), end = std::min(end, (split + 1) * kExactSplit);
+    return;
+  }
   const size_t first = begin / unit, units = (end + unit - 1) / unit - first;
   const size_t lo = (first + units * split / splits) * unit, hi = (first + units * (split + 1) / splits) * unit;
   begin = std::max(begin, lo), end = std::min(end, hi);
@@ -254,15 +274,33 @@ void leave_code_domain(const State& s, Tile& tile) {
     for (int c = 0; c < d; c++) state.acc[r * state.acc_stride + c] += mu[c] * state.sum[r];
 }
 
+// Packed tokens [begin, end) block by block as they decode: queries and weights keep their float32.
+void attend_decoded(const State& s, Tile& tile, size_t begin, size_t end, const Visible& visible) {
+  const Plan& plan = tile.plan;
+  alignas(64) float k[kBlockTokens * kMaxHeadDim], v[kBlockTokens * kMaxHeadDim];
+  for (size_t block = begin / kBlockTokens * kBlockTokens; block < end; block += kBlockTokens) {
+    decode_tokens(s, Side::k, tile.b, tile.head, block, k);
+    decode_tokens(s, Side::v, tile.b, tile.head, block, v);
+    current_backend().attend_raw({Dtype::float32, plan.head_dim_k, plan.head_dim_v, k, v, plan.head_dim_k, plan.head_dim_v,
+                                  block, std::max(begin, block), std::min(end, block + kBlockTokens), tile.q,
+                                  plan.q_stride(), visible},
+                                 tile.state);
+  }
+}
+
 void attend_packed_part(const State& s, Tile& tile, size_t split, size_t splits) {
   const Plan& plan = tile.plan;
   size_t begin = s.sink_tokens(), end = s.packed_end;
   auto packed_until = [&](int query) { return raw_from(s, plan, query); };
   Visible whole = visible_rows(tile, begin, end, [](int) { return 0; }, packed_until);
   if (!narrow(whole, begin, end)) return;
-  share(split, splits, kPageTokens, begin, end);
+  share(plan, split, splits, kPageTokens, begin, end);
   if (begin >= end) return;
   Visible visible = visible_rows(tile, begin, end, [](int) { return 0; }, packed_until);
+  if (plan.args.exact || s.format.k.bits == kPlainBits) {
+    attend_decoded(s, tile, begin, end, visible);
+    return;
+  }
   const size_t first_page = begin / kPageTokens, last_page = (end - 1) / kPageTokens;
   static thread_local std::vector<const uint8_t*> pages;
   pages.clear();
@@ -274,28 +312,56 @@ void attend_packed_part(const State& s, Tile& tile, size_t split, size_t splits)
   leave_code_domain(s, tile);
 }
 
+// The block that the newest tokens began in the middle of: its raw tokens of the old tail and of the chunk, side by side.
+struct JoinedBlock {
+  alignas(64) uint8_t k[kBlockTokens * kMaxHeadDim * sizeof(float)], v[kBlockTokens * kMaxHeadDim * sizeof(float)];
+};
+
+Rows join(const State& s, const Tile& tile, size_t from, size_t to, JoinedBlock& out) {
+  const AttendArgs& args = tile.plan.args;
+  for (Side side : {Side::k, Side::v}) {
+    const size_t bytes = s.head_dim(side) * s.element_bytes();
+    for (size_t t = from; t < to; t++)
+      memcpy((side == Side::k ? out.k : out.v) + (t - from) * bytes,
+             t < s.chunk_start ? s.raw_at(s.before, side, tile.b, tile.head, t - s.before_start)
+                               : row_of(side == Side::k ? args.chunk_k : args.chunk_v, s.element_bytes(), tile.b, tile.head,
+                                        t - s.chunk_start),
+             bytes);
+  }
+  return {s.config.dtype, out.k, out.v, s.head_dim(Side::k), s.head_dim(Side::v), from};
+}
+
 // Sinks, then the newest tokens: from the tail for one query, from the old tail and the chunk for several.
 void attend_raw_parts(const State& s, Tile& tile) {
-  const Plan& plan = tile.plan;
-  const size_t bytes = s.element_bytes(), sink = std::min(s.sink_tokens(), s.length);
-  auto stored = [&](const RawTokens& raw, size_t from, size_t to, auto lo) {
-    if (from < to)
-      attend_raw_run(tile, s.raw_at(raw, Side::k, tile.b, tile.head, 0), s.raw_at(raw, Side::v, tile.b, tile.head, 0),
-                     plan.head_dim_k, plan.head_dim_v, from, from, to, lo);
+  const AttendArgs& args = tile.plan.args;
+  const size_t sink = std::min(s.sink_tokens(), s.length);
+  auto stored = [&](const RawTokens& raw, size_t first) {
+    return Rows{s.config.dtype, s.raw_at(raw, Side::k, tile.b, tile.head, 0), s.raw_at(raw, Side::v, tile.b, tile.head, 0),
+                s.head_dim(Side::k), s.head_dim(Side::v), first};
   };
-  auto from_own_block = [&](int query) { return raw_from(s, plan, query); };
-  stored(s.sinks, 0, sink, [](int) { return 0; });
-  if (plan.args.queries == 1) {
-    stored(s.tail, s.packed_end, s.length, from_own_block);
+  auto from_own_block = [&](int query) { return raw_from(s, tile.plan, query); };
+  if (sink) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
+  if (args.queries == 1) {
+    if (s.packed_end < s.length) attend_rows(tile, stored(s.tail, s.packed_end), s.packed_end, s.length, from_own_block);
     return;
   }
-  stored(s.before, s.before_start, s.chunk_start, from_own_block);
-  auto chunk_of = [&](const View& view) {
-    return static_cast<const uint8_t*>(view.data) +
-           (tile.b * view.batch_stride + tile.head * view.head_stride) * (ptrdiff_t)bytes;
-  };
-  attend_raw_run(tile, chunk_of(plan.args.chunk_k), chunk_of(plan.args.chunk_v), plan.args.chunk_k.token_stride,
-                 plan.args.chunk_v.token_stride, s.chunk_start, std::max(s.chunk_start, sink), s.length, from_own_block);
+  size_t chunk_from = std::max(s.chunk_start, sink);
+  if (s.before_start < s.chunk_start) {
+    const size_t block = s.chunk_start / kBlockTokens * kBlockTokens, from = std::max(s.before_start, block);
+    if (s.before_start < block) attend_rows(tile, stored(s.before, s.before_start), s.before_start, block, from_own_block);
+    if (from < s.chunk_start) {
+      JoinedBlock joined;
+      chunk_from = std::min(s.length, block + kBlockTokens);
+      attend_rows(tile, join(s, tile, from, chunk_from, joined), from, chunk_from, from_own_block);
+    }
+  }
+  const Rows chunk = {s.config.dtype,
+                      row_of(args.chunk_k, s.element_bytes(), tile.b, tile.head, 0),
+                      row_of(args.chunk_v, s.element_bytes(), tile.b, tile.head, 0),
+                      args.chunk_k.token_stride,
+                      args.chunk_v.token_stride,
+                      s.chunk_start};
+  if (chunk_from < s.length) attend_rows(tile, chunk, chunk_from, s.length, from_own_block);
 }
 
 }  // namespace
@@ -370,10 +436,10 @@ Status RawCache::attend(const AttendArgs& args) {
   const Plan plan{args, s.dtype, s.batch, s.kv_heads, s.head_dim, s.head_dim, s.length, 0, 0};
   return run(plan, s.length, [&](Tile& tile, size_t split, size_t splits) {
     size_t begin = 0, end = s.length;
-    share(split, splits, kBlockTokens, begin, end);
+    share(plan, split, splits, kBlockTokens, begin, end);
     const size_t at = ((size_t)tile.b * s.kv_heads + tile.head) * s.head_bytes();
     if (begin < end)
-      attend_raw_run(tile, &s.k[at], &s.v[at], s.head_dim, s.head_dim, 0, begin, end, [](int) { return 0; });
+      attend_rows(tile, {s.dtype, &s.k[at], &s.v[at], s.head_dim, s.head_dim, 0}, begin, end, [](int) { return 0; });
   });
 }
 

@@ -82,7 +82,7 @@ halfbyte::LayerConfig config_of(const halfbyte_config& from) {
   const halfbyte_recipe& r = from.recipe;
   config.recipe = {static_cast<halfbyte::Rotation>(r.rotation), r.seed, r.offset != 0, {r.k_bits, r.k_group},
                    {r.v_bits, r.v_group}, r.scale_bits, r.search != 0, r.signed_scale != 0, r.lambda != 0,
-                   r.sink_tokens, r.raw_window};
+                   r.sink_tokens, r.raw_window, r.offset_tokens};
   return config;
 }
 
@@ -93,7 +93,7 @@ halfbyte::AttendArgs args_of(const halfbyte_attend_args& from) {
   args.chunk_k = view_of(from.chunk_k), args.chunk_v = view_of(from.chunk_v);
   args.mask = from.mask, args.mask_tokens = from.mask_tokens;
   args.mask_batch_stride = from.mask_batch_stride, args.mask_query_stride = from.mask_query_stride;
-  args.causal = from.causal != 0, args.softcap = from.softcap, args.sinks = from.sinks;
+  args.causal = from.causal != 0, args.exact = from.exact != 0, args.softcap = from.softcap, args.sinks = from.sinks;
   return args;
 }
 
@@ -104,7 +104,8 @@ const char* halfbyte_last_error(void) { return last_error.c_str(); }
 halfbyte_recipe halfbyte_default_recipe(void) {
   const halfbyte::Recipe r;
   return {static_cast<int>(r.rotation), r.seed, r.offset, r.k.bits, r.k.group, r.v.bits, r.v.group,
-          r.scale_bits, r.search, r.signed_scale, r.lambda, r.sink_tokens, r.raw_window};
+          r.scale_bits, r.search, r.signed_scale, r.lambda, r.sink_tokens, r.raw_window,
+          r.offset_tokens};
 }
 
 halfbyte_config halfbyte_default_config(void) {

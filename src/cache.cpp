@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <new>
 #include <set>
 #include <tuple>
 
+#include "decode.h"
 #include "encode.h"
 #include "threads.h"
 
@@ -17,8 +19,8 @@ namespace {
 Status bad(std::string message) { return {Code::bad_argument, std::move(message)}; }
 
 Status check_codec(const char* name, const Codec& codec) {
-  if (codec.bits != 4 && codec.bits != 8)
-    return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) + "; it takes 4 or 8");
+  if (codec.bits != 4 && codec.bits != 8 && codec.bits != kPlainBits)
+    return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) + "; it takes 4, 8, or 32 (kept as floats)");
   if (codec.group != 0 && codec.group != 16 && codec.group != 32 && codec.group != 64)
     return bad(std::string(name) + "_group is " + std::to_string(codec.group) +
                "; it takes 16, 32, 64, or 0 for the whole vector");
@@ -47,10 +49,21 @@ RawTokens gather(const RawTokens& from, const std::vector<size_t>& rows, size_t 
   return {gather(from.k, rows, batch), gather(from.v, rows, batch), from.capacity};
 }
 
-std::vector<float> inverse_of(const std::vector<float>& x) {
-  std::vector<float> out;
-  for (float v : x) out.push_back(1.0f / v);
-  return out;
+// Before a crop to `length`: makes raw again what the newest append packed and the tokens up to `length` would have raw.
+void restore_raw(Layer::State& s, size_t length) {
+  const size_t raw_from = std::max(s.raw_start(length - 1), s.sink_tokens());
+  if (!s.undo.capacity || raw_from < s.undo_start || raw_from >= s.packed_end || length <= raw_from) return;
+  RawTokens tail = s.make_raw(s.tail_capacity());
+  for (Side side : {Side::k, Side::v})
+    for (int row = 0; row < s.batch * s.config.kv_heads; row++)
+      for (size_t t = raw_from; t < length; t++) {
+        const int b = row / s.config.kv_heads, head = row % s.config.kv_heads;
+        const uint8_t* from = t < s.packed_end ? s.raw_at(s.undo, side, b, head, t - s.undo_start)
+                                               : s.raw_at(s.tail, side, b, head, t - s.packed_end);
+        memcpy(const_cast<uint8_t*>(s.raw_at(tail, side, b, head, t - raw_from)), from, s.head_dim(side) * s.element_bytes());
+      }
+  s.tail = std::move(tail);
+  s.packed_end = raw_from;
 }
 
 }  // namespace
@@ -58,9 +71,13 @@ std::vector<float> inverse_of(const std::vector<float>& x) {
 Status Recipe::check(int head_dim) const {
   for (auto [name, codec] : {std::pair{"k", k}, std::pair{"v", v}})
     if (Status status = check_codec(name, codec); !status.ok()) return status;
+  if ((k.bits == kPlainBits) != (v.bits == kPlainBits)) return bad("k_bits and v_bits take 32 together");
+  if (k.bits == kPlainBits && (rotation != Rotation::identity || offset || lambda))
+    return bad("bits of 32 take rotation identity, offset false and lambda false: nothing is coded");
   if (scale_bits != 16 && scale_bits != 32)
     return bad("scale_bits is " + std::to_string(scale_bits) + "; it takes 16 or 32");
-  for (auto [name, tokens] : {std::pair{"sink_tokens", sink_tokens}, std::pair{"raw_window", raw_window}})
+  for (auto [name, tokens] : {std::pair{"sink_tokens", sink_tokens}, std::pair{"raw_window", raw_window},
+                              std::pair{"offset_tokens", offset_tokens}})
     if (tokens < 0 || tokens % kBlockTokens)
       return bad(std::string(name) + " is " + std::to_string(tokens) + "; it takes a multiple of 16");
   return check_head_dim(*this, "head_dim", head_dim);
@@ -125,11 +142,17 @@ Status Layer::crop(size_t length) {
   if (s.first > 0 && length < s.first + s.config.sliding_window - 1)
     return bad("crop to " + std::to_string(length) + " tokens, but a sliding layer has dropped the tokens before " +
                std::to_string(s.first) + ", which the next query would see; call record_past first");
+  try {
+    restore_raw(s, length);
+  } catch (const std::bad_alloc&) {
+    return out_of_memory();
+  }
   s.length = length;
-  // Codes stay codes: what is left of a packed block is never unpacked.
+  // Codes stay codes: what is left of a packed block whose raw values are gone is never unpacked.
   s.packed_end = std::max(std::min(s.packed_end, length), s.sink_tokens());
   s.chunk_start = length;
-  s.before = {};
+  s.before = {}, s.undo = {};
+  if (s.warm_up() && s.packed_end == s.sink_tokens() && length < s.sink_tokens() + s.warm_up()) s.offset_ready = false;
   size_t pages_kept = (s.packed_end + kPageTokens - 1) / kPageTokens;
   for (auto& list : s.pages) list.resize(std::min(list.size(), std::max(pages_kept, s.pages_dropped) - s.pages_dropped));
   return {};
@@ -148,7 +171,7 @@ Status Layer::select(const std::vector<size_t>& rows) {
     std::vector<float> offset_k = gather(s.offset_k, rows, s.batch), offset_v = gather(s.offset_v, rows, s.batch);
     std::vector<uint8_t> counted = gather(s.tail_counted, rows, s.batch);
     s.pages.swap(pages);
-    s.sinks = std::move(sinks), s.tail = std::move(tail), s.before = {}, s.chunk_start = s.length;
+    s.sinks = std::move(sinks), s.tail = std::move(tail), s.before = {}, s.undo = {}, s.chunk_start = s.length;
     s.offset_k.swap(offset_k), s.offset_v.swap(offset_v), s.tail_counted.swap(counted);
     s.batch = (int)rows.size();
   } catch (const std::bad_alloc&) {
@@ -198,6 +221,15 @@ Status Layer::set_lambda(const float* k, const float* v) try {
   return out_of_memory();
 }
 
+void decode_tokens(const Layer::State& s, Side side, int b, int head, size_t block, float* out) {
+  const bool k = side == Side::k;
+  const uint8_t* page = s.page_head(b, block, head);
+  const int at = (int)(block % kPageTokens / kBlockTokens);
+  decode_block({k ? &s.format.k : &s.format.v, k ? &s.rotation_k : &s.rotation_v, side, s.offset_of(side, b, head),
+                s.lambda_of(side, head, true), page + (k ? k_codes_at(s.format, at) : v_codes_at(s.format, at)),
+                page + (k ? k_scales_at(s.format, at) : v_scales_at(s.format, at)), out});
+}
+
 Status Layer::decode(float* k_out, float* v_out) const try {
   const State& s = *state_;
   const size_t visible = s.length - s.first, sink = std::min(s.sink_tokens(), s.length);
@@ -211,16 +243,9 @@ Status Layer::decode(float* k_out, float* v_out) const try {
           out[(t - s.first) * d + c] = load_element(s.raw_at(tokens, side, b, head, t - slot0), s.config.dtype, c);
     };
     raw(s.sinks, 0, sink, 0);
-    const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
     alignas(64) float block[kBlockTokens * kMaxHeadDim];
     for (size_t t = std::max(s.sink_tokens(), s.first) / kBlockTokens * kBlockTokens; t < s.packed_end; t += kBlockTokens) {
-      const uint8_t* page = s.page_head(b, t, head);
-      const int at = (int)(t % kPageTokens / kBlockTokens);
-      current_backend().decode({&format, side == Side::k ? &s.rotation_k : &s.rotation_v, side,
-                                s.offset_of(side, b, head), s.lambda_of(side, head, true),
-                                page + (side == Side::k ? k_codes_at(s.format, at) : v_codes_at(s.format, at)),
-                                page + (side == Side::k ? k_scales_at(s.format, at) : v_scales_at(s.format, at)),
-                                block});
+      decode_tokens(s, side, b, head, t, block);
       for (size_t i = std::max(t, s.first); i < std::min(t + kBlockTokens, s.packed_end); i++)
         std::copy_n(&block[(i - t) * d], d, &out[(i - s.first) * d]);
     }
@@ -241,7 +266,7 @@ size_t Layer::bytes() const {
     for (const Page& page : list) unique.insert(page.get());
   }
   total += unique.size() * s.page_bytes();
-  for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before}) total += raw->k.capacity() + raw->v.capacity();
+  for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before, &s.undo}) total += raw->k.capacity() + raw->v.capacity();
   for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v})
     total += numbers->capacity() * sizeof(float);
   return total + s.tail_counted.capacity();

@@ -18,6 +18,12 @@ Page make_page(size_t bytes);   // throws std::bad_alloc
 // Short enough to sit inside the string: reporting it needs no memory.
 inline Status out_of_memory() { return {Code::out_of_memory, "out of memory"}; }
 
+// Address of one vector of a view whose elements take `bytes`.
+inline const uint8_t* row_of(const View& view, size_t bytes, int b, int head, size_t token) {
+  ptrdiff_t at = b * view.batch_stride + head * view.head_stride + (ptrdiff_t)token * view.token_stride;
+  return static_cast<const uint8_t*>(view.data) + at * (ptrdiff_t)bytes;
+}
+
 // K and V of a few tokens as they came: [batch][kv_heads][capacity][head_dim] each.
 struct RawTokens {
   std::vector<uint8_t> k, v;
@@ -37,9 +43,10 @@ struct Layer::State {
   std::vector<std::vector<Page>> pages;        // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
   RawTokens sinks, tail;
 
-  // The last append, for queries of several tokens: the tail before it, which it may have packed.
-  RawTokens before;
-  size_t before_start = 0, chunk_start = 0;
+  // The last append, if of several tokens. `before`: the tail before it, for its queries. `undo`: what it packed, as
+  // raw tokens [undo_start, packed_end), so that crop can go back inside it.
+  RawTokens before, undo;
+  size_t before_start = 0, chunk_start = 0, undo_start = 0;
   bool record_past = false;
 
   bool offset_ready = false;
@@ -53,8 +60,17 @@ struct Layer::State {
   size_t page_bytes() const { return config.kv_heads * page_head_bytes(format); }
   int head_dim(Side side) const { return side == Side::k ? config.head_dim_k : config.head_dim_v; }
 
+  // Tokens that stay raw until their mean is the offset.
+  size_t warm_up() const {
+    const bool wanted = config.recipe.offset && (given_k.empty() || given_v.empty());
+    return wanted ? (size_t)config.recipe.offset_tokens : 0;
+  }
+  size_t tail_capacity() const {
+    return kBlockTokens + (size_t)std::max(config.recipe.raw_window, config.recipe.offset ? config.recipe.offset_tokens : 0);
+  }
   // First token, behind the sinks, that a query at `position` sees raw when raw values still exist.
   size_t raw_start(size_t position) const {
+    if (position < warm_up()) return sink_tokens();
     size_t window = (size_t)config.recipe.raw_window;
     size_t block = position / kBlockTokens * kBlockTokens;
     return std::max(block > window ? block - window : 0, sink_tokens());
@@ -78,5 +94,14 @@ struct Layer::State {
   }
   RawTokens make_raw(size_t capacity) const;
 };
+
+inline std::vector<float> inverse_of(const std::vector<float>& x) {
+  std::vector<float> out;
+  for (float v : x) out.push_back(1.0f / v);
+  return out;
+}
+
+// The packed block that starts at token `block`, as vectors [16][head_dim] in the original domain.
+void decode_tokens(const Layer::State& s, Side side, int b, int head, size_t block, float* out);
 
 }  // namespace halfbyte

@@ -15,6 +15,12 @@ float decode_code(const SideFormat& format, Side side, const uint8_t* codes, con
   return (float)(code - zero_code(format.bits)) * scale;
 }
 
+void decode_block(const DecodeArgs& args) {
+  const SideFormat& format = *args.format;
+  if (format.bits == kPlainBits) memcpy(args.out, args.codes, code_bytes(format));
+  else current_backend().decode(args);
+}
+
 void decode_reference(const DecodeArgs& args) {
   int d = args.format->head_dim;
   std::vector<double> y(d), x(d);

@@ -56,7 +56,7 @@ SideFormat make_side_format(const Recipe& recipe, Side side, int head_dim) {
   format.padded_dim = (head_dim + kSpan - 1) / kSpan * kSpan;
   format.bits = codec.bits;
   format.group = codec.group == 0 || codec.group > format.padded_dim ? format.padded_dim : codec.group;
-  format.n_groups = (format.padded_dim + format.group - 1) / format.group;
+  format.n_groups = codec.bits == kPlainBits ? 0 : (format.padded_dim + format.group - 1) / format.group;
   format.scale_bytes = recipe.scale_bits / 8;
   format.search = recipe.search;
   format.signed_scale = recipe.signed_scale;
@@ -82,6 +82,18 @@ float choose_scale(const SideFormat& format, const double* y, int channels) {
     if (error < best_error) best_error = error, best = scale;
   }
   return best;
+}
+
+void encode_block(const EncodeArgs& args) {
+  const SideFormat& format = *args.format;
+  if (format.bits != kPlainBits) {
+    current_backend().encode(args);
+    return;
+  }
+  for (int i = 0; i < args.n; i++) {
+    float* row = reinterpret_cast<float*>(args.codes) + (size_t)(args.first_lane + i) * format.head_dim;
+    for (int c = 0; c < format.head_dim; c++) row[c] = load_element(args.rows[i], args.dtype, c);
+  }
 }
 
 void encode_reference(const EncodeArgs& args) {

@@ -16,6 +16,7 @@ constexpr int kPageTokens = kBlockTokens * kPageBlocks;
 constexpr int kSpan = 32;          // channels that share rows: the low nibbles hold 16 of them, the high nibbles 16
 constexpr int kRowBytes = 64;      // codes of 4 channels × 16 tokens (K) or 16 channels × 4 tokens (V)
 constexpr int kMaxHeadDim = 512;
+constexpr int kPlainBits = 32;     // "codes" that are the vectors themselves: float [16 tokens][head_dim], no scales
 
 // Scale candidates, as factors of the scale that just covers the group. The signed ones start above 1: with the
 // largest magnitude on −2^(bits−1), a little more room serves the other side.
@@ -27,7 +28,7 @@ constexpr float kSearchSigned[kSearchSize] = {1.0f, 1.1f, 1.05f, 0.95f, 0.9f, 0.
 struct SideFormat {
   int head_dim = 0;
   int padded_dim = 0;    // head_dim rounded up to a span
-  int bits = 4;
+  int bits = 4;          // kPlainBits: floats, not codes
   int group = 32;        // channels a scale; the whole vector counts as padded_dim
   int n_groups = 0;
   int scale_bytes = 2;   // 2: fp16, 4: fp32
@@ -39,6 +40,7 @@ HALFBYTE_INLINE int zero_code(int bits) { return 1 << (bits - 1); }   // codes a
 
 HALFBYTE_INLINE int rows_per_span(int bits) { return bits == 4 ? 4 : 8; }
 HALFBYTE_INLINE size_t code_bytes(const SideFormat& f) {
+  if (f.bits == kPlainBits) return (size_t)kBlockTokens * f.head_dim * 4;
   return (size_t)(f.padded_dim / kSpan) * rows_per_span(f.bits) * kRowBytes;
 }
 HALFBYTE_INLINE size_t scale_row_bytes(const SideFormat& f) { return (size_t)kBlockTokens * f.scale_bytes; }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <numeric>
 
+#include "decode.h"
 #include "encode.h"
 #include "threads.h"
 
@@ -47,9 +48,9 @@ Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recip
       const int count = (int)std::min<size_t>(kBlockTokens, to - i);
       EncodeArgs args = encode_args(format, rotation, side, x + i * head_dim, count, block);
       args.offset = mu, args.lambda = lambda;
-      current_backend().encode(args);
-      current_backend().decode({&format, &rotation, side, mu, lambda ? inverse_lambda.data() : nullptr,
-                                block.codes.data(), block.scales.data(), vectors.data()});
+      encode_block(args);
+      decode_block({&format, &rotation, side, mu, lambda ? inverse_lambda.data() : nullptr,
+                    block.codes.data(), block.scales.data(), vectors.data()});
       std::copy_n(vectors.data(), (size_t)count * head_dim, out + i * head_dim);
     }
   });
@@ -63,8 +64,7 @@ Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe,
   for_runs(n, [&](size_t from, size_t to) {
     Block block(format);
     for (size_t i = from; i < to; i += kBlockTokens)
-      current_backend().encode(encode_args(format, rotation, side, x + i * head_dim,
-                                           (int)std::min<size_t>(kBlockTokens, to - i), block));
+      encode_block(encode_args(format, rotation, side, x + i * head_dim, (int)std::min<size_t>(kBlockTokens, to - i), block));
   });
   return {};
 }

@@ -35,7 +35,7 @@ typedef struct halfbyte_recipe {
   int rotation;     /* a halfbyte_rotation */
   uint64_t seed;    /* of the rotation's signs */
   int offset;       /* subtract the mean over the first prefill, or what halfbyte_set_offset gave */
-  int k_bits;       /* 4 or 8 */
+  int k_bits;       /* 4, 8, or 32: floats, not codes */
   int k_group;      /* channels that share a scale: 16, 32, 64, or 0 for the whole vector */
   int v_bits;
   int v_group;
@@ -45,6 +45,7 @@ typedef struct halfbyte_recipe {
   int lambda;       /* per-channel factors, given by halfbyte_set_lambda */
   int sink_tokens;  /* first tokens kept raw; a multiple of 16 */
   int raw_window;   /* newest tokens kept raw besides the unfinished block; a multiple of 16 */
+  int offset_tokens; /* > 0: the mean over so many first tokens, raw until then; a multiple of 16 */
 } halfbyte_recipe;
 
 typedef struct halfbyte_config {
@@ -84,6 +85,7 @@ typedef struct halfbyte_attend_args {
   ptrdiff_t mask_query_stride;
   size_t mask_tokens;
   int causal;         /* without a mask: token p sees tokens up to p, inside the sliding window */
+  int exact;          /* float32 throughout, and the same bits however queries are batched; slower */
   float softcap;      /* c > 0: score -> c * tanh(score / c) */
   const float* sinks; /* [heads]: one more logit in each softmax, with no value; or NULL */
 } halfbyte_attend_args;

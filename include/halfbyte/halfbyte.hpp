@@ -45,7 +45,8 @@ class [[nodiscard]] Result {
 enum class Dtype { float32, float16, bfloat16 };
 enum class Rotation { identity, srft, srht };
 
-// How K, or V, becomes codes. `group`: channels that share a scale: 16, 32, 64, or 0 for the whole vector.
+// How K, or V, becomes codes. `bits`: 4, 8, or 32 for no code at all: lossless, to tell bookkeeping from rounding.
+// `group`: channels that share a scale: 16, 32, 64, or 0 for the whole vector.
 struct Codec {
   int bits = 4;
   int group = 32;
@@ -64,6 +65,8 @@ struct Recipe {
   bool lambda = false;        // per-channel factors, given by set_lambda
   int sink_tokens = 0;        // first tokens kept raw; a multiple of 16
   int raw_window = 0;         // newest whole blocks kept raw besides the unfinished one; a multiple of 16 tokens
+  int offset_tokens = 0;      // > 0: mu is the mean over so many first tokens, raw until then: the same however tokens
+                              // arrive. A multiple of 16
 
   // Ok when this recipe can code vectors of `head_dim` channels.
   Status check(int head_dim) const;
@@ -106,8 +109,28 @@ struct AttendArgs {
   ptrdiff_t mask_query_stride = 0;
   size_t mask_tokens = 0;
   bool causal = true;                   // without a mask: token p sees tokens up to p (inside the sliding window)
+  bool exact = false;                   // float32 throughout, and the same bits however queries are batched; slower
   float softcap = 0.0f;                 // c > 0: score → c · tanh(score / c)
   const float* sinks = nullptr;         // [heads]: one more logit in each softmax, with no value
+};
+
+// The content of a layer as plain arrays, the same on every backend: what a cache file is made of. docs/format.md has
+// the bytes of a page. Empty arrays where the layer has no such thing.
+struct LayerParts {
+  int batch = 0;
+  uint64_t length = 0;                                 // tokens seen
+  uint64_t first = 0;                                  // oldest token held; 0 unless sliding
+  uint64_t packed_end = 0;                             // tokens [sink_tokens, packed_end) are packed
+  uint64_t pages_dropped = 0;                          // pages gone from the front; 0 unless sliding
+  bool offset_ready = false;
+  std::vector<int32_t> page_table;                     // [batch, pages a sequence]: index into `pages`
+  std::vector<uint8_t> pages;                          // [pages, kv_heads, bytes of a page's head]; shared ones once
+  std::vector<uint8_t> raw_k, raw_v;                   // [batch, kv_heads, raw tokens, head_dim] in the layer's dtype:
+                                                       // the sinks, then tokens [packed_end, length)
+  std::vector<float> offset_k, offset_v;               // [batch, kv_heads, head_dim]
+  std::vector<float> given_offset_k, given_offset_v;   // [kv_heads, head_dim]: set_offset's
+  std::vector<float> lambda_k, lambda_v;               // [kv_heads, head_dim]
+  std::vector<uint8_t> counted;                        // [batch, tokens]: 0 for padding, while the offset waits
 };
 
 // The cache of one attention layer: [batch] sequences of equal length, kv_heads each.
@@ -131,6 +154,11 @@ class Layer {
   Status select(const std::vector<size_t>& rows);    // sequence i becomes a copy of the old rows[i]; pages are shared
   Status copy_from(const Layer& other);
   void reset();
+
+  // Content to arrays and back, nothing decoded. load checks every count, size and value, and takes the config of the
+  // layer that was saved.
+  Status save(LayerParts& parts) const;
+  static Result<Layer> load(const LayerConfig& config, const LayerParts& parts);
 
   // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. Only while nothing is packed.
   Status set_offset(const float* k, const float* v);

@@ -1,5 +1,6 @@
 // The Python extension: the C++ API over addresses, shapes and strides. It knows nothing of PyTorch.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/pair.h>
@@ -64,9 +65,9 @@ Side side_of(const std::string& name) {
 }
 
 void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool offset, int k_bits, int v_bits, int k_group,
-                 int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens, int raw_window) {
+                 int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens, int raw_window, int offset_tokens) {
   Recipe recipe{rotation_of(rotation), seed, offset, {k_bits, k_group}, {v_bits, v_group}, scale_bits, search, signed_scale,
-                lambda, sink_tokens, raw_window};
+                lambda, sink_tokens, raw_window, offset_tokens};
   check(recipe.check(64));   // every field but the head size, which a recipe does not know
   new (self) Recipe(recipe);
 }
@@ -74,6 +75,54 @@ void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool 
 Layer* make_layer(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe,
                   int layer_index, int sliding_window) {
   Result<Layer> layer = Layer::create({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window});
+  check(layer.status());
+  return new Layer(std::move(layer.value()));
+}
+
+template <class T>
+nb::object as_array(std::vector<T>&& values) {
+  auto* kept = new std::vector<T>(std::move(values));
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
+}
+
+template <class T>
+std::vector<T> from_array(const nb::dict& parts, const char* name) {
+  if (!parts.contains(name)) return {};
+  auto array = nb::cast<nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(parts[name]);
+  return {array.data(), array.data() + array.size()};
+}
+
+nb::dict save(const Layer& layer) {
+  LayerParts p;
+  check(layer.save(p));
+  nb::dict parts;
+  parts["batch"] = p.batch, parts["length"] = p.length, parts["first"] = p.first;
+  parts["packed_end"] = p.packed_end, parts["pages_dropped"] = p.pages_dropped, parts["offset_ready"] = p.offset_ready;
+  parts["page_table"] = as_array(std::move(p.page_table)), parts["pages"] = as_array(std::move(p.pages));
+  parts["raw_k"] = as_array(std::move(p.raw_k)), parts["raw_v"] = as_array(std::move(p.raw_v));
+  parts["offset_k"] = as_array(std::move(p.offset_k)), parts["offset_v"] = as_array(std::move(p.offset_v));
+  parts["given_offset_k"] = as_array(std::move(p.given_offset_k));
+  parts["given_offset_v"] = as_array(std::move(p.given_offset_v));
+  parts["lambda_k"] = as_array(std::move(p.lambda_k)), parts["lambda_v"] = as_array(std::move(p.lambda_v));
+  parts["counted"] = as_array(std::move(p.counted));
+  return parts;
+}
+
+Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe, int layer_index,
+            int sliding_window, const nb::dict& parts) {
+  LayerParts p;
+  p.batch = nb::cast<int>(parts["batch"]), p.length = nb::cast<uint64_t>(parts["length"]);
+  p.first = nb::cast<uint64_t>(parts["first"]), p.packed_end = nb::cast<uint64_t>(parts["packed_end"]);
+  p.pages_dropped = nb::cast<uint64_t>(parts["pages_dropped"]), p.offset_ready = nb::cast<bool>(parts["offset_ready"]);
+  p.page_table = from_array<int32_t>(parts, "page_table"), p.pages = from_array<uint8_t>(parts, "pages");
+  p.raw_k = from_array<uint8_t>(parts, "raw_k"), p.raw_v = from_array<uint8_t>(parts, "raw_v");
+  p.offset_k = from_array<float>(parts, "offset_k"), p.offset_v = from_array<float>(parts, "offset_v");
+  p.given_offset_k = from_array<float>(parts, "given_offset_k"), p.given_offset_v = from_array<float>(parts, "given_offset_v");
+  p.lambda_k = from_array<float>(parts, "lambda_k"), p.lambda_v = from_array<float>(parts, "lambda_v");
+  p.counted = from_array<uint8_t>(parts, "counted");
+  Result<Layer> layer = Layer::load(
+      {kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window}, p);
   check(layer.status());
   return new Layer(std::move(layer.value()));
 }
@@ -90,12 +139,12 @@ AttendArgs attend_args(Address q, Address out, int heads, int queries, const Str
 void attend(Layer& layer, Address q, Address out, int heads, int queries, const Strides& q_strides,
             const Strides& out_strides, float scale, Address chunk_k, Address chunk_v, const Strides& chunk_k_strides,
             const Strides& chunk_v_strides, Address mask, std::pair<ptrdiff_t, ptrdiff_t> mask_strides, size_t mask_tokens,
-            float softcap, Address sinks, bool causal) {
+            float softcap, Address sinks, bool causal, bool exact) {
   AttendArgs args = attend_args(q, out, heads, queries, q_strides, out_strides, scale);
   args.chunk_k = view(chunk_k, chunk_k_strides), args.chunk_v = view(chunk_v, chunk_v_strides);
   args.mask = pointer<const uint8_t>(mask), args.mask_tokens = mask_tokens;
   args.mask_batch_stride = mask_strides.first, args.mask_query_stride = mask_strides.second;
-  args.softcap = softcap, args.sinks = pointer<const float>(sinks), args.causal = causal;
+  args.softcap = softcap, args.sinks = pointer<const float>(sinks), args.causal = causal, args.exact = exact;
   Status status;
   {
     nb::gil_scoped_release release;
@@ -125,7 +174,8 @@ void bind_recipe(nb::module_& m) {
   nb::class_<Recipe>(m, "Recipe", "What a cache does to K and V; see docs/format.md for each field.")
       .def("__init__", &make_recipe, nb::kw_only(), "rotation"_a = "srft", "seed"_a = 0, "offset"_a = true, "k_bits"_a = 4,
            "v_bits"_a = 4, "k_group"_a = 32, "v_group"_a = 0, "scale_bits"_a = 16, "search"_a = true,
-           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0)
+           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0,
+           "offset_tokens"_a = 0)
       .def_prop_ro("rotation", [](const Recipe& r) { return kRotations[(int)r.rotation]; })
       .def_ro("seed", &Recipe::seed)
       .def_ro("offset", &Recipe::offset)
@@ -138,7 +188,8 @@ void bind_recipe(nb::module_& m) {
       .def_ro("signed_scale", &Recipe::signed_scale)
       .def_ro("lambda_", &Recipe::lambda)
       .def_ro("sink_tokens", &Recipe::sink_tokens)
-      .def_ro("raw_window", &Recipe::raw_window);
+      .def_ro("raw_window", &Recipe::raw_window)
+      .def_ro("offset_tokens", &Recipe::offset_tokens);
 }
 
 void bind_layer(nb::module_& m) {
@@ -150,7 +201,7 @@ void bind_layer(nb::module_& m) {
       .def("attend", &attend, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a,
            nb::kw_only(), "chunk_k"_a = 0, "chunk_v"_a = 0, "chunk_k_strides"_a = none, "chunk_v_strides"_a = none,
            "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0, "softcap"_a = 0.0f,
-           "sinks"_a = 0, "causal"_a = true)
+           "sinks"_a = 0, "causal"_a = true, "exact"_a = false)
       .def("dequantize", [](const Layer& l, Address k, Address v) { check(l.decode(pointer<float>(k), pointer<float>(v))); },
            "k_out"_a, "v_out"_a, "The newest `visible` tokens as float32 [batch, kv_heads, visible, head_dim].")
       .def("crop", [](Layer& l, size_t length) { check(l.crop(length)); }, "length"_a)
@@ -163,6 +214,9 @@ void bind_layer(nb::module_& m) {
              return copy.release();
            },
            nb::rv_policy::take_ownership)
+      .def("save", &save, "The content as a dict of ints and one-dimensional arrays: the fields of LayerParts.")
+      .def_static("load", &load, nb::kw_only(), "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "recipe"_a,
+                  "layer_index"_a, "sliding_window"_a, "parts"_a, nb::rv_policy::take_ownership)
       .def("set_offset", [](Layer& l, Address k, Address v) { check(l.set_offset(pointer<float>(k), pointer<float>(v))); },
            "k"_a, "v"_a)
       .def("set_lambda", [](Layer& l, Address k, Address v) { check(l.set_lambda(pointer<float>(k), pointer<float>(v))); },

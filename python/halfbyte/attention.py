@@ -7,6 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+# Arguments with which a model narrows attention to a few tokens or adds to its softmax, and which nothing here reads.
+NOT_READ = ("indices", "block_indices", "sinks")
 SCORE_BYTES = 32 << 20  # of one tile of float32 scores, where torch's fused kernels can not do the formula
 
 
@@ -145,6 +147,12 @@ def halfbyte_attention(
             'output_attentions=True: attn_implementation="halfbyte" forms no attention weights; '
             'call model.set_attn_implementation("eager") to get them'
         )
+    for name in NOT_READ:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f'layer {module.layer_idx}: {name}: attn_implementation="halfbyte" can not do the attention of '
+                f'{type(module).__name__}; call model.set_attn_implementation("eager")'
+            )
     extras = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if type(key) is not States or type(value) is not States or value.step is not key.step:
@@ -156,7 +164,7 @@ def halfbyte_attention(
     queries = query.shape[2]
     if attention_mask is not None:
         _check_mask(attention_mask, query, step)
-    if step.start == 0:
+    if step.start == 0 and not layer.consistent:
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
         result = _attend_dense(module, query, step.k, step.v, mask, scaling, causal, **extras)
         layer.commit(step, attention_mask, module)
@@ -165,8 +173,14 @@ def halfbyte_attention(
     mask = attention_mask if attention_mask is None or attention_mask.dtype is torch.bool else _as_bool(attention_mask)
     packed = mask.shape[1] == 1 if mask is not None else attention_mask is None and (causal or queries == 1)
     if not packed or dropout or position_bias is not None or queries not in (1, step.k.shape[2]):
+        if layer.consistent:
+            raise NotImplementedError(
+                f'prefill="consistent": layer {layer.layer_idx} takes causal attention, with masks that show or hide'
+            )
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
         return _attend_dense(module, query, *step.dense(), mask, scaling, causal, **extras)
+    if layer.consistent:
+        layer.commit(step, attention_mask, module)
     out = layer.attend(step, query, mask, scaling, softcap, s_aux)
     if query.requires_grad and torch.is_grad_enabled():
         out = _Inference.apply(out, query)

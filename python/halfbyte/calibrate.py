@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from . import _native
+from .files import read_safetensors
 from .recipes import get_recipe
 
 FORMAT = "halfbyte-calibration"
@@ -104,7 +105,7 @@ class Calibration:
     @classmethod
     def load(cls, path, model=None) -> Calibration:
         """Reads what save wrote; with `model`, also checks that it was made with these weights. ValueError if not."""
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path, "calibration")
         if metadata.get("format") != FORMAT:
             raise ValueError(f"path: {str(path)!r} is a safetensors file but not a {FORMAT} one")
         if metadata.get("version") != VERSION:
@@ -130,19 +131,6 @@ class Calibration:
                 raise ValueError(
                     f"calibration: was made with {field}={made_with!r}, the recipe has {getattr(recipe, field)!r}"
                 )
-
-
-def _read_safetensors(path):
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise ValueError(f"path: no calibration file {str(path)!r}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"path: {str(path)!r} is not a whole safetensors file: {error}") from error
 
 
 def fingerprint(model) -> str:

@@ -11,6 +11,7 @@ from .layer import Int4Layer, Shared, tensor_bytes
 from .recipes import get_recipe
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
+CONSISTENT_OFFSET_TOKENS = 64  # the mean of so few costs a tenth more KL than that of a long prompt
 
 __all__ = ["Int4Cache", "Int4Layer"]
 
@@ -28,18 +29,26 @@ class Int4Cache(DynamicCache):
     Recipe; overrides: its fields, such as sink_tokens=16. calibration: a halfbyte.calibrate.Calibration, for recipes
     with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill.
 
-    Full and sliding attention layers are packed; other kinds of layer are the library's own. The first prefill attends
-    exactly to its own raw K, V; later queries see packed values for the blocks of 16 tokens that were complete before
-    their own block. Under any other attn_implementation everything works on unpacked tensors, slower.
+    Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
+    for the blocks of 16 tokens that were complete before its own block, raw ones from there on. The first prefill is
+    exempt: it attends exactly to its own raw K, V. With prefill="consistent" it is not, offsets are the mean of the first
+    64 tokens, and attention computes in float32: what is stored and computed for a token then depends on no more than the
+    tokens before it, not on how they were split into steps. That is slower; it is for comparing runs. Under any other attn_implementation everything works on unpacked tensors, slower.
 
     Raises ValueError for unknown recipes or fields, for values that are not finite, and for a model of another shape,
     dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.compile or torch.export.
     """
 
-    def __init__(self, config, recipe="default", calibration=None, **overrides):
+    def __init__(self, config, recipe="default", calibration=None, prefill="exact", **overrides):
         if not hasattr(config, "get_text_config"):
             raise ValueError(f"config: got {type(config).__name__}, takes a model's config: Int4Cache(model.config)")
+        if prefill not in ("exact", "consistent"):
+            raise ValueError(f"prefill: got {prefill!r}, takes 'exact' or 'consistent'")
+        self.prefill = prefill
+        consistent = prefill == "consistent"
         self.recipe = get_recipe(recipe, **overrides)
+        if consistent and self.recipe.offset and not self.recipe.offset_tokens:
+            self.recipe = get_recipe(self.recipe, offset_tokens=CONSISTENT_OFFSET_TOKENS)
         if self.recipe.lambda_ and calibration is None:
             raise ValueError("calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses lambda")
         text_config = config.get_text_config(decoder=True)
@@ -48,9 +57,12 @@ class Int4Cache(DynamicCache):
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
             if kind in PACKED_LAYERS:
                 window = options.get("sliding_window") or 0
-                layers.append(Int4Layer(self.recipe, index, self._shared, window, calibration))
-            else:
+                layers.append(Int4Layer(self.recipe, index, self._shared, window, calibration, consistent))
+            elif kind in DYNAMIC_LAYER_TYPE_MAPPING:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+            else:
+                known = ", ".join(sorted(DYNAMIC_LAYER_TYPE_MAPPING))
+                raise ValueError(f"config: layer {index} is of type {kind!r}, takes one of {known}")
         Cache.__init__(self, layers=layers)
 
     @torch.compiler.disable
@@ -80,8 +92,32 @@ class Int4Cache(DynamicCache):
         ]
         return other
 
+    def save(self, path, model=None):
+        """Writes the cache to a safetensors file: packed bytes as they are, raw tokens, offsets, recipe, model facts.
+
+        model: adds a fingerprint of its weights, which load(model=...) checks. Raises ValueError for a cache without
+        tokens or a path that can not be written (what was there before stays), NotImplementedError for a layer of the
+        library that holds more than tensors and numbers, naming it.
+        """
+        from .save import save
+
+        save(self, path, model)
+
+    @classmethod
+    def load(cls, path, config, model=None):
+        """The cache that save wrote, to go on from; every later step gives the bits that the saved one would give.
+
+        config: the model's config, as for a new cache. Raises ValueError if the file is missing, cut short, damaged,
+        of another kind or version, or of another model, saying which.
+        """
+        from .save import load
+
+        return load(cls, path, config, model)
+
     def __reduce__(self):
-        raise NotImplementedError("pickling an Int4Cache is not supported yet: rebuild it from the token ids")
+        from .save import from_bytes, to_bytes
+
+        return from_bytes, (type(self), to_bytes(self), self._shared.config)
 
     def __copy__(self):
         other = object.__new__(type(self))

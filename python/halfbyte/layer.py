@@ -57,12 +57,13 @@ class Int4Layer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, recipe, layer_idx, shared, sliding_window=0, calibration=None):
+    def __init__(self, recipe, layer_idx, shared, sliding_window=0, calibration=None, consistent=False):
         self.recipe = recipe
         self.layer_idx = layer_idx
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window > 0
         self.calibration = calibration
+        self.consistent = consistent  # every token is treated by its position alone: see Int4Cache, prefill
         self.record_past = False
         self._shared = shared
         shared.layers.append(self)
@@ -158,12 +159,14 @@ class Int4Layer(CacheLayerMixin):
                 self._admit(key_states, value_states)
             step = Step(self, key_states, value_states, start)
             if shared.packed:
-                if start:
+                if start and not self._waits_for_offset:
                     self._append(key_states, value_states)
                 else:
                     self._staged = step
                     self.seen = step.length
                 return States(step, 0), States(step, 1)
+            if self.consistent:
+                raise ValueError('prefill="consistent": takes a model with set_attn_implementation("halfbyte")')
             tensors = key_states, value_states
             if start:
                 old = self._unpack(step.tokens - key_states.shape[2])
@@ -203,6 +206,24 @@ class Int4Layer(CacheLayerMixin):
             form = "batch {}, kv_heads {}, head_dim {} in K and {} in V, {}"
             raise ValueError(f"{where}: key_states: got {form.format(*got)}, the cache takes {form.format(*takes)}")
 
+    def restore(self, facts, dtype, parts):
+        """Takes over saved content. facts: kv_heads, head sizes and tokens seen; parts: what native.save() gave."""
+        self.native = _native.Layer.load(
+            kv_heads=facts["kv_heads"],
+            head_dim_k=facts["head_dim_k"],
+            head_dim_v=facts["head_dim_v"],
+            dtype=DTYPES[dtype],
+            recipe=self.recipe,
+            layer_index=self.layer_idx,
+            sliding_window=self.sliding_window,
+            parts=parts,
+        )
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.kv_heads, self.head_dim_k, self.head_dim_v = (facts[n] for n in ("kv_heads", "head_dim_k", "head_dim_v"))
+        self._set_batch(self.native.batch)
+        self.seen = facts["seen"]
+        self.is_initialized = True
+
     def _append(self, k, v, counted=None):
         """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count."""
         tokens = k.shape[2]
@@ -227,29 +248,39 @@ class Int4Layer(CacheLayerMixin):
         self._shared.roll_back(start)
 
     def commit(self, step, mask, module):
-        """Packs a first prefill once attention has read it raw. mask: as attention got it; module: its caller."""
+        """Packs a staged step: attention has read it, or knows which of its tokens are padding by now.
+
+        mask: as attention got it; module: its caller.
+        """
         if self._staged is not step:
             return  # another layer has attended the same states before
         counted = None
         if mask is not None:
             # Causal or windowed, a token sees itself unless it is padding.
             shown = mask if mask.dtype is torch.bool else mask == 0
-            if shown.shape[2] == shown.shape[3]:
-                counted = shown[:, 0].diagonal(dim1=1, dim2=2).expand(self.batch, -1).to(torch.uint8).contiguous()
+            old = shown.shape[3] - shown.shape[2]
+            if shown.shape[2] == step.k.shape[2]:
+                counted = shown[:, 0].diagonal(old, 1, 2).expand(self.batch, -1).to(torch.uint8).contiguous()
         self._flush(counted, module)
 
     def _flush(self, counted=None, module=None):
         step, self._staged = self._staged, None
-        self.seen = 0
+        self.seen = step.start
+        short = step.length < OFFSET_TOKENS and not self.consistent
         try:
-            if module is not None and step.length < OFFSET_TOKENS and self.recipe.offset and self.calibration is None:
+            if module is not None and short and self.recipe.offset and self.calibration is None:
                 offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k)
                 if offset is not None:
                     self.native.set_offset(offset.data_ptr(), 0)
             self._append(step.k.detach(), step.v.detach(), counted)
         except (ValueError, RuntimeError, MemoryError):
-            self._fail(0)
+            self._fail(step.start)
             raise
+
+    @property
+    def _waits_for_offset(self):
+        """Whether tokens still go into the offset, so that attention must say first which are padding."""
+        return self.consistent and self.recipe.offset and not self.native.has_offset
 
     def _settle(self):
         """Packs what is staged or assigned, so that the native layer holds all there is."""
@@ -286,7 +317,7 @@ class Int4Layer(CacheLayerMixin):
             query = query.contiguous()
         dim_v = self.head_dim_v
         out = torch.empty((batch, queries, heads, dim_v), dtype=query.dtype)
-        options = {}
+        options = {"exact": True} if self.consistent else {}
         if queries > 1:
             k, v = step.k[:, :, -queries:], step.v[:, :, -queries:]
             k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (k, v))
@@ -335,6 +366,8 @@ class Int4Layer(CacheLayerMixin):
     def _get(self, name):
         if name in self._assigned:
             return self._assigned[name]
+        if self._staged is not None and self._staged.start:
+            self._flush()
         if not self.is_initialized:
             return None
         part = 0 if name == "keys" else 1
@@ -447,7 +480,7 @@ class Int4Layer(CacheLayerMixin):
         if self.native is not None:
             other.native = self.native.copy()
         if self._staged is not None:
-            other._staged = Step(other, self._staged.k, self._staged.v, 0)
+            other._staged = Step(other, self._staged.k, self._staged.v, self._staged.start)
         return other
 
     def __deepcopy__(self, memo):

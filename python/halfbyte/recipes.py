@@ -15,6 +15,8 @@ RECIPES: dict[str, Recipe] = {
     "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),
     "g16": Recipe(k_group=16, v_group=16),
     "k8v4": Recipe(k_bits=8, v_bits=4),
+    # No code at all: what is wrong with it is bookkeeping, not rounding.
+    "passthrough": Recipe(k_bits=32, v_bits=32, rotation="identity", offset=False),
 }
 
 FIELDS = (
@@ -31,6 +33,7 @@ FIELDS = (
     "lambda_",
     "sink_tokens",
     "raw_window",
+    "offset_tokens",
 )
 
 
@@ -62,6 +65,6 @@ def bits_per_value(recipe: Recipe, head_dim: int) -> float:
     """Bits a value of K and V takes, scales included: mean of both sides, for heads of `head_dim` channels."""
 
     def side(bits: int, group: int) -> float:
-        return bits + recipe.scale_bits / (group or head_dim)
+        return 32 if bits == 32 else bits + recipe.scale_bits / (group or head_dim)
 
     return (side(recipe.k_bits, recipe.k_group) + side(recipe.v_bits, recipe.v_group)) / 2

@@ -1,0 +1,270 @@
+"""Int4Cache to a safetensors file and back: packed bytes as they are, on any backend, never decoded."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from safetensors.torch import save_file
+
+from . import _native
+from .calibrate import Calibration, fingerprint
+from .files import read_safetensors
+from .layer import DTYPES, Int4Layer
+from .recipes import FIELDS, Recipe
+
+FORMAT = "halfbyte-cache"
+VERSION = 1
+# What two models must share for the cache of one to mean something to the other.
+MODEL_FIELDS = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "sliding_window", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
+)
+COUNTS = ("batch", "length", "first", "packed_end", "pages_dropped", "offset_ready")
+# Arrays of a packed layer: their dtype in the file; None: the layer's own.
+ARRAYS = {
+    "page_table": torch.int32,
+    "pages": torch.uint8,
+    "raw_k": None,
+    "raw_v": None,
+    "offset_k": torch.float32,
+    "offset_v": torch.float32,
+    "given_offset_k": torch.float32,
+    "given_offset_v": torch.float32,
+    "lambda_k": torch.float32,
+    "lambda_v": torch.float32,
+    "counted": torch.uint8,
+}
+
+
+def save(cache, path, model=None) -> None:
+    """Writes `cache` to `path` at once or not at all. model: its weights' fingerprint goes with it, for load to check."""
+    tensors, metadata = _to_tensors(cache, model)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, str(partial), metadata)
+        partial.replace(path)
+    except OSError as error:
+        raise ValueError(f"path: cannot write {str(path)!r}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(cache_class, path, config, model=None):
+    """The cache that `save` wrote. Raises ValueError naming what is wrong with the file, or with this model for it."""
+    tensors, metadata = read_safetensors(path, "cache")
+    return _from_tensors(cache_class, tensors, metadata, config, str(path), model)
+
+
+def to_bytes(cache) -> bytes:
+    return save_bytes(*_to_tensors(cache, None))
+
+
+def from_bytes(cache_class, data: bytes, config):
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return _from_tensors(cache_class, load_bytes(data), header["__metadata__"], config, "pickled cache", None)
+
+
+# ---------------------------------------------------------------------------------------------------- saving
+
+
+def _to_tensors(cache, model):
+    tensors, layers = {}, []
+    for index, layer in enumerate(cache.layers):
+        facts, arrays = _packed_layer(layer) if isinstance(layer, Int4Layer) else _library_layer(layer, index)
+        layers.append(facts)
+        tensors.update({f"layers.{index}.{name}": array for name, array in arrays.items()})
+    if not any(facts["kind"] == "int4" for facts in layers):
+        raise ValueError("save: the cache holds no tokens")
+    facts = {
+        "halfbyte": _native.version,
+        "recipe": {field: getattr(cache.recipe, field) for field in FIELDS},
+        "prefill": cache.prefill,
+        "model": _model_facts(cache._shared.config),
+        "weights": "" if model is None else fingerprint(model),
+        "layers": layers,
+        "checksums": {name: _checksum(tensor) for name, tensor in tensors.items()},
+    }
+    text = json.dumps(facts)
+    # One entry: safetensors writes several in random order, and equal caches are to give equal files.
+    return tensors, {FORMAT: json.dumps({"version": VERSION, "crc32": zlib.crc32(text.encode()), "facts": text})}
+
+
+def _packed_layer(layer):
+    layer._settle()
+    if layer.seen == 0:
+        return {"kind": "empty"}, {}
+    parts = layer.native.save()
+    facts = {
+        "kind": "int4",
+        "kv_heads": layer.kv_heads,
+        "head_dim_k": layer.head_dim_k,
+        "head_dim_v": layer.head_dim_v,
+        "dtype": DTYPES[layer.dtype],
+        "seen": layer.seen,
+        **{name: parts[name] for name in COUNTS},
+    }
+    batch, heads, dims = layer.batch, layer.kv_heads, {"k": layer.head_dim_k, "v": layer.head_dim_v}
+    shapes = {"page_table": (batch, -1), "pages": (len(set(parts["page_table"].tolist())), heads, -1)}
+    for side, dim in dims.items():
+        shapes[f"raw_{side}"] = (batch, heads, -1, dim)
+        shapes[f"offset_{side}"] = (batch, heads, dim)
+        shapes[f"given_offset_{side}"] = shapes[f"lambda_{side}"] = (heads, dim)
+    shapes["counted"] = (batch, -1)
+    arrays = {}
+    for name, dtype in ARRAYS.items():
+        if parts[name].size:
+            arrays[name] = torch.from_numpy(parts[name]).view(dtype or layer.dtype).view(shapes[name])
+    return facts, arrays
+
+
+def _library_layer(layer, index):
+    """The state of one of the library's own layers: its attributes, tensors apart."""
+    arrays = {}
+    try:
+        state = {name: _encode(value, name, arrays) for name, value in vars(layer).items()}
+    except TypeError as error:
+        raise NotImplementedError(f"save: layer {index}, a {type(layer).__name__}, holds {error}") from None
+    return {"kind": type(layer).__name__, "state": state}, arrays
+
+
+def _encode(value, name, arrays):
+    if isinstance(value, torch.Tensor):
+        # A copy: it may be a view of something larger, or share memory with another tensor.
+        arrays[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(item, f"{name}.{key}", arrays)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_encode(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a {type(value).__name__} in {name}")
+
+
+def _model_facts(config):
+    facts = config.to_dict()
+    return json.loads(json.dumps({name: facts[name] for name in MODEL_FIELDS if facts.get(name) is not None}))
+
+
+def _checksum(tensor):
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def _from_tensors(cache_class, tensors, metadata, config, path, model):
+    facts = _checked_facts(tensors, metadata, path)
+    _check_model(facts, config, path, model)
+    try:
+        recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
+        calibration = _calibration(layers, tensors) if recipe.lambda_ else None
+        cache = cache_class(config, recipe, calibration, prefill=facts["prefill"])
+        if len(layers) != len(cache.layers):
+            raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
+        for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):
+            prefix = f"layers.{index}."
+            arrays = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+            _fill_layer(layer, state, arrays)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"path: the cache file {path!r} is damaged: {error}") from error
+    return cache
+
+
+def _checked_facts(tensors, metadata, path):
+    if FORMAT not in metadata:
+        raise ValueError(f"path: {path!r} is a safetensors file, but not a {FORMAT} one")
+    try:
+        head = json.loads(metadata[FORMAT])
+        version, crc32, text = int(head["version"]), head["crc32"], str(head.get("facts"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: the cache file {path!r} is damaged: {error}") from error
+    if version != VERSION:
+        advice = "upgrade halfbyte to read it" if version > VERSION else "this version no longer reads it"
+        raise ValueError(f"path: {path!r} has format version {version}, takes {VERSION}: {advice}")
+    if zlib.crc32(text.encode()) != crc32:
+        raise ValueError(f"path: the cache file {path!r} is damaged: the checksum of its facts does not fit")
+    facts = json.loads(text)
+    if facts["checksums"].keys() != tensors.keys():
+        raise ValueError(f"path: the cache file {path!r} is damaged: it has tensors too few or too many")
+    for name, tensor in tensors.items():
+        if _checksum(tensor) != facts["checksums"][name]:
+            raise ValueError(f"path: the cache file {path!r} is damaged: the checksum of {name} does not fit")
+    return facts
+
+
+def _check_model(facts, config, path, model):
+    wanted, given = facts["model"], _model_facts(config.get_text_config(decoder=True))
+    for name in MODEL_FIELDS:
+        if wanted.get(name) != given.get(name):
+            raise ValueError(
+                f"path: {path!r} was saved for another model: {name} is {wanted.get(name)!r} there, "
+                f"{given.get(name)!r} in the config"
+            )
+    if model is not None and facts["weights"] and facts["weights"] != fingerprint(model):
+        raise ValueError(
+            f"path: {path!r} was saved for a model with other weights (fingerprint {facts['weights']}, "
+            f"this one has {fingerprint(model)})"
+        )
+
+
+def _calibration(layers, tensors):
+    """Lambda, and offsets if they were given: what the cache needs again after a reset."""
+    parts = {"lambda_k": "lambda_k", "lambda_v": "lambda_v", "given_offset_k": "offset_k", "given_offset_v": "offset_v"}
+    lists = {
+        part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
+    }
+    empty = torch.empty(0)
+    return Calibration(
+        **{
+            part: [empty if tensor is None else tensor for tensor in found] if any(t is not None for t in found) else []
+            for part, found in lists.items()
+        }
+    )
+
+
+def _fill_layer(layer, facts, arrays):
+    kind = facts["kind"]
+    if kind == "empty":
+        return
+    if kind != "int4":
+        if kind != type(layer).__name__:
+            raise ValueError(f"a layer is a {kind}, the model's a {type(layer).__name__}")
+        for name, value in facts["state"].items():
+            setattr(layer, name, _decode(value, arrays))
+        return
+    if not isinstance(layer, Int4Layer):
+        raise ValueError(f"a layer is packed, the model's is a {type(layer).__name__}")
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    dtype = dtypes[facts["dtype"]]
+    parts = {name: facts[name] for name in COUNTS}
+    for name, array in arrays.items():
+        if array.dtype is not (ARRAYS[name] or dtype):
+            raise ValueError(f"{name} is {array.dtype}, takes {ARRAYS[name] or dtype}")
+        flat = array.contiguous().view(-1)
+        parts[name] = (flat if ARRAYS[name] else flat.view(torch.uint8)).numpy()
+    layer.restore(facts, dtype, parts)
+
+
+def _decode(value, arrays):
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return arrays[content]
+    if kind == "dict":
+        return {key: _decode(item, arrays) for key, item in content}
+    if kind == "list":
+        return [_decode(item, arrays) for item in content]
+    if kind == "dtype":
+        return getattr(torch, content)
+    return torch.device(content)
