@@ -58,6 +58,7 @@ bench: env
 	$(BIN)/halfbyte bench attend --json build/bench/attend.json
 	$(BIN)/halfbyte bench encode --json build/bench/encode.json
 	$(BIN)/halfbyte bench generate --json build/bench/generate.json
+	$(BIN)/halfbyte bench glue --json build/bench/glue.json
 
 format: $(TOOLS)
 	$(BIN)/clang-format -i $(CPP_FILES)

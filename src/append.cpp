@@ -185,23 +185,51 @@ void fix_offset(State& s, const Chunk& chunk) {
 
 // ---- packing
 
+// For each sequence, the first one whose tokens are all the same: beam search hands a prompt over once for every beam.
+std::vector<int> first_twins(const State& s, const Chunk& chunk) {
+  auto same = [&](int a, int b) {
+    if (chunk.counted && memcmp(chunk.counted + a * chunk.tokens, chunk.counted + b * chunk.tokens, chunk.tokens)) return false;
+    for (size_t t = 0; t < chunk.tokens; t++)
+      for (int head = 0; head < s.config.kv_heads; head++)
+        for (Side side : {Side::k, Side::v})
+          if (memcmp(chunk_row(s, chunk, side, a, head, t), chunk_row(s, chunk, side, b, head, t),
+                     s.head_dim(side) * s.element_bytes()))
+            return false;
+    return true;
+  };
+  std::vector<int> first(chunk.batch);
+  for (int b = 0; b < chunk.batch; b++) {
+    first[b] = b;
+    for (int a = 0; a < b && s.length == 0 && first[b] == b; a++)
+      if (first[a] == a && same(a, b)) first[b] = a;
+  }
+  return first;
+}
+
 // Pages that this append will write: new ones, and own copies of shared ones. Throws std::bad_alloc before any change.
-std::vector<std::vector<Page>> pages_for(const State& s, int batch, size_t from, size_t to) {
+std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>& twins, size_t from, size_t to) {
   std::vector<std::vector<Page>> pages = s.pages;
-  pages.resize(batch);
+  size_t spare = s.spare.size();   // taken from the back; append forgets them once nothing can fail
+  auto take_page = [&] { return spare ? s.spare[--spare] : make_page(s.page_bytes()); };
+  pages.resize(twins.size());
   if (from == to) return pages;
-  for (std::vector<Page>& list : pages) {
+  for (size_t b = 0; b < pages.size(); b++) {
+    std::vector<Page>& list = pages[b];
+    if (twins[b] != (int)b) {
+      list = pages[twins[b]];
+      continue;
+    }
     const size_t first_written = from / kPageTokens - s.pages_dropped;
     // use_count 2: the state's list and this copy of it.
     if (first_written < list.size() && list[first_written].use_count() > 2) {
-      Page own = make_page(s.page_bytes());
+      Page own = take_page();
       memcpy(own.get(), list[first_written].get(), s.page_bytes());
       list[first_written] = own;
     }
     const size_t needed = (to + kPageTokens - 1) / kPageTokens - s.pages_dropped;
     list.reserve(needed);
     while (list.size() < needed) {
-      list.push_back(make_page(s.page_bytes()));
+      list.push_back(take_page());
       memset(list.back().get(), 0, s.page_bytes());   // kernels read whole blocks; what they mask must be numbers
     }
   }
@@ -221,7 +249,7 @@ void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t
   encode_block(args);
 }
 
-void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
+void pack(State& s, const Chunk& chunk, const std::vector<int>& twins, size_t from, size_t to) {
   if (from == to) return;
   const size_t heads = (size_t)chunk.batch * s.config.kv_heads;
   const size_t first_block = from / kBlockTokens, blocks = (to - 1) / kBlockTokens + 1 - first_block;
@@ -229,6 +257,7 @@ void pack(State& s, const Chunk& chunk, size_t from, size_t to) {
   const size_t parts = (blocks + kBlocksEach - 1) / kBlocksEach;
   auto pack_part = [&](size_t task) {
     const int b = (int)(task / parts / s.config.kv_heads), head = (int)(task / parts % s.config.kv_heads);
+    if (twins[b] != b) return;   // on the pages of another
     const size_t begin = first_block + task % parts * kBlocksEach, end = std::min(begin + kBlocksEach, first_block + blocks);
     for (size_t block = begin; block < end; block++) {
       const size_t lo = std::max(from, block * kBlockTokens), hi = std::min(to, (block + 1) * kBlockTokens);
@@ -261,13 +290,13 @@ void extend_tail(State& s, const Chunk& chunk, size_t from) {
         }
 }
 
-// Raw copies of what an append of several tokens is about to pack, as far as crop is likely to come back for it.
+// Raw copies of what an append of several tokens is about to pack, as far as a crop may come back for it.
 constexpr size_t kUndoTokens = 64;
 
 void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t packed_end, RawTokens& undo, size_t& start) {
-  const size_t length = s.length + chunk.tokens, reach = kUndoTokens + (size_t)s.config.recipe.raw_window;
-  start = std::max(packed_from, length > reach ? (length - reach) / kBlockTokens * kBlockTokens : 0);
-  if (chunk.tokens == 1 || start >= packed_end) return;
+  const size_t length = s.length + chunk.tokens;
+  start = std::max(packed_from, s.raw_start(length > kUndoTokens + 1 ? length - kUndoTokens - 1 : 0));
+  if (!s.record_past || chunk.tokens == 1 || start >= packed_end) return;
   undo = s.make_raw(packed_end - start);
   copy_raw(s, chunk, start, packed_end, undo);
 }
@@ -287,8 +316,11 @@ void drop_pages_behind_window(State& s) {
   s.first = std::max(s.first, s.length > window - 1 ? s.length - (window - 1) : 0);
   const size_t gone = std::min(s.first, s.packed_end) / kPageTokens;
   if (gone <= s.pages_dropped) return;
-  for (std::vector<Page>& list : s.pages)
-    list.erase(list.begin(), list.begin() + std::min(list.size(), gone - s.pages_dropped));
+  for (std::vector<Page>& list : s.pages) {
+    const size_t n = std::min(list.size(), gone - s.pages_dropped);
+    for (size_t i = 0; i < n; i++) recycle(s.spare, std::move(list[i]));
+    list.erase(list.begin(), list.begin() + n);
+  }
   s.pages_dropped = gone;
 }
 
@@ -316,15 +348,17 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   const bool keep_before = tokens > 1 && s.length > packed_from;
   if (keep_before && !moves) before = s.tail;
   keep_undo(s, chunk, filled, packed_end, undo, undo_start);
-  std::vector<std::vector<Page>> pages = pages_for(s, batch, packed_from, packed_end);
+  const std::vector<int> twins = first_twins(s, chunk);
+  std::vector<std::vector<Page>> pages = pages_for(s, twins, packed_from, packed_end);
   const bool fixes_offset = packed_end != packed_from && !s.offset_ready;
   if (fixes_offset) fix_offset(s, chunk);
   if (!s.offset_ready || (fixes_offset && s.warm_up())) remember_counted(s, chunk, capacity + sink);
   // Nothing below allocates.
   s.pages.swap(pages);
   pages.clear();
+  while (!s.spare.empty() && s.spare.back().use_count() > 1) s.spare.pop_back();   // those that s.pages took
   drop_pages_behind_window(s);
-  pack(s, chunk, packed_from, packed_end);
+  pack(s, chunk, twins, packed_from, packed_end);
   if (sinks.capacity) {
     copy_raw(s, chunk, 0, std::min(sink, length), sinks);
     s.sinks = std::move(sinks);

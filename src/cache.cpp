@@ -89,6 +89,10 @@ Page make_page(size_t bytes) {
   return {data, [](uint8_t* p) { ::operator delete(p, kLine); }};
 }
 
+void recycle(std::vector<Page>& spare, Page&& page) {
+  if (page.use_count() == 1 && spare.size() < spare.capacity()) spare.push_back(std::move(page));
+}
+
 RawTokens Layer::State::make_raw(size_t capacity) const {
   size_t rows = (size_t)batch * config.kv_heads * capacity * element_bytes();
   return {std::vector<uint8_t>(rows * config.head_dim_k), std::vector<uint8_t>(rows * config.head_dim_v), capacity};
@@ -125,6 +129,9 @@ void Layer::reset() {   // allocates nothing: it cannot fail
   fresh.packed_end = s.sink_tokens();
   fresh.offset_ready = !s.config.recipe.offset;
   fresh.rotation_k = std::move(s.rotation_k), fresh.rotation_v = std::move(s.rotation_v);
+  for (std::vector<Page>& list : s.pages)
+    for (Page& page : list) recycle(s.spare, std::move(page));
+  fresh.spare = std::move(s.spare);
   for (auto member : {&State::given_k, &State::given_v, &State::lambda_k, &State::lambda_v, &State::inverse_lambda_k,
                       &State::inverse_lambda_v})
     fresh.*member = std::move(s.*member);
@@ -154,7 +161,9 @@ Status Layer::crop(size_t length) {
   s.before = {}, s.undo = {};
   if (s.warm_up() && s.packed_end == s.sink_tokens() && length < s.sink_tokens() + s.warm_up()) s.offset_ready = false;
   size_t pages_kept = (s.packed_end + kPageTokens - 1) / kPageTokens;
-  for (auto& list : s.pages) list.resize(std::min(list.size(), std::max(pages_kept, s.pages_dropped) - s.pages_dropped));
+  const size_t kept = std::max(pages_kept, s.pages_dropped) - s.pages_dropped;
+  for (auto& list : s.pages)
+    for (; list.size() > kept; list.pop_back()) recycle(s.spare, std::move(list.back()));
   return {};
 }
 
@@ -183,10 +192,27 @@ Status Layer::select(const std::vector<size_t>& rows) {
 Status Layer::copy_from(const Layer& other) {
   try {
     state_ = std::make_unique<State>(*other.state_);
+    state_->spare = {};   // the other's to use
   } catch (const std::bad_alloc&) {
     return out_of_memory();
   }
   return {};
+}
+
+Status Layer::reserve(int batch, size_t tokens) try {
+  State& s = *state_;
+  if (batch < 1) return bad("batch is " + std::to_string(batch) + "; it takes 1 or more");
+  // A window lies anywhere on the pages, and the page that grows is one more.
+  const size_t window = (size_t)s.config.sliding_window;
+  const size_t held = window ? std::min(tokens, window + 2 * kPageTokens) : tokens;
+  const size_t pages = (size_t)batch * ((held + kPageTokens - 1) / kPageTokens);
+  std::vector<Page> spare;
+  spare.reserve(pages);
+  while (spare.size() < pages) spare.push_back(make_page(s.page_bytes()));
+  s.spare = std::move(spare);
+  return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
 Status Layer::set_offset(const float* k, const float* v) try {
@@ -265,7 +291,7 @@ size_t Layer::bytes() const {
     total += list.capacity() * sizeof(Page);
     for (const Page& page : list) unique.insert(page.get());
   }
-  total += unique.size() * s.page_bytes();
+  total += (unique.size() + s.spare.size()) * s.page_bytes() + s.spare.capacity() * sizeof(Page);
   for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before, &s.undo}) total += raw->k.capacity() + raw->v.capacity();
   for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v})
     total += numbers->capacity() * sizeof(float);

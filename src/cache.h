@@ -14,6 +14,7 @@ namespace halfbyte {
 // Bytes of one page for all KV heads; shared between sequences until one of them writes.
 using Page = std::shared_ptr<uint8_t>;
 Page make_page(size_t bytes);   // throws std::bad_alloc
+void recycle(std::vector<Page>& spare, Page&& page);   // keeps a page that nobody else holds, if there is room
 
 // Short enough to sit inside the string: reporting it needs no memory.
 inline Status out_of_memory() { return {Code::out_of_memory, "out of memory"}; }
@@ -42,9 +43,10 @@ struct Layer::State {
   size_t pages_dropped = 0;                    // whole pages gone from the front of every sequence
   std::vector<std::vector<Page>> pages;        // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
   RawTokens sinks, tail;
+  std::vector<Page> spare;                     // reserved and not in use; its capacity is how many may wait here
 
-  // The last append, if of several tokens. `before`: the tail before it, for its queries. `undo`: what it packed, as
-  // raw tokens [undo_start, packed_end), so that crop can go back inside it.
+  // The last append, if of several tokens. `before`: the tail before it, for its queries. `undo`, while record_past: what
+  // it packed, as raw tokens [undo_start, packed_end), so that crop can go back inside it.
   RawTokens before, undo;
   size_t before_start = 0, chunk_start = 0, undo_start = 0;
   bool record_past = false;

@@ -150,6 +150,10 @@ class Layer {
   // Newest visible() tokens as float32 [batch, kv_heads, visible, head_dim].
   Status decode(float* k_out, float* v_out) const;
 
+  // Allocates now the pages that `batch` sequences of up to `tokens` tokens need, to be used before any new ones; pages
+  // that become free are kept up to that number. A sliding layer needs those of its window only.
+  Status reserve(int batch, size_t tokens);
+
   Status crop(size_t length);                        // forgets the tokens at positions >= length
   Status select(const std::vector<size_t>& rows);    // sequence i becomes a copy of the old rows[i]; pages are shared
   Status copy_from(const Layer& other);
@@ -163,7 +167,9 @@ class Layer {
   // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. Only while nothing is packed.
   Status set_offset(const float* k, const float* v);
   Status set_lambda(const float* k, const float* v);
-  void record_past(bool on);                         // sliding layers: keep tokens behind the window while on
+  // While on, a crop finds what the newest append changed: tokens behind a sliding window, and raw values of its last 64
+  // tokens, which are exact again.
+  void record_past(bool on);
 
   const LayerConfig& config() const;
   size_t length() const;          // tokens seen by each sequence

@@ -205,6 +205,7 @@ void bind_layer(nb::module_& m) {
       .def("dequantize", [](const Layer& l, Address k, Address v) { check(l.decode(pointer<float>(k), pointer<float>(v))); },
            "k_out"_a, "v_out"_a, "The newest `visible` tokens as float32 [batch, kv_heads, visible, head_dim].")
       .def("crop", [](Layer& l, size_t length) { check(l.crop(length)); }, "length"_a)
+      .def("reserve", [](Layer& l, int batch, size_t tokens) { check(l.reserve(batch, tokens)); }, "batch"_a, "tokens"_a)
       .def("select", [](Layer& l, const std::vector<size_t>& rows) { check(l.select(rows)); }, "rows"_a)
       .def("reset", &Layer::reset)
       .def("copy",

@@ -34,6 +34,10 @@ class Step:
 
     def dense(self):
         """K and V as tensors [batch, kv_heads, tokens, head_dim], unpacked unless they are a first prefill."""
+        if self.layer.consistent:
+            raise NotImplementedError(
+                f'prefill="consistent": layer {self.layer.layer_idx}: the model uses K and V other than by attention'
+            )
         if self.tensors is None:
             self.tensors = (self.k, self.v) if self.start == 0 else self.layer.unpack(self)
         return self.tensors
@@ -119,8 +123,32 @@ class _Inference(torch.autograd.Function):
         raise NotImplementedError("backward through Int4Cache is not supported: train with use_cache=False")
 
 
-@torch.compiler.disable  # addresses and growing lengths: nothing in here can be traced
-def halfbyte_attention(
+class Pending:
+    """What `Int4StaticCache.update` returns for K and V: new states that attention appends when it runs."""
+
+    def __init__(self, state, key, value):
+        self.state = state  # the layer's, as it was before these
+        self.key = key  # [batch, kv_heads, new tokens, head_dim_k]
+        self.value = value
+        self.appended = False
+
+
+def halfbyte_attention(module, query, key, value, attention_mask, **kwargs):
+    """The attention function of attn_implementation="halfbyte": see `attend` for arguments and results.
+
+    What Int4StaticCache.update returned goes to a custom operator, which torch.compile can trace; it takes neither
+    dropout nor position_bias.
+    """
+    if type(key) is Pending:
+        from .static import attend_pending
+
+        return attend_pending(module, query, key, attention_mask, **kwargs)
+    if torch.compiler.is_compiling():
+        return _attend_untraced(module, query, key, value, attention_mask, **kwargs)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def attend(
     module,
     query,
     key,
@@ -134,7 +162,7 @@ def halfbyte_attention(
     position_bias=None,
     **kwargs,
 ):
-    """The attention function of attn_implementation="halfbyte".
+    """Attention to what Int4Cache.update returned, packed where the kernels can do it.
 
     query: [batch, heads, queries, head_dim]. key, value: what `Int4Cache.update` returned, or tensors
     [batch, kv_heads, tokens, head_dim]. attention_mask: None, bool [batch or 1, 1, queries, tokens] (True = visible),
@@ -142,22 +170,17 @@ def halfbyte_attention(
     Returns ([batch, queries, heads, head_dim_v], None). What the packed kernels can not do (additive masks, masks or
     biases that differ between heads, dropout, attention to later tokens) runs on unpacked K and V.
     """
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            'output_attentions=True: attn_implementation="halfbyte" forms no attention weights; '
-            'call model.set_attn_implementation("eager") to get them'
-        )
-    for name in NOT_READ:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f'layer {module.layer_idx}: {name}: attn_implementation="halfbyte" can not do the attention of '
-                f'{type(module).__name__}; call model.set_attn_implementation("eager")'
-            )
-    extras = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}
+    if kwargs:
+        check_options(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+
+    def dense(key, value, mask):
+        extras = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}
+        return _attend_dense(module, query, key, value, mask, scaling, causal, **extras)
+
     if type(key) is not States or type(value) is not States or value.step is not key.step:
         _adopt(key, module)
-        return _attend_dense(module, query, _densify(key), _densify(value), attention_mask, scaling, causal, **extras)
+        return dense(_densify(key), _densify(value), attention_mask)
 
     step = key.step
     layer = step.layer
@@ -166,7 +189,7 @@ def halfbyte_attention(
         _check_mask(attention_mask, query, step)
     if step.start == 0 and not layer.consistent:
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        result = _attend_dense(module, query, step.k, step.v, mask, scaling, causal, **extras)
+        result = dense(step.k, step.v, mask)
         layer.commit(step, attention_mask, module)
         return result
 
@@ -178,13 +201,31 @@ def halfbyte_attention(
                 f'prefill="consistent": layer {layer.layer_idx} takes causal attention, with masks that show or hide'
             )
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        return _attend_dense(module, query, *step.dense(), mask, scaling, causal, **extras)
+        return dense(*step.dense(), mask)
     if layer.consistent:
         layer.commit(step, attention_mask, module)
     out = layer.attend(step, query, mask, scaling, softcap, s_aux)
     if query.requires_grad and torch.is_grad_enabled():
         out = _Inference.apply(out, query)
     return out, None
+
+
+_attend_untraced = torch.compiler.disable(attend)  # addresses and growing lengths: nothing in there can be traced
+
+
+def check_options(module, options):
+    """Raises for what a model asks of its attention and the packed kernels do not do, rather than leaving it out."""
+    if options.get("output_attentions"):
+        raise NotImplementedError(
+            'output_attentions=True: attn_implementation="halfbyte" forms no attention weights; '
+            'call model.set_attn_implementation("eager") to get them'
+        )
+    for name in NOT_READ:
+        if options.get(name) is not None:
+            raise NotImplementedError(
+                f'layer {module.layer_idx}: {name}: attn_implementation="halfbyte" can not do the attention of '
+                f'{type(module).__name__}; call model.set_attn_implementation("eager")'
+            )
 
 
 def _adopt(key, module):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface

@@ -248,6 +248,36 @@ def generate(
     report(f"generate, {model}, recipe {recipe}", rows, json_file, {"seed": seed}, extra=SPEED_RATIO)
 
 
+@bench.command()
+@reports_errors
+def glue(
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 128,
+    layers: Annotated[int, typer.Option(help="Attention layers.", min=1)] = 4,
+    prefix: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "256,4096",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded, which medians are taken over.", min=1)] = 128,
+    recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+):
+    """What Python and its checks cost a decoding step: cache update and attention less the extension's own time.
+
+    Wall microseconds a layer, float32, one thread. int4 and fp are the whole of an Int4Cache's and a DynamicCache's
+    update and attention; glue is what remains of each without the kernels inside: the extension's append and attend,
+    or torch.cat and scaled_dot_product_attention. The defaults are tiny-qwen's geometry.
+
+    Example: `halfbyte bench glue --layers 24 --prefix 1024 --json glue.json`
+    """
+    begin(json_file, timed=True)
+    prefixes = whole_numbers(prefix, "prefix", 16)
+    from .bench import bench_glue
+
+    rows = bench_glue(heads, kv_heads, head_dim, layers, prefixes, new_tokens, recipe, seed)
+    title = f"glue, {layers} layers, {heads}/{kv_heads} heads of {head_dim}, recipe {recipe}"
+    report(title, rows, json_file, {"seed": seed}, "us a layer for one token, one thread")
+
+
 @app.command("eval")
 @reports_errors
 def evaluate(

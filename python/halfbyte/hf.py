@@ -1,6 +1,7 @@
 """Int4Cache: a transformers cache that holds K and V in 4 bits, for model.generate(past_key_values=...)."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,12 +32,14 @@ class Int4Cache(DynamicCache):
 
     Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
     for the blocks of 16 tokens that were complete before its own block, raw ones from there on. The first prefill is
-    exempt: it attends exactly to its own raw K, V. With prefill="consistent" it is not, offsets are the mean of the first
-    64 tokens, and attention computes in float32: what is stored and computed for a token then depends on no more than the
-    tokens before it, not on how they were split into steps. That is slower; it is for comparing runs. Under any other attn_implementation everything works on unpacked tensors, slower.
+    exempt: it attends exactly to its own raw K, V. With prefill="consistent" it is not, offsets are the mean of the
+    first 64 tokens, and attention computes in float32: what is stored and computed for a token then depends on the
+    tokens before it alone, not on how they were split into steps. That is slower; it is for comparing runs. Under any
+    other attn_implementation everything works on unpacked tensors, slower.
 
     Raises ValueError for unknown recipes or fields, for values that are not finite, and for a model of another shape,
-    dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.compile or torch.export.
+    dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.export. Under torch.compile it
+    breaks the graph: Int4StaticCache does not.
     """
 
     def __init__(self, config, recipe="default", calibration=None, prefill="exact", **overrides):
@@ -57,25 +60,44 @@ class Int4Cache(DynamicCache):
         for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
             if kind in PACKED_LAYERS:
                 window = options.get("sliding_window") or 0
-                layers.append(Int4Layer(self.recipe, index, self._shared, window, calibration, consistent))
+                layers.append(
+                    self._make_packed_layer(self.recipe, index, self._shared, window, calibration, consistent)
+                )
             elif kind in DYNAMIC_LAYER_TYPE_MAPPING:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
+                layers.append(self._make_library_layer(kind, options))
             else:
                 known = ", ".join(sorted(DYNAMIC_LAYER_TYPE_MAPPING))
                 raise ValueError(f"config: layer {index} is of type {kind!r}, takes one of {known}")
         Cache.__init__(self, layers=layers)
+        if not self._shared.layers:
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            warnings.warn(f"Int4Cache: nothing is packed: the layers of this model are {kinds}", stacklevel=2)
+
+    def _make_packed_layer(self, *args):
+        return Int4Layer(*args)
+
+    def _make_library_layer(self, kind, options):
+        return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+    @property
+    def _own_options(self):
+        """What the constructor takes besides a config and what a cache file holds."""
+        return {}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if torch.compiler.is_compiling() or layer_idx >= len(self.layers):
+            return self._update_untraced(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     @torch.compiler.disable
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        try:
-            layer = self.layers[layer_idx]
-        except IndexError:
-            self._shared.roll_back(self._shared.layers[-1].seen - key_states.shape[2] if self._shared.layers else 0)
-            raise ValueError(
-                f"past_key_values: got layer {layer_idx} of a model, takes one with {len(self.layers)} layers as in "
-                "the config that the cache was made with"
-            ) from None
-        return layer.update(key_states, value_states, *args, **kwargs)
+    def _update_untraced(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx < len(self.layers):
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        self._shared.roll_back(self._shared.layers[-1].seen - key_states.shape[2] if self._shared.layers else 0)
+        raise ValueError(
+            f"past_key_values: got layer {layer_idx} of a model, takes one with {len(self.layers)} layers as in the "
+            "config that the cache was made with"
+        )
 
     @property
     def nbytes(self):
@@ -104,20 +126,21 @@ class Int4Cache(DynamicCache):
         save(self, path, model)
 
     @classmethod
-    def load(cls, path, config, model=None):
+    def load(cls, path, config, model=None, **options):
         """The cache that save wrote, to go on from; every later step gives the bits that the saved one would give.
 
-        config: the model's config, as for a new cache. Raises ValueError if the file is missing, cut short, damaged,
+        config: the model's config, as for a new cache; options: other arguments of this class, such as max_cache_len of
+        Int4StaticCache (a file fits either class). Raises ValueError if the file is missing, cut short, damaged,
         of another kind or version, or of another model, saying which.
         """
         from .save import load
 
-        return load(cls, path, config, model)
+        return load(cls, path, config, model, **options)
 
     def __reduce__(self):
         from .save import from_bytes, to_bytes
 
-        return from_bytes, (type(self), to_bytes(self), self._shared.config)
+        return from_bytes, (type(self), to_bytes(self), self._shared.config, self._own_options)
 
     def __copy__(self):
         other = object.__new__(type(self))

@@ -229,11 +229,8 @@ class Int4Layer(CacheLayerMixin):
         tokens = k.shape[2]
         if tokens == 0:
             return
-        if k.stride(3) != 1:
-            k = k.contiguous()
-        if v.stride(3) != 1:
-            v = v.contiguous()
-        k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+        k, k_strides = _rows(k)
+        v, v_strides = _rows(v)
         address = 0 if counted is None else counted.data_ptr()
         try:
             self.native.append(k.data_ptr(), v.data_ptr(), self.batch, tokens, k_strides, v_strides, address)
@@ -313,10 +310,9 @@ class Int4Layer(CacheLayerMixin):
                     f"[{self.batch}, a multiple of {self.kv_heads}, queries, {self.head_dim_k}] and {self.dtype}"
                 )
             self._q_shape = shape
-        if query.stride(3) != 1:
-            query = query.contiguous()
+        query, query_strides = _rows(query)
         dim_v = self.head_dim_v
-        out = torch.empty((batch, queries, heads, dim_v), dtype=query.dtype)
+        out = query.new_empty(batch, queries, heads, dim_v)
         options = {"exact": True} if self.consistent else {}
         if queries > 1:
             k, v = step.k[:, :, -queries:], step.v[:, :, -queries:]
@@ -339,7 +335,7 @@ class Int4Layer(CacheLayerMixin):
             out.data_ptr(),
             heads,
             queries,
-            query.stride()[:3],
+            query_strides,
             (queries * heads * dim_v, dim_v, heads * dim_v),
             scaling if scaling is not None else head_dim**-0.5,
             **options,
@@ -415,11 +411,10 @@ class Int4Layer(CacheLayerMixin):
         return min(self.seen, self.sliding_window - 1) + query_length, max(self.seen - self.sliding_window + 1, 0)
 
     def activate_past_recording(self):
-        """Sliding layers keep what falls out of the window until the next crop, so that crop can bring it back."""
-        if self.is_sliding:
-            self.record_past = True
-            if self.native is not None:
-                self.native.record_past(True)
+        """From now on crop can bring back what the newest step pushed out of a window, and what it packed, raw."""
+        self.record_past = True
+        if self.native is not None:
+            self.native.record_past(True)
 
     def crop(self, tokens_to_remove):
         """Forgets the newest -tokens_to_remove tokens; a positive number is the length to keep (the older form)."""
@@ -520,3 +515,12 @@ def tensor_bytes(value):
     elif not isinstance(value, (list, tuple)):
         return 0
     return sum(tensor_bytes(item) for item in value)
+
+
+def _rows(tensor):
+    """(a tensor whose last dimension lies in one piece, its other strides)"""
+    strides = tensor.stride()
+    if strides[3] != 1:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    return tensor, strides[:3]

@@ -14,7 +14,7 @@ def bias_offset(module, shared, kv_heads, head_dim):
     RoPE turns the bias with the position; its mean over positions 0..2047 stays on slow channels and vanishes on fast
     ones. None where there is no bias, or where K is not simply the turned projection.
     """
-    bias = getattr(getattr(module, "k_proj", None), "bias", None)
+    bias = _own_bias(getattr(module, "k_proj", None))
     rotate_half = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
     if bias is None or bias.numel() != kv_heads * head_dim or rotate_half is None or hasattr(module, "k_norm"):
         return None
@@ -30,6 +30,16 @@ def bias_offset(module, shared, kv_heads, head_dim):
     turned = offset[:, : cos.numel()]
     offset[:, : cos.numel()] = turned * cos + rotate_half(turned) * sin
     return offset.contiguous()
+
+
+def _own_bias(linear):
+    """The part of a layer's bias that this process adds, or None."""
+    bias = getattr(linear, "bias", None)
+    if hasattr(bias, "to_local"):  # tensor parallel: the rank's heads
+        return bias.to_local()
+    if bias is not None and bias.is_meta:  # accelerate brings it from disk while the layer runs, and only then
+        return (getattr(getattr(linear, "_hf_hook", None), "weights_map", None) or {}).get("bias")
+    return bias
 
 
 def _rope_mean(config, kind, head_dim):

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from safetensors.torch import save_file
@@ -41,45 +42,45 @@ ARRAYS = {
 
 
 def save(cache, path, model=None) -> None:
-    """Writes `cache` to `path` at once or not at all. model: its weights' fingerprint goes with it, for load to check."""
+    """Writes `cache` to `path` at once or not at all. model: adds its weights' fingerprint, for load to check."""
     tensors, metadata = _to_tensors(cache, model)
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, str(partial), metadata)
         partial.replace(path)
-    except OSError as error:
-        raise ValueError(f"path: cannot write {str(path)!r}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path: cannot write {str(path)!r}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load(cache_class, path, config, model=None):
+def load(cache_class, path, config, model=None, **options):
     """The cache that `save` wrote. Raises ValueError naming what is wrong with the file, or with this model for it."""
     tensors, metadata = read_safetensors(path, "cache")
-    return _from_tensors(cache_class, tensors, metadata, config, str(path), model)
+    return _from_tensors(cache_class, tensors, metadata, config, str(path), model, options)
 
 
 def to_bytes(cache) -> bytes:
     return save_bytes(*_to_tensors(cache, None))
 
 
-def from_bytes(cache_class, data: bytes, config):
+def from_bytes(cache_class, data: bytes, config, options):
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return _from_tensors(cache_class, load_bytes(data), header["__metadata__"], config, "pickled cache", None)
+    return _from_tensors(cache_class, load_bytes(data), header["__metadata__"], config, "pickled cache", None, options)
 
 
 # ---------------------------------------------------------------------------------------------------- saving
 
 
 def _to_tensors(cache, model):
+    if cache.get_seq_length() == 0:
+        raise ValueError("save: the cache holds no tokens")
     tensors, layers = {}, []
     for index, layer in enumerate(cache.layers):
         facts, arrays = _packed_layer(layer) if isinstance(layer, Int4Layer) else _library_layer(layer, index)
         layers.append(facts)
         tensors.update({f"layers.{index}.{name}": array for name, array in arrays.items()})
-    if not any(facts["kind"] == "int4" for facts in layers):
-        raise ValueError("save: the cache holds no tokens")
     facts = {
         "halfbyte": _native.version,
         "recipe": {field: getattr(cache.recipe, field) for field in FIELDS},
@@ -162,13 +163,13 @@ def _checksum(tensor):
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _from_tensors(cache_class, tensors, metadata, config, path, model):
+def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     facts = _checked_facts(tensors, metadata, path)
     _check_model(facts, config, path, model)
     try:
         recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
         calibration = _calibration(layers, tensors) if recipe.lambda_ else None
-        cache = cache_class(config, recipe, calibration, prefill=facts["prefill"])
+        cache = cache_class(config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], **options)
         if len(layers) != len(cache.layers):
             raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
         for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):

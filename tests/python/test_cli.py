@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from conftest import MODELS
 from halfbyte import bench, cli, demo, results
 
-COMMANDS = (["demo"], ["bench", "attend"], ["bench", "encode"], ["bench", "generate"], ["eval"], ["calibrate"],
-            ["doctor"])  # fmt: skip
+COMMANDS = (["demo"], ["bench", "attend"], ["bench", "encode"], ["bench", "generate"], ["bench", "glue"], ["eval"],
+            ["calibrate"], ["doctor"])  # fmt: skip
 GENERATE_KEYS = ["model", "dtype", "prefix", "fp_ms_per_token", "int4_ms_per_token", "fp_cache_bytes",
                  "int4_cache_bytes"]  # fmt: skip
 
@@ -74,6 +74,9 @@ def test_help_does_not_import_torch():
         (["bench", "attend", "--recipe", "paper-g32-lambda"], "recipe: one with lambda needs a calibration"),
         (["bench", "encode", "--head-dim", "33", "--vectors", "4"], "33"),
         (["bench", "encode", "--vectors", "0"], "vectors: got 0"),
+        (["bench", "glue", "--heads", "5"], "heads: got 5; takes a multiple of kv_heads"),
+        (["bench", "glue", "--prefix", "8"], "prefix: got 8; takes numbers of at least 16"),
+        (["bench", "glue", "--recipe", "paper-g32-lambda"], "recipe: one with lambda needs a calibration"),
         (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
         (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
         (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
@@ -131,6 +134,18 @@ def test_bench_generate_writes_its_rows(tmp_path):
         # 4 layers, K and V, 2 heads of 128 channels of bfloat16 a token; 2 + 2 tokens were decoded.
         assert row["fp_cache_bytes"] == (row["prefix"] + 4) * 4 * 2 * 2 * 128 * 2
         assert 0 < row["int4_cache_bytes"] < row["fp_cache_bytes"]
+
+
+def test_bench_glue_writes_its_rows(tmp_path):
+    document = run_rows(tmp_path, "bench", "glue", "--prefix", "64,300", "--new-tokens", 20, "--layers", 2)
+    keys = ["prefix", "int4_us_per_layer", "glue_us_per_layer", "extension_calls", "fp_us_per_layer",
+            "fp_glue_us_per_layer"]  # fmt: skip
+    assert [list(row) for row in document["rows"]] == [keys] * 2
+    assert [row["prefix"] for row in document["rows"]] == [64, 300]
+    for row in document["rows"]:
+        assert row["extension_calls"] == 2
+        assert 0 < row["glue_us_per_layer"] < row["int4_us_per_layer"]
+        assert 0 < row["fp_glue_us_per_layer"] < row["fp_us_per_layer"]
 
 
 def test_demo_shows_both_sides(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def backend():
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("reference", 1e-4), (None, 0.02)], ids=["reference", "fast"])
-def test_multi_token_steps_equal_single_ones(model, text, backend, name, tolerance):
+def test_multi_token_steps_equal_single_ones(model, text, backend, row_by_row, name, tolerance):
     """The block rule depends on positions alone; fast kernels round queries of single tokens to 8 bits."""
     backend(name or _native.backend())
     cache = filled(model, text[:, :250])

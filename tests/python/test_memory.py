@@ -11,7 +11,7 @@ from conftest import MODELS, load
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache  # noqa: E402
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 from halfbyte import Int4Cache  # noqa: E402
 
@@ -70,6 +70,44 @@ def test_cache_bytes_at_4096(name):
         held[attention] = cache
     dense = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in held["sdpa"].layers)
     assert dense / held["halfbyte"].nbytes >= 3.2
+
+
+class MostBytes(LogitsProcessor):
+    """Remembers the most bytes that a cache held at any step."""
+
+    def __init__(self, cache):
+        self.cache, self.most = cache, 0
+
+    def __call__(self, input_ids, scores):
+        self.most = max(self.most, self.cache.nbytes)
+        return scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [(4096, {"num_beams": 8}), (1024, {"do_sample": True, "num_return_sequences": 8})],
+    ids=["beams", "return_sequences"],
+)
+def test_sequences_share_the_pages_of_their_prompt(prefix, options):
+    model, sequences, new = load("tiny-qwen", "bfloat16"), 8, 32
+    torch.set_num_threads(2)
+    model.set_attn_implementation("halfbyte")
+    ids = torch.randint(5, 4000, (1, prefix), generator=torch.Generator().manual_seed(0))
+    one = Int4Cache(model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=one, logits_to_keep=1)
+        model(ids[:, -1:], past_key_values=one)
+    many = Int4Cache(model.config)
+    counter = LogitsProcessorList([MostBytes(many)])
+    options = {"do_sample": False, **options}
+    model.generate(ids, past_key_values=many, max_new_tokens=new, logits_processor=counter, **options)
+    assert many.layers[0].batch == sequences
+    # What each sequence has of its own: its newest block and the one before, raw, and at most two pages.
+    elements = sum(2 * layer.kv_heads * layer.head_dim_k for layer in one.layers)
+    own = sequences * elements * (32 * 2 + 2 * 64 * 4.31 / 8)
+    limit = 1.3 * one.nbytes + sequences * new * elements * 4.31 / 8 if prefix == 4096 else one.nbytes + own
+    assert counter[0].most < limit, f"{counter[0].most} bytes against {one.nbytes} of one sequence"
 
 
 def test_nbytes_counts_what_is_staged_and_what_the_library_holds():

@@ -1,0 +1,193 @@
+"""Int4StaticCache: a fixed capacity, lengths in tensors, and one custom operator, for torch.compile."""
+
+import itertools
+import weakref
+from types import SimpleNamespace
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
+
+from .attention import Pending, States, Step, attend, check_options
+from .hf import Int4Cache
+from .layer import Int4Layer
+
+_layers = weakref.WeakValueDictionary()  # number -> layer: what the operator's `state` tensor names
+_numbers = itertools.count()
+
+
+class Int4StaticLayer(Int4Layer):
+    """An Int4Layer for up to `max_cache_len` tokens whose pages are allocated when the first states arrive.
+
+    `state`: int64 [2] = (number of this layer, tokens seen); `update` advances it, so that traced code never reads the
+    layer itself. A step names the state it starts from: run again, it takes the layer back to there first.
+    """
+
+    is_compileable = True
+
+    def __init__(self, *args, max_cache_len, **kwargs):
+        self.max_cache_len = max_cache_len
+        self.number = next(_numbers)
+        self.state = torch.tensor([self.number, 0])
+        super().__init__(*args, **kwargs)
+        _layers[self.number] = self
+
+    def _clear(self):
+        if getattr(self, "native", None) is None:
+            super()._clear()
+        else:  # keeps the pages for the next sequences
+            self.native.reset()
+            self._staged, self._assigned = None, {}
+            self.seen = 0
+        self._write_length()
+
+    def _write_length(self):
+        self.state[1] = self.seen
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        self.native.reserve(key_states.shape[0], self.max_cache_len)
+
+    def restore(self, facts, dtype, parts):
+        super().restore(facts, dtype, parts)
+        if self.seen > self.max_cache_len:
+            raise ValueError(f"it holds {self.seen} tokens, max_cache_len is {self.max_cache_len}")
+        self.native.reserve(self.batch, self.max_cache_len - self.seen)
+        self._write_length()
+
+    def forget(self, remove):
+        super().forget(remove)
+        self._write_length()
+
+    def append_and_attend(self, query, key, value, mask, length, causal, scaling, softcap, sinks, append):
+        """What the operator does, on values: [batch, queries, heads, head_dim_v]."""
+        tokens = key.shape[2]
+        if append:
+            keys, values = self._append_at(length, key, value)
+        else:
+            step = Step(self, key, value, self.seen - tokens)
+            keys, values = States(step, 0), States(step, 1)
+        if mask is not None:  # all columns of the capacity: those this step can see
+            mask = mask[..., self.seen - keys.step.tokens : self.seen]
+        module = SimpleNamespace(
+            is_causal=causal, num_key_value_groups=query.shape[1] // self.kv_heads, config=self._shared.config
+        )
+        out, _ = attend(
+            module, query, keys, values, mask, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=sinks
+        )
+        return out
+
+    def _append_at(self, length, key, value):
+        try:
+            if length + key.shape[2] > self.max_cache_len:
+                raise ValueError(
+                    f"layer {self.layer_idx}: {length} tokens and {key.shape[2]} more exceed "
+                    f"max_cache_len={self.max_cache_len}"
+                )
+            if self.seen < length:
+                raise RuntimeError(f"layer {self.layer_idx}: holds {self.seen} tokens, its state says {length}")
+            if self.seen > length:
+                super().forget(self.seen - length)
+            return super().update(key, value)
+        except (ValueError, RuntimeError, MemoryError):
+            self._shared.roll_back(length)
+            self._write_length()  # `update` counted the tokens already
+            raise
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Returns handles for attention, which appends the states: nothing is stored before it runs."""
+        if self._shared.config._attn_implementation != "halfbyte":
+            raise ValueError('Int4StaticCache: takes a model with set_attn_implementation("halfbyte")')
+        if not self.is_initialized:
+            self._admit(key_states, value_states)
+        pending = Pending(self.state.clone(), key_states, value_states)
+        self.state[1] += key_states.shape[2]
+        return pending, pending
+
+    def get_seq_length(self):
+        return self.state[1] if self.is_initialized else 0
+
+    def get_max_length(self):
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length):
+        return self.max_cache_len, 0
+
+    def copy(self, shared):
+        other = super().copy(shared)
+        other.number = next(_numbers)
+        other.state = torch.tensor([other.number, self.seen])
+        _layers[other.number] = other
+        return other
+
+
+class Int4StaticCache(Int4Cache):
+    """Int4Cache with room for `max_cache_len` tokens, for torch.compile(model, fullgraph=True) and generate().
+
+    Takes what Int4Cache takes. Pages are allocated at once, when the first states arrive; more tokens than
+    `max_cache_len` raise ValueError. Only attn_implementation="halfbyte" reads it. Compile decoding steps and run the
+    prefill eagerly, as `generate` does, or call early_initialization first.
+    """
+
+    def __init__(self, config, max_cache_len, recipe="default", calibration=None, prefill="exact", **overrides):
+        if not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ValueError(f"max_cache_len: got {max_cache_len!r}, takes a positive number of tokens")
+        self.max_cache_len = max_cache_len
+        super().__init__(config, recipe, calibration, prefill, **overrides)
+
+    def _make_packed_layer(self, *args):
+        return Int4StaticLayer(*args, max_cache_len=self.max_cache_len)
+
+    def _make_library_layer(self, kind, options):
+        return STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=self.max_cache_len, **options)
+
+    @property
+    def _own_options(self):
+        return {"max_cache_len": self.max_cache_len}
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self.layers[layer_idx].update(key_states, value_states)
+
+
+# Nothing is declared as mutated: codes are not tensors, and what a call stores follows from its arguments alone.
+@torch.library.custom_op("halfbyte::append_and_attend", mutates_args=(), device_types="cpu")
+def append_and_attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    state: torch.Tensor,
+    causal: bool,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    append: bool,
+) -> torch.Tensor:
+    """Appends K, V [batch, kv_heads, tokens, head_dim] at the state (layer, length) and attends query to the layer.
+
+    query: [batch, heads, tokens, head_dim]; mask: bool [batch or 1, 1, tokens, max_cache_len] or None; append=False
+    attends again to states that are in the layer already. Returns [batch, tokens, heads, head_dim_v].
+    """
+    number, length = state.tolist()
+    layer = _layers.get(number)
+    if layer is None:
+        raise RuntimeError("halfbyte::append_and_attend: the cache of these states is gone")
+    return layer.append_and_attend(query, key, value, mask, length, causal, scaling, softcap, sinks, append)
+
+
+@append_and_attend.register_fake
+def _(query, key, value, mask, state, causal, scaling, softcap, sinks, append):
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1])
+
+
+def attend_pending(module, query, pending, mask, scaling=None, is_causal=None, softcap=None, s_aux=None, **kwargs):
+    """attn_implementation="halfbyte" on what Int4StaticCache.update returned."""
+    check_options(module, kwargs)
+    for name in ("dropout", "position_bias"):
+        if kwargs.get(name):
+            raise NotImplementedError(f"{name}: Int4StaticCache does not take it; use Int4Cache")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    append = not pending.appended
+    pending.appended = True
+    arguments = query, pending.key, pending.value, mask, pending.state, causal, scaling, softcap, s_aux, append
+    return append_and_attend(*arguments), None
