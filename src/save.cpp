@@ -76,7 +76,7 @@ Status check_counts(const State& s, const LayerParts& parts) {
     return damaged("packed_end is " + std::to_string(parts.packed_end) + " of " + std::to_string(parts.length) + " tokens");
   const uint64_t oldest_needed = window && parts.length > window - 1 ? parts.length - (window - 1) : 0;
   if (parts.first > oldest_needed) return damaged("first is " + std::to_string(parts.first));
-  if (parts.pages_dropped > std::max<uint64_t>(sink, parts.first) / kPageTokens || (parts.pages_dropped && !window))
+  if (parts.pages_dropped > std::min(parts.first, parts.packed_end) / kPageTokens || (parts.pages_dropped && !window))
     return damaged("pages_dropped is " + std::to_string(parts.pages_dropped));
   if (s.config.recipe.offset ? parts.packed_end > sink && !parts.offset_ready : !parts.offset_ready)
     return damaged("offset_ready does not fit the packed tokens");
@@ -102,7 +102,7 @@ Status check_sizes(const State& s, const LayerParts& parts) {
                     Size{"lambda_k", optional(parts.lambda_k, heads * dk)},
                     Size{"lambda_v", optional(parts.lambda_v, heads * dv)},
                     Size{"counted", parts.counted.empty() ||
-                                        parts.counted.size() == s.batch * (s.tail_capacity() + s.sink_tokens())}})
+                                        parts.counted.size() == s.batch * s.counted_tokens()}})
     if (!size.fits) return damaged(std::string(size.name) + " has another size than the layer");
   const size_t pages = parts.pages.size() / s.page_bytes();
   for (int32_t page : parts.page_table)
