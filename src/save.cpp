@@ -12,7 +12,9 @@ namespace {
 
 using State = Layer::State;
 
-constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens; far above any real one, far below overflow
+// Far above any real ones; the products of counts up to these do not overflow.
+constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens
+constexpr int kMostSequences = 1 << 20;
 
 Status damaged(const std::string& what) { return {Code::bad_value, "the saved layer is damaged: " + what}; }
 
@@ -69,7 +71,7 @@ void save_pages(const State& s, LayerParts& out) {
 
 Status check_counts(const State& s, const LayerParts& parts) {
   const uint64_t sink = s.sink_tokens(), window = (uint64_t)s.config.sliding_window;
-  if (parts.batch < 1) return damaged("batch is " + std::to_string(parts.batch));
+  if (parts.batch < 1 || parts.batch > kMostSequences) return damaged("batch is " + std::to_string(parts.batch));
   if (parts.length < 1 || parts.length > kLongest) return damaged("length is " + std::to_string(parts.length));
   const uint64_t newest = std::max<uint64_t>(parts.length, sink);
   if (parts.packed_end < sink || parts.packed_end > newest || newest - parts.packed_end > s.tail_capacity())
