@@ -122,6 +122,8 @@ Status check_shape(const State& s, const Chunk& chunk) {
                                     std::to_string(s.batch) + " sequences"};
   if (s.config.recipe.lambda && (s.lambda_k.empty() || s.lambda_v.empty()))
     return {Code::bad_argument, "the recipe uses lambda, and set_lambda was not called"};
+  if (s.config.recipe.rotation == Rotation::dense && (s.rotation_k.matrix.empty() || s.rotation_v.matrix.empty()))
+    return {Code::bad_argument, "the recipe's rotation is dense, and set_rotation was not called for K and V"};
   return {};
 }
 

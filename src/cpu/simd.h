@@ -13,6 +13,7 @@ using mask16 = uint16_t;
 #if HALFBYTE_TARGET_AVX512
 
 constexpr int kRegisterRows = 6;   // query rows whose accumulators fit the 32 registers
+constexpr int kRegisterSums = 8;   // sums that keep its multipliers busy; divides kDenseTile
 
 using f32x16 = __m512;
 using i32x16 = __m512i;
@@ -87,6 +88,7 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 #elif HALFBYTE_TARGET_AVX2
 
 constexpr int kRegisterRows = 2;   // sixteen registers, two to a vector
+constexpr int kRegisterSums = 4;
 
 struct f32x16 { __m256 lo, hi; };
 struct i32x16 { __m256i lo, hi; };
@@ -239,6 +241,7 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 #else   // plain C++: the compiler's own vectors, correct on any CPU
 
 constexpr int kRegisterRows = 1;
+constexpr int kRegisterSums = 2;
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));

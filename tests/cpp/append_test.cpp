@@ -422,14 +422,15 @@ TEST(Append, NamesValuesTooLargeForTheirScales) {
   }
 }
 
+void expect_bad(const Status& status, const std::string& part) {
+  EXPECT_EQ(status.code(), Code::bad_argument);
+  EXPECT_NE(status.message().find(part), std::string::npos) << status.message();
+}
+
 TEST(Append, NamesBadShapes) {
   Random random;
   Layer layer = make_layer(config_of(1, 32));
   const Array x = random_array(random, 3, 1, 20, 32);
-  auto expect_bad = [&](const Status& status, const std::string& part) {
-    EXPECT_EQ(status.code(), Code::bad_argument);
-    EXPECT_NE(status.message().find(part), std::string::npos) << status.message();
-  };
   expect_bad(layer.append(x.view(), x.view(), 0, 1), "batch is 0");
   expect_bad(layer.append({}, x.view(), 1, 1), "addresses");
   expect_bad(layer.append(x.view(), {}, 1, 1), "addresses");
@@ -442,6 +443,65 @@ TEST(Append, NamesBadShapes) {
   recipe.lambda = true;
   Layer needs = make_layer(config_of(1, 32, Dtype::float32, recipe));
   expect_bad(needs.append(x.view(), x.view(), 1, 20), "set_lambda");
+}
+
+TEST(Append, DenseRotationIsNeededCheckedAndKept) {
+  Random random;
+  Recipe recipe;
+  recipe.rotation = Rotation::dense;
+  const int d = 34;
+  Layer layer = make_layer(config_of(2, d, Dtype::float32, recipe));
+  const Array x = random_array(random, 1, 2, 100, d);
+  const std::vector<float> k = random_rotation(random, d), v = random_rotation(random, d);
+  must(layer.set_rotation(k.data(), nullptr));
+  expect_bad(append(layer, x, x), "set_rotation was not called");
+  std::vector<float> skewed = v;
+  skewed[1] += 0.1f;
+  expect_bad(layer.set_rotation(nullptr, skewed.data()), "v is not orthonormal");
+  must(layer.set_rotation(nullptr, v.data()));
+  must(append(layer, x, x));
+  expect_bad(layer.set_rotation(k.data(), v.data()), "after tokens were packed");
+  expect_bad(make_layer(config_of(1, d)).set_rotation(k.data(), v.data()), "not dense");
+
+  Layer copy;
+  must(copy.copy_from(layer));
+  LayerParts parts;
+  must(layer.save(parts));
+  EXPECT_EQ(parts.rotation_k, k);
+  EXPECT_EQ(parts.rotation_v, v);
+  Result<Layer> loaded = Layer::load(layer.config(), parts);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  const Decoded held = decode(layer);
+  must(layer.crop(0));   // as reset does
+  must(append(layer, x, x));
+  for (Layer* other : {&layer, &copy, &loaded.value()}) EXPECT_TRUE(same_bits(decode(*other), held));
+  must(copy.crop(40)), must(loaded.value().crop(40)), must(layer.crop(40));
+  for (Layer* other : {&copy, &loaded.value(), &layer}) must(append(*other, x, x));
+  EXPECT_TRUE(same_bits(decode(copy), decode(layer)));
+  EXPECT_TRUE(same_bits(decode(loaded.value()), decode(layer)));
+}
+
+TEST(Append, SavedRotationsAreChecked) {
+  Random random;
+  Recipe recipe;
+  recipe.rotation = Rotation::dense;
+  Layer layer = make_layer(config_of(1, 32, Dtype::float32, recipe));
+  const std::vector<float> r = random_rotation(random, 32);
+  must(layer.set_rotation(r.data(), r.data()));
+  const Array x = random_array(random, 1, 1, 40, 32);
+  must(append(layer, x, x));
+  LayerParts good;
+  must(layer.save(good));
+  auto refusal = [&](auto change) {
+    LayerParts parts = good;
+    change(parts);
+    return Layer::load(layer.config(), parts).status().message();
+  };
+  EXPECT_EQ(refusal([](LayerParts&) {}), "");
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k.clear(); }).find("rotation_k is missing"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v.pop_back(); }).find("rotation_v has another size"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k[5] = NAN; }).find("rotation_k is not orthonormal"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v[0] += 1.0f; }).find("rotation_v is not orthonormal"), std::string::npos);
 }
 
 TEST(Append, NamesBadLambda) {

@@ -43,6 +43,7 @@ TEST(CApi, DefaultsAreThoseOfCpp) {
   EXPECT_EQ((int)recipe.rotation, HALFBYTE_SRFT);
   EXPECT_EQ((int)Rotation::identity, HALFBYTE_IDENTITY);
   EXPECT_EQ((int)Rotation::srht, HALFBYTE_SRHT);
+  EXPECT_EQ((int)Rotation::dense, HALFBYTE_DENSE);
   EXPECT_EQ((int)Dtype::float32, HALFBYTE_FLOAT32);
   EXPECT_EQ((int)Dtype::float16, HALFBYTE_FLOAT16);
   EXPECT_EQ((int)Dtype::bfloat16, HALFBYTE_BFLOAT16);
@@ -71,6 +72,10 @@ TEST(CApi, EveryRecipeFieldArrives) {
     if (config.recipe.lambda) {
       EXPECT_EQ(halfbyte_set_lambda(layer, ones.data(), ones.data()), HALFBYTE_OK);
     }
+    const std::vector<float> dense = random_rotation(random, 64);
+    if (config.recipe.rotation == HALFBYTE_DENSE) {
+      EXPECT_EQ(halfbyte_set_rotation(layer, dense.data(), dense.data()), HALFBYTE_OK) << halfbyte_last_error();
+    }
     const halfbyte_view view = c_view(x);
     EXPECT_EQ(halfbyte_append(layer, &view, &view, 1, 100, nullptr), HALFBYTE_OK) << halfbyte_last_error();
     std::vector<float> k(6400, NAN), v(6400, NAN);
@@ -82,6 +87,7 @@ TEST(CApi, EveryRecipeFieldArrives) {
   const std::vector<float> standard = through_c([](halfbyte_recipe&) {});
   auto differs = [&](const char* field, auto change) { EXPECT_NE(through_c(change), standard) << field; };
   differs("rotation", [](halfbyte_recipe& r) { r.rotation = HALFBYTE_SRHT; });
+  differs("rotation", [](halfbyte_recipe& r) { r.rotation = HALFBYTE_DENSE; });
   differs("seed", [](halfbyte_recipe& r) { r.seed = 1; });
   differs("offset", [](halfbyte_recipe& r) { r.offset = 0; });
   differs("k_bits", [](halfbyte_recipe& r) { r.k_bits = 8; });
@@ -194,6 +200,7 @@ TEST(CApi, EveryErrorHasACodeAndAMessage) {
   expect_failed(halfbyte_decode(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "k_out is NULL");
   expect_failed(halfbyte_select(good, nullptr, 0), HALFBYTE_BAD_ARGUMENT, "rows is NULL");
   expect_failed(halfbyte_copy(good, nullptr), HALFBYTE_BAD_ARGUMENT, "copy is NULL");
+  expect_failed(halfbyte_set_rotation(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "not dense");
   expect_failed(halfbyte_set_lambda(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "without lambda");
   expect_failed(halfbyte_set_backend("mmx"), HALFBYTE_BAD_ARGUMENT, "scalar");
   expect_failed(halfbyte_set_backend(nullptr), HALFBYTE_BAD_ARGUMENT, "name is NULL");

@@ -183,6 +183,12 @@ TEST(Memory, OtherCallsFailWithoutATrace) {
   EXPECT_GT(fail_everywhere([&] { return layer.set_offset(twos.data(), twos.data()); }, unchanged), 1);
   EXPECT_GT(fail_everywhere([&] { return layer.set_lambda(twos.data(), ones.data()); }, [] {}), 3);
 
+  Recipe rotated;
+  rotated.rotation = Rotation::dense;
+  Layer dense = make_layer(config_of(1, 64, Dtype::float32, rotated));
+  const std::vector<float> r = random_rotation(random, 64);
+  EXPECT_GT(fail_everywhere([&] { return dense.set_rotation(r.data(), r.data()); }, [] {}), 2);
+
   const Array k = random_array(random, 3, 2, 100, 64);
   must(append(layer, k, k));
   Decoded held = decode(layer);

@@ -50,6 +50,27 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
+// A random orthogonal matrix [d, d], row-major: Gram-Schmidt in double.
+inline std::vector<float> random_rotation(Random& random, int d) {
+  std::vector<std::vector<double>> rows;
+  for (int i = 0; i < d; i++) {
+    const std::vector<float> normals = random.normals(d);
+    std::vector<double> row(normals.begin(), normals.end());
+    double squares = 0.0;
+    for (const std::vector<double>& other : rows) {
+      double dot = 0.0;
+      for (int c = 0; c < d; c++) dot += row[c] * other[c];
+      for (int c = 0; c < d; c++) row[c] -= dot * other[c];
+    }
+    for (double x : row) squares += x * x;
+    for (double& x : row) x /= std::sqrt(squares);
+    rows.push_back(row);
+  }
+  std::vector<float> matrix;
+  for (const std::vector<double>& row : rows) matrix.insert(matrix.end(), row.begin(), row.end());
+  return matrix;
+}
+
 class UseBackend {
  public:
   explicit UseBackend(const std::string& name) : before_(backend()) { EXPECT_TRUE(set_backend(name).ok()) << name; }
