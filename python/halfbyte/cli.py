@@ -311,9 +311,9 @@ def evaluate(
     """Perplexity, KL divergence (nats a token) and top-1 agreement of recipes against the full cache.
 
     kl_p99 is what 99 % of the tokens stay below; the JSON file also has the mean KL in eighths of the window. Recipes:
-    fp, default, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g16, k8v4, and codecs of others, simulated:
-    q4_0, q4_0-hadamard, quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3 and more (an unknown
-    name lists them).
+    fp, default, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, g16, k8v4; simulated, as there are no
+    kernels: k2v2, k3v3, k4v3, k6v6, table, turning, turning-table; codecs of others, simulated: q4_0, q4_0-hadamard,
+    quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. An unknown name lists all.
 
     Protocols: packed, every token is packed before it is attended, which is harsher than decoding with a cache;
     blocks, the cache's block rule, simulated; deployed, through a real Int4Cache; pre-rope, the outputs of the

@@ -122,25 +122,56 @@ def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Turning:
+    """An offset that turns with RoPE: the mean of the first `tokens` keys as before RoPE, turned to where a key stands.
+
+    frequencies: radians a position for each pair of channels (c, c + half), one tensor a layer. span: positions that
+    share an offset, that of the one in their middle. A constant in the projection stays one vector before RoPE and
+    becomes another at every position after it; a fixed offset fits only near the tokens it came from.
+    """
+
+    frequencies: Sequence
+    tokens: int = OFFSET_TOKENS
+    span: int = 16
+
+    def of(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """float32 [heads, tokens, head_dim], for the keys x at positions 0, 1, ..."""
+        position = torch.arange(x.shape[1])
+        first = self._turn(x[:, : self.tokens], -position[: self.tokens], layer).mean(1, keepdim=True)
+        middle = position // self.span * self.span + (self.span - 1) // 2
+        return self._turn(first.expand_as(x), middle, layer)
+
+    def _turn(self, x, position, layer):
+        frequency = self.frequencies[layer]
+        angle = (position[:, None] * frequency).repeat(1, 2)
+        half = frequency.numel()
+        turned = x[..., : 2 * half]
+        swapped = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+        return torch.cat([turned * angle.cos() + swapped * angle.sin(), x[..., 2 * half :]], -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Side:
     """What a codec does to K or to V.
 
     quantiser: y [heads, tokens, head_dim] -> the same, decoded; it has bits_per_value(head_dim). rotation: "identity",
     "srft", "srht" (with `seed`), or a pair of matrices a layer, [head_dim, head_dim] or one for each head: y = A x and
     its inverse. offset: how many first tokens' mean is taken off, 0 for none, or one tensor a layer
-    [heads, head_dim]. lambda_: factors after the rotation, one tensor a layer [heads, head_dim].
+    [heads, head_dim], or a Turning. lambda_: factors after the rotation, one tensor a layer [heads, head_dim].
     """
 
     quantiser: Callable
     rotation: str | Sequence = "srft"
     seed: int = 0
-    offset: int | Sequence = OFFSET_TOKENS
+    offset: int | Turning | Sequence = OFFSET_TOKENS
     lambda_: Sequence | None = None
 
     def apply(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """x float32 [heads, tokens, head_dim] as it comes back out of the cache."""
         if isinstance(self.offset, int):
             mean = x[:, : self.offset].mean(1, keepdim=True) if self.offset else torch.zeros(())
+        elif isinstance(self.offset, Turning):
+            mean = self.offset.of(x, layer)
         else:
             mean = self.offset[layer][:, None]
         factors = 1.0 if self.lambda_ is None else self.lambda_[layer][:, None]

@@ -8,6 +8,7 @@ import statistics
 
 import torch
 
+from .auto import head_size
 from .calibrate import Calibration, calibrate, sample_text
 from .codecs import OFFSET_TOKENS, Packed
 from .recipes import Recipe, get_recipe
@@ -120,9 +121,9 @@ def runner(model, codec, protocol: str = "packed"):
 
 
 def named_recipes(recipes) -> dict:
-    """{name: Recipe or codec}, with None for "fp".
+    """{name: Recipe, codec or function from a config to one}, with None for "fp".
 
-    recipes: names of recipes or of peers, Recipe objects, codecs, or a dict of them.
+    recipes: names of recipes, of simulated ones or of peers, Recipe objects, codecs, or a dict of them.
     """
     if not isinstance(recipes, dict):
         recipes = [recipes] if isinstance(recipes, str) else recipes
@@ -132,17 +133,19 @@ def named_recipes(recipes) -> dict:
 
 def _find(recipe):
     from .peers import PEERS
+    from .simulated import SIMULATED
 
     if recipe in (None, "fp"):
         return None
-    if isinstance(recipe, str) and recipe in PEERS:
-        return PEERS[recipe]
+    if isinstance(recipe, str) and recipe in PEERS | SIMULATED:
+        return (PEERS | SIMULATED)[recipe]
     if callable(recipe):
         return recipe
     try:
         return get_recipe(recipe)
     except ValueError as error:
-        raise ValueError(f"{error} (and here 'fp', the full cache, and codecs of others: {', '.join(PEERS)})") from None
+        also = f"'fp', the full cache; simulated: {', '.join(SIMULATED)}; codecs of others: {', '.join(PEERS)}"
+        raise ValueError(f"{error} (and here {also})") from None
 
 
 class _Maker:
@@ -157,6 +160,8 @@ class _Maker:
         if recipe is None:
             return None
         if not isinstance(recipe, Recipe):
+            if not hasattr(recipe, "bits_per_value"):
+                recipe = recipe(self.model.config.get_text_config(decoder=True))
             return recipe.with_seed(seed)
         recipe = get_recipe(recipe, seed=seed)
         return Packed(recipe, self._calibration(recipe), self.offset_tokens)
@@ -233,8 +238,7 @@ def evaluate(
 
 
 def _bits(codec, model) -> float:
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_size(model.config.get_text_config(decoder=True))
     return 8.0 * model.dtype.itemsize if codec is None else codec.bits_per_value(head_dim)
 
 

@@ -83,7 +83,13 @@ def _to_tensors(cache, model):
         tensors.update({f"layers.{index}.{name}": array for name, array in arrays.items()})
     facts = {
         "halfbyte": _native.version,
-        "recipe": {field: getattr(cache.recipe, field) for field in FIELDS},
+        "recipe": _fields(cache.recipe),
+        # Those of layers that have their own.
+        "layer_recipes": {
+            index: _fields(recipe)
+            for index, recipe in enumerate(cache.layer_recipes)
+            if _fields(recipe) != _fields(cache.recipe)
+        },
         "prefill": cache.prefill,
         "model": _model_facts(cache._shared.config),
         "weights": "" if model is None else fingerprint(model),
@@ -93,6 +99,10 @@ def _to_tensors(cache, model):
     text = json.dumps(facts)
     # One entry: safetensors writes several in random order, and equal caches are to give equal files.
     return tensors, {FORMAT: json.dumps({"version": VERSION, "crc32": zlib.crc32(text.encode()), "facts": text})}
+
+
+def _fields(recipe):
+    return {field: getattr(recipe, field) for field in FIELDS}
 
 
 def _packed_layer(layer):
@@ -168,8 +178,11 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     _check_model(facts, config, path, model)
     try:
         recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
-        calibration = _calibration(layers, tensors) if recipe.lambda_ else None
-        cache = cache_class(config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], **options)
+        own = {int(index): Recipe(**fields) for index, fields in facts["layer_recipes"].items()}
+        calibration = _calibration(layers, tensors) if any(r.lambda_ for r in [recipe, *own.values()]) else None
+        cache = cache_class(
+            config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], layers=own, **options
+        )
         if len(layers) != len(cache.layers):
             raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
         for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):

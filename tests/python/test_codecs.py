@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
 from halfbyte.codecs import Codec, Linear, PerLayer, Side, Table, both, round_trip
 from halfbyte.peers import PEERS, Affine, Float8, Gaussian, HalfQuadratic, MicroFloat, RowColumn, gaussian_levels
 from halfbyte.recipes import get_recipe
+from halfbyte.simulated import LEVELS, SIMULATED, turning
 
 
 def normal(*shape, seed=0):
@@ -46,6 +48,20 @@ def test_offset_and_lambda_are_taken_off_and_put_back():
     assert (by_count - x).norm() < 0.15 * normal(2, 40, 64).norm()
 
 
+def test_a_turning_offset_follows_a_constant_through_rope(qwen):
+    """Constant keys before the model's own RoPE are nothing but offset, at whatever position."""
+    constant = 30 * normal(2, 1, 128)
+    cos, sin = qwen.model.rotary_emb(constant, torch.arange(1000)[None])
+    keys = (constant * cos + rotate_half(constant) * sin).detach()
+    exact = turning(qwen.config, 1)
+    torch.testing.assert_close(exact.of(keys, 0), keys, rtol=1e-3, atol=1e-2)
+    near, far = (turning(qwen.config, 16).of(keys, 0) - keys)[:, 7::16], keys[:, :256].mean(1, keepdim=True) - keys
+    assert near.abs().max() < 0.01 * far.abs().max()  # in the middle of a span it is exact
+    noisy = keys + normal(2, 1000, 128, seed=1)
+    assert (Side(Linear(), offset=exact).apply(noisy, 0) - noisy).square().mean() < 0.01
+    assert (Side(Linear(), offset=256).apply(noisy, 0) - noisy).square().mean() > 1
+
+
 def test_matrices_stand_for_a_rotation_and_need_not_be_orthogonal():
     x = normal(2, 20, 32)
     skewed = torch.eye(32) + 0.1 * normal(32, 32, seed=1)
@@ -69,6 +85,20 @@ def test_a_table_of_even_levels_is_linear():
     even = Table(tuple(code / 8 for code in range(-8, 8)), 32)
     torch.testing.assert_close(even(x), Linear(4, 32)(x), rtol=1e-4, atol=1e-4)
     assert even.bits_per_value(64) == Linear(4, 32).bits_per_value(64) == 4.5
+
+
+def test_the_trained_table_loses_less_than_even_levels():
+    x = normal(8, 100, 128)
+    assert loss(Table(LEVELS, 32), x) < 0.9 * loss(Linear(4, 32), x)
+    assert loss(Table(LEVELS, 0), x) < 0.9 * loss(Linear(4, 0), x)
+
+
+def test_every_simulated_recipe_fits_both_models(qwen, gemma):
+    for model, x in ((qwen, normal(2, 20, 128)), (gemma, normal(1, 20, 256))):
+        for name, make in SIMULATED.items():
+            codec = make(model.config)
+            assert 2 < codec.bits_per_value(x.shape[-1]) < 7
+            assert (codec(x, 1, "k") - x).square().mean() < (0.3 if "2" in name[:4] else 0.1), name
 
 
 def test_layers_may_have_their_own_codec():

@@ -9,6 +9,7 @@ from halfbyte.codecs import Codec, Linear, Packed, Side, both, round_trip
 from halfbyte.evaluate import PROTOCOLS, Score, evaluate, logits_deployed, logits_packed, logits_pre_rope
 from halfbyte.peers import PEERS
 from halfbyte.recipes import RECIPES, get_recipe
+from halfbyte.simulated import SIMULATED
 from halfbyte.watch import watch_attention
 
 DEFAULT = Packed(get_recipe("default"))
@@ -144,6 +145,18 @@ def test_a_simulated_codec_is_the_recipe_it_spells_out(model, text):
     assert one["bits"] == other["bits"] == (4.25 + 4 + 16 / model.config.head_dim) / 2 + 0.125
 
 
+def test_the_ladder_of_the_offset(qwen, text):
+    """None, fixed, turning with RoPE every block, and every token: on a model with key biases each step tells."""
+    names = ["no-offset", "default", "turning", "turning-token", "table", "turning-table"]
+    rows = evaluate(qwen, text[0], names, 1, 640, seeds=(0, 1), progress=False)
+    kl = {row["recipe"]: row["kl"] for row in rows}
+    assert kl["default"] < 0.1 * kl["no-offset"]
+    assert kl["turning"] < kl["default"]
+    assert kl["turning-token"] < 0.85 * kl["default"]
+    assert kl["table"] < kl["default"]
+    assert kl["turning-table"] < kl["table"]
+
+
 def test_sinks_and_a_raw_window_lower_the_loss(qwen, text):
     recipes = {"plain": "default", "kept": get_recipe("default", sink_tokens=16, raw_window=128)}
     rows = evaluate(qwen, text[0], recipes, 1, 512, protocol="blocks", progress=False)
@@ -228,7 +241,7 @@ def test_bad_input_is_named(qwen, text):
         evaluate(qwen, text[0], ["default"], 1, 8)
     with pytest.raises(ValueError, match="'none'") as raised:
         evaluate(qwen, text[0], ["none"], 1, 256)
-    assert all(name in str(raised.value) for name in [*RECIPES, *PEERS, "fp"])
+    assert all(name in str(raised.value) for name in [*RECIPES, *SIMULATED, *PEERS, "fp"])
     with pytest.raises(ValueError, match=f"protocol: got 'x'; takes one of {', '.join(PROTOCOLS)}"):
         evaluate(qwen, text[0], ["default"], 1, 256, protocol="x")
     with pytest.raises(ValueError, match="takes recipes with kernels, not a Codec"):
