@@ -1,8 +1,12 @@
 // Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv 2605.05699).
 #include "rotation.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <string>
+
+#include "format.h"
 
 namespace halfbyte {
 namespace {
@@ -70,13 +74,40 @@ double srht_entry(int d, int i, int j) {
 
 }  // namespace
 
-RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index) {
+RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index, const float* matrix) {
   RotationPlan plan;
   plan.kind = kind;
   plan.head_dim = head_dim;
   for (int j = 0; j < head_dim; j++) plan.signs.push_back(sign_of_channel(seed, layer_index, j));
   if (kind == Rotation::srft) plan_fft(plan, head_dim / 2);
+  if (kind == Rotation::dense && matrix) {
+    plan.matrix.resize(plan.dense_at((head_dim - 1) / kDenseTile * kDenseTile + kDenseTile, 0));
+    for (int i = 0; i < head_dim; i++)
+      for (int j = 0; j < head_dim; j++) plan.matrix[plan.dense_at(i, j)] = matrix[(size_t)i * head_dim + j];
+  }
   return plan;
+}
+
+std::vector<float> matrix_of(const RotationPlan& plan) {
+  std::vector<float> matrix;
+  for (int i = 0; !plan.matrix.empty() && i < plan.head_dim; i++)
+    for (int j = 0; j < plan.head_dim; j++) matrix.push_back(plan.matrix[plan.dense_at(i, j)]);
+  return matrix;
+}
+
+Status check_orthonormal(const char* name, const float* matrix, int head_dim) {
+  constexpr double kLargest = 1e-3;   // scores and outputs are off by as much, which 4-bit codes drown
+  double worst = 0.0;
+  for (int i = 0; i < head_dim; i++) {
+    double dots[kMaxHeadDim] = {};   // of column i with those up to it: RᵀR = I as well when R is square
+    for (int row = 0; row < head_dim; row++)
+      for (int j = 0; j <= i; j++)
+        dots[j] += (double)matrix[(size_t)row * head_dim + i] * matrix[(size_t)row * head_dim + j];
+    for (int j = 0; j <= i; j++) worst = std::max(worst, std::isnan(dots[j]) ? INFINITY : std::fabs(dots[j] - (i == j)));
+  }
+  if (worst <= kLargest) return {};
+  return {Code::bad_argument, std::string(name) + " is not orthonormal: an entry of R R^T is " + std::to_string(worst) +
+                                  " away from the identity's; it takes a matrix [head_dim, head_dim] within 0.001"};
 }
 
 void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out) {
@@ -85,11 +116,14 @@ void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, d
     for (int j = 0; j < d; j++) out[j] = x[j];
     return;
   }
-  auto entry = plan.kind == Rotation::srft ? srft_entry : srht_entry;
+  auto entry = [&](int i, int j) -> double {
+    if (plan.kind == Rotation::dense) return plan.matrix[plan.dense_at(i, j)];
+    return plan.signs[j] * (plan.kind == Rotation::srft ? srft_entry(d, i, j) : srht_entry(d, i, j));
+  };
   for (int i = 0; i < d; i++) out[i] = 0.0;
   for (int i = 0; i < d; i++)
     for (int j = 0; j < d; j++) {
-      double r = entry(d, i, j) * plan.signs[j];
+      const double r = entry(i, j);
       if (inverse) out[j] += r * x[i];
       else out[i] += r * x[j];
     }

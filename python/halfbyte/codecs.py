@@ -224,8 +224,14 @@ class Packed:
 
     def __call__(self, x: torch.Tensor, layer: int, which: str) -> torch.Tensor:
         lambda_ = getattr(self.calibration, f"lambda_{which}")[layer] if self.recipe.lambda_ else None
-        offset = x[:, : self.offset_tokens].float().mean(1).contiguous() if self.recipe.offset else None
-        return round_trip(x, self.recipe, which, layer, offset, lambda_)
+        offset = self._offset(x, layer, which) if self.recipe.offset else None
+        dense = self.recipe.rotation == "dense"
+        matrix = getattr(self.calibration, f"rotation_{which}")[layer] if dense else None
+        return round_trip(x, self.recipe, which, layer, offset, lambda_, matrix)
+
+    def _offset(self, x, layer, which):
+        given = getattr(self.calibration, f"offset_{which}", None)
+        return given[layer] if given else x[:, : self.offset_tokens].float().mean(1).contiguous()
 
     def with_seed(self, seed: int) -> Packed:
         return dataclasses.replace(self, recipe=get_recipe(self.recipe, seed=seed))
@@ -262,8 +268,11 @@ def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> 
     return out
 
 
-def round_trip(x: torch.Tensor, recipe, which: str, layer: int, offset=None, lambda_=None) -> torch.Tensor:
-    """x [kv_heads, tokens, head_dim] packed and unpacked; offset, lambda_: float32 [kv_heads, head_dim] or None."""
+def round_trip(x: torch.Tensor, recipe, which: str, layer: int, offset=None, lambda_=None, matrix=None) -> torch.Tensor:
+    """x [kv_heads, tokens, head_dim] packed and unpacked.
+
+    offset, lambda_: float32 [kv_heads, head_dim] or None; matrix: R of a dense recipe, float32 [head_dim, head_dim].
+    """
     source = x.float().contiguous()
     out = torch.empty_like(source)
     heads, tokens, head_dim = source.shape
@@ -272,9 +281,10 @@ def round_trip(x: torch.Tensor, recipe, which: str, layer: int, offset=None, lam
             f"calibration: layer {layer} has lambda_{which} of shape {list(lambda_.shape)}; this model "
             f"takes {[heads, head_dim]}"
         )
+    address = 0 if matrix is None else matrix.data_ptr()
     for head in range(heads):
         mu, lam = (0 if t is None else t[head].data_ptr() for t in (offset, lambda_))
         _native.roundtrip(
-            source[head].data_ptr(), out[head].data_ptr(), tokens, head_dim, recipe, which, mu, lam, layer
+            source[head].data_ptr(), out[head].data_ptr(), tokens, head_dim, recipe, which, mu, lam, layer, address
         )
     return out.to(x.dtype)

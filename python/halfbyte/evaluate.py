@@ -11,7 +11,7 @@ import torch
 from .auto import head_size
 from .calibrate import Calibration, calibrate, sample_text
 from .codecs import OFFSET_TOKENS, Packed
-from .recipes import Recipe, get_recipe
+from .recipes import Recipe, get_recipe, needs_calibration
 from .tasks import GREEDY_PROMPTS, Greedy, Needles
 from .watch import BlockRule, attention_set_to, watch_attention, watch_projections
 
@@ -151,8 +151,9 @@ def _find(recipe):
 class _Maker:
     """Codecs of recipes for a seed; calibrates those with lambda, on calib_ids or on text the model samples itself."""
 
-    def __init__(self, model, calib_ids, offset_tokens, seed, progress):
+    def __init__(self, model, calib_ids, offset_tokens, seed, progress, given):
         self.model, self.ids, self.offset_tokens, self.progress = model, calib_ids, offset_tokens, progress
+        self.given = given
         self.sampled = seed if calib_ids is None else None
         self.seed = seed
 
@@ -167,8 +168,13 @@ class _Maker:
         return Packed(recipe, self._calibration(recipe), self.offset_tokens)
 
     def _calibration(self, recipe) -> Calibration | None:
-        if not recipe.lambda_:
-            return None
+        needs = needs_calibration(recipe)
+        if needs is None or self.given is not None:
+            return self.given
+        if needs != "lambda":
+            raise ValueError(
+                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
+            )
         if self.ids is None:
             self.ids = sample_text(self.model, CALIBRATION_TOKENS, self.seed, self.progress)
         return calibrate(self.model, self.ids, progress=self.progress, recipe=recipe, seed=self.sampled)
@@ -188,6 +194,7 @@ def evaluate(
     seeds=(0,),
     greedy: int = 0,
     needles: int = 0,
+    calibration: Calibration | None = None,
 ) -> list[dict]:
     """Rows {recipe, bits, ppl, delta_ppl, kl, kl_p99, top1, kl_by_position}: each against the same model in full.
 
@@ -200,13 +207,14 @@ def evaluate(
     seeds: of the rotation's signs; with several, figures are means over them and *_sd their standard deviations.
     greedy: tokens to decode from the start of each window; adds greedy_tokens, how many are decoded before the first
     that differs. needles: adds columns of tasks.Needles with so many of them, in windows of `window` tokens.
+    calibration: for every recipe; its offsets are used, its lambda and rotations by recipes that take them.
     """
     ids = torch.as_tensor(ids).reshape(-1)
     _check_sizes(ids, windows, window)
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: got {protocol!r}; takes one of {', '.join(PROTOCOLS)}")
     recipes, seeds = named_recipes(recipes), list(seeds)
-    make = _Maker(model, calib_ids, offset_tokens, seeds[0], progress)
+    make = _Maker(model, calib_ids, offset_tokens, seeds[0], progress, calibration)
     codecs = {(name, seed): make(recipe, seed) for name, recipe in recipes.items() for seed in seeds}
     runs = {key: runner(model, codec, protocol) for key, codec in codecs.items()}
     full = runner(model, None)

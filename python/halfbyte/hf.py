@@ -10,7 +10,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicC
 from . import _native
 from .auto import choose_recipe, explain
 from .layer import Int4Layer, Shared, tensor_bytes
-from .recipes import get_recipe, layer_recipes
+from .recipes import get_recipe, layer_recipes, needs_calibration
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
 CONSISTENT_OFFSET_TOKENS = 64  # the mean of so few costs a tenth more KL than that of a long prompt
@@ -63,8 +63,11 @@ class Int4Cache(DynamicCache):
         if consistent and self.recipe.offset and not self.recipe.offset_tokens:
             self.recipe = get_recipe(self.recipe, offset_tokens=CONSISTENT_OFFSET_TOKENS)
         self.layer_recipes = layer_recipes(self.recipe, layers, len(kinds))
-        if calibration is None and any(own.lambda_ for own in self.layer_recipes):
-            raise ValueError("calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses lambda")
+        needs = next((need for need in map(needs_calibration, self.layer_recipes) if need), None)
+        if needs and calibration is None:
+            raise ValueError(
+                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
+            )
         self._shared = Shared(text_config)
         made = [
             self._make_layer(index, kind, of_kind, calibration)

@@ -62,6 +62,11 @@ def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
     return Recipe(**({field: getattr(recipe, field) for field in FIELDS} | overrides))
 
 
+def needs_calibration(recipe: Recipe) -> str | None:
+    """What of a recipe a cache can not find by itself, or None."""
+    return "lambda" if recipe.lambda_ else "a dense rotation" if recipe.rotation == "dense" else None
+
+
 def layer_recipes(base: Recipe, layers: dict | None, count: int) -> list[Recipe]:
     """The recipe of each of `count` layers.
 

@@ -15,7 +15,7 @@ from . import _native
 from .calibrate import Calibration, fingerprint
 from .files import read_safetensors
 from .layer import DTYPES, Int4Layer
-from .recipes import FIELDS, Recipe
+from .recipes import FIELDS, Recipe, needs_calibration
 
 FORMAT = "halfbyte-cache"
 VERSION = 1
@@ -37,6 +37,8 @@ ARRAYS = {
     "given_offset_v": torch.float32,
     "lambda_k": torch.float32,
     "lambda_v": torch.float32,
+    "rotation_k": torch.float32,
+    "rotation_v": torch.float32,
     "counted": torch.uint8,
 }
 
@@ -125,6 +127,7 @@ def _packed_layer(layer):
         shapes[f"raw_{side}"] = (batch, heads, -1, dim)
         shapes[f"offset_{side}"] = (batch, heads, dim)
         shapes[f"given_offset_{side}"] = shapes[f"lambda_{side}"] = (heads, dim)
+        shapes[f"rotation_{side}"] = (dim, dim)
     shapes["counted"] = (batch, -1)
     arrays = {}
     for name, dtype in ARRAYS.items():
@@ -179,7 +182,8 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     try:
         recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
         own = {int(index): Recipe(**fields) for index, fields in facts["layer_recipes"].items()}
-        calibration = _calibration(layers, tensors) if any(r.lambda_ for r in [recipe, *own.values()]) else None
+        calibrated = any(map(needs_calibration, [recipe, *own.values()]))
+        calibration = _calibration(layers, tensors) if calibrated else None
         cache = cache_class(
             config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], layers=own, **options
         )
@@ -232,8 +236,9 @@ def _check_model(facts, config, path, model):
 
 
 def _calibration(layers, tensors):
-    """Lambda, and offsets if they were given: what the cache needs again after a reset."""
-    parts = {"lambda_k": "lambda_k", "lambda_v": "lambda_v", "given_offset_k": "offset_k", "given_offset_v": "offset_v"}
+    """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
+    parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
+    parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }

@@ -229,9 +229,29 @@ static float* srht(const RotationPlan& plan, bool inverse, float* y) {
   return y;
 }
 
+// y = R x, or Rᵀ x, for x [d][16]; rows of y up to the next multiple of kDenseTile are overwritten.
+template <bool kInverse>
+static void dense(const RotationPlan& plan, const float* x, float* y) {
+  const int d = plan.head_dim;
+  for (int to = 0; to < d; to += kRegisterSums) {
+    f32x16 sums[kRegisterSums];
+    for (f32x16& sum : sums) sum = set1(0.0f);
+    for (int from = 0; from < d; from++) {
+      const float* r = &plan.matrix[kInverse ? plan.dense_at(from, to) : plan.dense_at(to, from)];
+      const f32x16 value = load(x + from * kLanes);
+      for (int i = 0; i < kRegisterSums; i++) sums[i] = fma(set1(r[kInverse ? i * kDenseTile : i]), value, sums[i]);
+    }
+    for (int i = 0; i < kRegisterSums; i++) store(y + (to + i) * kLanes, sums[i]);
+  }
+}
+
 static float* rotate_lanes(const RotationPlan& plan, bool inverse, float* y, float* scratch) {
   if (plan.kind == Rotation::identity) return y;
   if (plan.kind == Rotation::srht) return srht(plan, inverse, y);
+  if (plan.kind == Rotation::dense) {
+    inverse ? dense<true>(plan, y, scratch) : dense<false>(plan, y, scratch);
+    return scratch;
+  }
   return inverse ? srft_inverse(plan, y, scratch) : srft_forward(plan, y, scratch);
 }
 

@@ -4,6 +4,7 @@
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put back
 //   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
 //                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
 
@@ -12,6 +13,7 @@ using mask16 = uint16_t;
 #if HALFBYTE_TARGET_AVX512
 
 constexpr int kRegisterRows = 6;   // query rows whose accumulators fit the 32 registers
+constexpr int kRegisterSums = 8;   // sums that keep its multipliers busy; divides kDenseTile
 
 using f32x16 = __m512;
 using i32x16 = __m512i;
@@ -86,6 +88,7 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 #elif HALFBYTE_TARGET_AVX2
 
 constexpr int kRegisterRows = 2;   // sixteen registers, two to a vector
+constexpr int kRegisterSums = 4;
 
 struct f32x16 { __m256 lo, hi; };
 struct i32x16 { __m256i lo, hi; };
@@ -238,6 +241,7 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 #else   // plain C++: the compiler's own vectors, correct on any CPU
 
 constexpr int kRegisterRows = 1;
+constexpr int kRegisterSums = 2;
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -293,9 +297,9 @@ HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) {
   return ((each & (int)m) != 0) ? yes : no;
 }
 static float reduce_add(f32x16 a) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += a[i];
-  return s;
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return a[0];
 }
 static float reduce_max(f32x16 a) {
   float s = a[0];
