@@ -66,6 +66,16 @@ void restore_raw(Layer::State& s, size_t length) {
   s.packed_end = raw_from;
 }
 
+// With nothing packed, the offset waits again for the first block that is.
+void forget_offset(Layer::State& s) {
+  if (!s.config.recipe.offset) return;
+  s.offset_ready = false;
+  s.offset_k = {}, s.offset_v = {};
+  const size_t each = s.tail_counted.size() / s.batch;
+  for (size_t i = 0; i < s.tail_counted.size(); i++)
+    if (i % each >= s.length) s.tail_counted[i] = 1;
+}
+
 }  // namespace
 
 Status Recipe::check(int head_dim) const {
@@ -159,7 +169,7 @@ Status Layer::crop(size_t length) {
   s.packed_end = std::max(std::min(s.packed_end, length), s.sink_tokens());
   s.chunk_start = length;
   s.before = {}, s.undo = {};
-  if (s.warm_up() && s.packed_end == s.sink_tokens() && length < s.sink_tokens() + s.warm_up()) s.offset_ready = false;
+  if (s.packed_end == s.sink_tokens()) forget_offset(s);
   size_t pages_kept = (s.packed_end + kPageTokens - 1) / kPageTokens;
   const size_t kept = std::max(pages_kept, s.pages_dropped) - s.pages_dropped;
   for (auto& list : s.pages)

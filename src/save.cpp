@@ -13,7 +13,9 @@ namespace {
 
 using State = Layer::State;
 
-constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens; far above any real one, far below overflow
+// Far above any real ones; the products of counts up to these do not overflow.
+constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens
+constexpr int kMostSequences = 1 << 20;
 
 Status damaged(const std::string& what) { return {Code::bad_value, "the saved layer is damaged: " + what}; }
 
@@ -70,14 +72,14 @@ void save_pages(const State& s, LayerParts& out) {
 
 Status check_counts(const State& s, const LayerParts& parts) {
   const uint64_t sink = s.sink_tokens(), window = (uint64_t)s.config.sliding_window;
-  if (parts.batch < 1) return damaged("batch is " + std::to_string(parts.batch));
+  if (parts.batch < 1 || parts.batch > kMostSequences) return damaged("batch is " + std::to_string(parts.batch));
   if (parts.length < 1 || parts.length > kLongest) return damaged("length is " + std::to_string(parts.length));
   const uint64_t newest = std::max<uint64_t>(parts.length, sink);
   if (parts.packed_end < sink || parts.packed_end > newest || newest - parts.packed_end > s.tail_capacity())
     return damaged("packed_end is " + std::to_string(parts.packed_end) + " of " + std::to_string(parts.length) + " tokens");
   const uint64_t oldest_needed = window && parts.length > window - 1 ? parts.length - (window - 1) : 0;
   if (parts.first > oldest_needed) return damaged("first is " + std::to_string(parts.first));
-  if (parts.pages_dropped > std::max<uint64_t>(sink, parts.first) / kPageTokens || (parts.pages_dropped && !window))
+  if (parts.pages_dropped > std::min(parts.first, parts.packed_end) / kPageTokens || (parts.pages_dropped && !window))
     return damaged("pages_dropped is " + std::to_string(parts.pages_dropped));
   if (s.config.recipe.offset ? parts.packed_end > sink && !parts.offset_ready : !parts.offset_ready)
     return damaged("offset_ready does not fit the packed tokens");
@@ -105,7 +107,7 @@ Status check_sizes(const State& s, const LayerParts& parts) {
                     Size{"rotation_k", optional(parts.rotation_k, dk * dk)},
                     Size{"rotation_v", optional(parts.rotation_v, dv * dv)},
                     Size{"counted", parts.counted.empty() ||
-                                        parts.counted.size() == s.batch * (s.tail_capacity() + s.sink_tokens())}})
+                                        parts.counted.size() == s.batch * s.counted_tokens()}})
     if (!size.fits) return damaged(std::string(size.name) + " has another size than the layer");
   const size_t pages = parts.pages.size() / s.page_bytes();
   for (int32_t page : parts.page_table)

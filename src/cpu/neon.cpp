@@ -19,6 +19,8 @@ namespace {
 
 #include "attend.h"
 
+#include "peak.h"
+
 bool supported() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
@@ -32,7 +34,7 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kNeonBackend = {"neon",          neon::supported, neon::kRegisterRows, neon::rotate,
+extern const Backend kNeonBackend = {"neon",          neon::supported, neon::kRegisterRows, neon::peak, neon::rotate,
                                      neon::encode, neon::decode, neon::attend_packed, neon::attend_raw};
 
 }  // namespace halfbyte

@@ -14,6 +14,8 @@ namespace {
 
 #include "attend.h"
 
+#include "peak.h"
+
 bool supported() { return true; }
 
 }  // namespace
@@ -21,7 +23,7 @@ bool supported() { return true; }
 
 namespace halfbyte {
 
-extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::rotate,
+extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::peak, scalar::rotate,
                                      scalar::encode, scalar::decode, scalar::attend_packed, scalar::attend_raw};
 
 }  // namespace halfbyte

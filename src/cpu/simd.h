@@ -4,6 +4,7 @@
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put back
 //   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two equals
 //   limit_bytes      each byte b of the lanes → min(max(b − less, 0), most)
 //   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
@@ -356,9 +357,9 @@ HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) {
   return ((each & (int)m) != 0) ? yes : no;
 }
 static float reduce_add(f32x16 a) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += a[i];
-  return s;
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return a[0];
 }
 static float reduce_max(f32x16 a) {
   float s = a[0];

@@ -141,6 +141,9 @@ TEST(Simd, AcrossLanes) {
       for (float value : x) sum += value;
       ASSERT_NEAR(ops->reduce_add(x.data()), sum, 1e-5) << ops->name;
       ASSERT_EQ(ops->reduce_max(x.data()), *std::max_element(x.begin(), x.end())) << ops->name;
+      Floats equal;
+      equal.fill(x[0]);
+      ASSERT_EQ(ops->reduce_add(equal.data()), 16.0f * x[0]) << ops->name;
       std::array<float, 256> square, turned;
       for (float& value : square) value = random.normal();
       turned = square;
