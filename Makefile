@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: env demo test counts counts-update bench format lint clean release asan ubsan tsan
+.PHONY: env demo test counts counts-update bench format lint clean release sanitize asan ubsan tsan
 .NOTPARALLEL:
 .DEFAULT_GOAL := env
 
@@ -43,11 +43,11 @@ demo: env
 	@$(BIN)/halfbyte demo $(ARGS)
 
 # The last line printed is pytest's.
-test: release asan ubsan env
+test: release sanitize env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 # C++ tests, one build folder a preset.
-release asan ubsan tsan: $(DEPENDENCIES)
+release sanitize asan ubsan tsan: $(DEPENDENCIES)
 	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
 	@$(WITH_VENV) cmake --preset $@ >/dev/null
 	@$(WITH_VENV) cmake --build --preset $@ -- --quiet

@@ -29,13 +29,26 @@ EncodeArgs encode_args(const SideFormat& format, const RotationPlan& rotation, S
   return args;
 }
 
+// The recipe's rotation, once recipe and matrix are known to fit.
+Result<RotationPlan> plan_of(const Recipe& recipe, int head_dim, int layer_index, const float* matrix) {
+  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+  const bool dense = recipe.rotation == Rotation::dense;
+  if (dense != (matrix != nullptr))
+    return Status(Code::bad_argument, dense ? "the recipe's rotation is dense, and no matrix was given"
+                                            : "a matrix was given, and the recipe's rotation is not dense");
+  if (dense)
+    if (Status status = check_orthonormal("matrix", matrix, head_dim); !status.ok()) return status;
+  return make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index, matrix);
+}
+
 }  // namespace
 
 Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, Side side, const float* mu,
-                 const float* lambda, int layer_index) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+                 const float* lambda, int layer_index, const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, layer_index, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   const SideFormat format = make_side_format(recipe, side, head_dim);
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
   std::vector<float> inverse_lambda;
   for (int c = 0; lambda && c < head_dim; c++) inverse_lambda.push_back(1.0f / lambda[c]);
   for_runs(n, [&](size_t from, size_t to) {
@@ -54,10 +67,11 @@ Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recip
   return {};
 }
 
-Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side, const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, 0, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   const SideFormat format = make_side_format(recipe, side, head_dim);
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, 0);
   for_runs(n, [&](size_t from, size_t to) {
     Block block(format);
     for (size_t i = from; i < to; i += kBlockTokens)
@@ -66,9 +80,11 @@ Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe,
   return {};
 }
 
-Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
+Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
+              const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, layer_index, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   for_runs(n, [&](size_t from, size_t to) {
     std::copy_n(x + from * head_dim, (to - from) * head_dim, out + from * head_dim);
     for (size_t i = from; i < to; i += kBlockTokens)

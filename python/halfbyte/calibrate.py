@@ -23,6 +23,7 @@ LAMBDA_CLAMP = 1e-6
 # The recipe fields that lambda depends on: a calibration made with others would divide the wrong channels.
 RECIPE_FIELDS = ("rotation", "seed", "offset")
 PARTS = ("lambda_k", "lambda_v", "offset_k", "offset_v")
+ROTATIONS = ("rotation_k", "rotation_v")  # only for recipes with a dense rotation
 
 _hook = None  # the function that sees keys and values; set by watch_attention for the time of its block
 
@@ -69,6 +70,7 @@ def watch_attention(model, hook):
 class Calibration:
     """Per layer and KV head, float32 [kv_heads, head_dim]: lambda in the rotated domain, offsets in the original one.
 
+    rotation_k, rotation_v: for recipes with rotation="dense", R of each layer, float32 [head_dim, head_dim].
     recipe holds the fields lambda depends on; model is fingerprint(model); text_sha256 is of the token ids.
     """
 
@@ -81,13 +83,17 @@ class Calibration:
     text_sha256: str = ""
     tokens: int = 0
     seed: int | None = None  # of the sampled text; None when the text was given
+    rotation_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    rotation_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
     def save(self, path) -> None:
         """Writes one safetensors file: a tensor a layer and part, the rest as metadata."""
         from safetensors.torch import save_file
 
         tensors = {
-            f"layers.{i}.{part}": tensor.contiguous() for part in PARTS for i, tensor in enumerate(getattr(self, part))
+            f"layers.{i}.{part}": tensor.contiguous()
+            for part in PARTS + ROTATIONS
+            for i, tensor in enumerate(getattr(self, part))
         }
         facts = {
             "recipe": self.recipe,
@@ -111,8 +117,9 @@ class Calibration:
             raise ValueError(f"path: {str(path)!r} has format version {metadata.get('version')!r}; takes {VERSION!r}")
         try:
             facts = json.loads(metadata["facts"])
-            layers = range(len(tensors) // len(PARTS))
-            parts = {part: [tensors[f"layers.{i}.{part}"] for i in layers] for part in PARTS}
+            held = PARTS + ROTATIONS if "layers.0.rotation_k" in tensors else PARTS
+            layers = range(len(tensors) // len(held))
+            parts = {part: [tensors[f"layers.{i}.{part}"] for i in layers] for part in held}
             calibration = cls(**parts, **facts)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: this {FORMAT} file is damaged, {str(path)!r}: {error}") from error

@@ -52,8 +52,11 @@ class Int4Cache(DynamicCache):
         self.recipe = get_recipe(recipe, **overrides)
         if consistent and self.recipe.offset and not self.recipe.offset_tokens:
             self.recipe = get_recipe(self.recipe, offset_tokens=CONSISTENT_OFFSET_TOKENS)
-        if self.recipe.lambda_ and calibration is None:
-            raise ValueError("calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses lambda")
+        needs = "lambda" if self.recipe.lambda_ else "a dense rotation" if self.recipe.rotation == "dense" else None
+        if needs and calibration is None:
+            raise ValueError(
+                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
+            )
         text_config = config.get_text_config(decoder=True)
         self._shared = Shared(text_config)
         layers = []

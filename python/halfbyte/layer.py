@@ -105,8 +105,12 @@ class Int4Layer(CacheLayerMixin):
     def _calibrate(self, native, kv_heads, dim_k, dim_v):
         if self.calibration is None:
             return
-        for name, setter in (("offset", native.set_offset), ("lambda", native.set_lambda)):
-            if not (self.recipe.offset if name == "offset" else self.recipe.lambda_):
+        for name, wanted, setter in (
+            ("offset", self.recipe.offset, native.set_offset),
+            ("lambda", self.recipe.lambda_, native.set_lambda),
+            ("rotation", self.recipe.rotation == "dense", native.set_rotation),
+        ):
+            if not wanted:
                 continue
             addresses, kept = [], []
             for part, dim in (("k", dim_k), ("v", dim_v)):
@@ -117,10 +121,11 @@ class Int4Layer(CacheLayerMixin):
                 if len(tensors) <= self.layer_idx:
                     raise ValueError(f"calibration: got {len(tensors)} layers, takes those of the model")
                 tensor = torch.as_tensor(tensors[self.layer_idx], dtype=torch.float32).contiguous()
-                if tensor.shape != (kv_heads, dim):
+                shape = [dim if name == "rotation" else kv_heads, dim]
+                if list(tensor.shape) != shape:
                     raise ValueError(
                         f"calibration: {name}_{part} of layer {self.layer_idx} has shape {list(tensor.shape)}, "
-                        f"takes [{kv_heads}, {dim}]"
+                        f"takes {shape}"
                     )
                 kept.append(tensor)
                 addresses.append(tensor.data_ptr())

@@ -37,6 +37,8 @@ ARRAYS = {
     "given_offset_v": torch.float32,
     "lambda_k": torch.float32,
     "lambda_v": torch.float32,
+    "rotation_k": torch.float32,
+    "rotation_v": torch.float32,
     "counted": torch.uint8,
 }
 
@@ -115,6 +117,7 @@ def _packed_layer(layer):
         shapes[f"raw_{side}"] = (batch, heads, -1, dim)
         shapes[f"offset_{side}"] = (batch, heads, dim)
         shapes[f"given_offset_{side}"] = shapes[f"lambda_{side}"] = (heads, dim)
+        shapes[f"rotation_{side}"] = (dim, dim)
     shapes["counted"] = (batch, -1)
     arrays = {}
     for name, dtype in ARRAYS.items():
@@ -168,7 +171,7 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     _check_model(facts, config, path, model)
     try:
         recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
-        calibration = _calibration(layers, tensors) if recipe.lambda_ else None
+        calibration = _calibration(layers, tensors) if recipe.lambda_ or recipe.rotation == "dense" else None
         cache = cache_class(config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], **options)
         if len(layers) != len(cache.layers):
             raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
@@ -219,8 +222,9 @@ def _check_model(facts, config, path, model):
 
 
 def _calibration(layers, tensors):
-    """Lambda, and offsets if they were given: what the cache needs again after a reset."""
-    parts = {"lambda_k": "lambda_k", "lambda_v": "lambda_v", "given_offset_k": "offset_k", "given_offset_v": "offset_v"}
+    """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
+    parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
+    parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }

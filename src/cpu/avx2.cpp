@@ -9,6 +9,8 @@ namespace {
 
 #include "simd.h"
 
+#include "rotate.h"
+
 #include "kernels.h"
 
 #include "attend.h"

@@ -69,6 +69,18 @@ def test_a_saved_calibration_comes_back_whole(calibration, qwen, tmp_path):
     )
 
 
+def test_dense_rotations_are_part_of_a_saved_calibration(calibration, qwen, tmp_path):
+    from dataclasses import replace
+
+    path = tmp_path / "calibration.safetensors"
+    rotations = [torch.linalg.qr(torch.randn(128, 128))[0] for _ in range(4)]
+    replace(calibration, rotation_k=rotations, rotation_v=rotations[::-1]).save(path)
+    back = Calibration.load(path, qwen)
+    assert all(torch.equal(a, b) for a, b in zip(back.rotation_k, rotations, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(back.rotation_v, rotations[::-1], strict=True))
+    assert len(back.lambda_k) == 4
+
+
 def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path):
     from safetensors.torch import save_file
 
