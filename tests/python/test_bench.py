@@ -144,6 +144,9 @@ def test_bench_roofline_writes_and_draws(tmp_path):
     assert [(row["geometry"], row["tokens"]) for row in document["rows"]] == [
         ("smollm2", 64), ("smollm2", 1024), ("qwen", 64), ("qwen", 1024)]  # fmt: skip
     assert "sdpa_ns" not in document["rows"][0]
+    assert document["roofline"] == roofline_rows(document["rows"])
+    assert [row["kernel"] for row in document["roofline"]] == ["int4", "fp16"] * 4
+    assert all(row["share"] > 0 for row in document["roofline"])
     assert_draws(plot)
 
 
