@@ -2,68 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from . import _native
+from .codecs import rotate
 from .files import read_safetensors
 from .recipes import get_recipe
+from .watch import watch_attention
 
 FORMAT = "halfbyte-calibration"
 VERSION = "1"
-WATCH = "halfbyte_watch"
 LAMBDA_CLAMP = 1e-6
 # The recipe fields that lambda depends on: a calibration made with others would divide the wrong channels.
 RECIPE_FIELDS = ("rotation", "seed", "offset")
 PARTS = ("lambda_k", "lambda_v", "offset_k", "offset_v")
 ROTATIONS = ("rotation_k", "rotation_v")  # only for recipes with a dense rotation
-
-_hook = None  # the function that sees keys and values; set by watch_attention for the time of its block
-
-
-def _watching_attention(module, query, key, value, attention_mask, **kwargs):
-    if _hook is not None:
-        key, value = _hook(module.layer_idx, key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(WATCH, _watching_attention)
-AttentionMaskInterface.register(WATCH, sdpa_mask)
-
-
-@contextlib.contextmanager
-def attention_set_to(model, implementation: str):
-    """Within the block, `model` attends with `implementation`; afterwards with what it had."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def watch_attention(model, hook):
-    """Within the block, every layer's keys (after RoPE) and values pass through `hook` before they are attended.
-
-    hook(layer_index, key, value) -> (key, value), each [batch, kv_heads, tokens, head_dim]. RuntimeError when nested.
-    """
-    global _hook
-    if _hook is not None:
-        raise RuntimeError("watch_attention: another one is active in this process")
-    _hook = hook
-    try:
-        with attention_set_to(model, WATCH):
-            yield
-    finally:
-        _hook = None
 
 
 @dataclasses.dataclass
@@ -173,15 +129,6 @@ class _Range:
         return 1.0 / widest.clamp_min(LAMBDA_CLAMP)
 
 
-def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> torch.Tensor:
-    """R x (or its inverse) for float32 x [..., head_dim], with the recipe's rotation for this layer."""
-    x = x.float().contiguous()
-    out = torch.empty_like(x)
-    head_dim = x.shape[-1]
-    _native.rotate(x.data_ptr(), out.data_ptr(), x.numel() // head_dim, head_dim, recipe, layer_index, inverse)
-    return out
-
-
 @torch.inference_mode()
 def calibrate(
     model, input_ids, window: int = 2048, progress: bool = True, recipe="paper-g32-lambda", seed: int | None = None
@@ -197,7 +144,7 @@ def calibrate(
         raise ValueError(f"input_ids: got {ids.numel()} tokens; a calibration takes at least 16")
     ranges: dict[tuple[int, str], _Range] = {}
 
-    def observe(layer, key, value):
+    def observe(layer, query, key, value):
         for which, x in (("k", key), ("v", value)):
             raw = x[0].float()
             ranges.setdefault((layer, which), _Range()).add(rotate(raw, recipe, layer), raw)

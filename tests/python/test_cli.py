@@ -77,10 +77,11 @@ def test_eval_writes_its_rows(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The river runs past the old mill, and the miller counts his sacks. " * 60)
     document = run_rows(tmp_path, "eval", "--text", text, "--recipe", "fp,default", "--windows", 2, "--window", 128,
-                        "--seed", 5, "--quiet")  # fmt: skip
-    assert [list(row) for row in document["rows"]] == [["recipe", "ppl", "delta_ppl", "kl", "top1"]] * 2
+                        "--seeds", 5, "--quiet")  # fmt: skip
+    keys = ["recipe", "bits", "ppl", "delta_ppl", "kl", "kl_p99", "top1", "kl_by_position"]
+    assert [list(row) for row in document["rows"]] == [keys] * 2
     assert [row["recipe"] for row in document["rows"]] == ["fp", "default"]
-    assert document["seeds"] == {"seed": 5}
+    assert document["seeds"] == {"seeds": [5]}
     assert document["rows"][0]["kl"] == 0 < document["rows"][1]["kl"]
 
 
