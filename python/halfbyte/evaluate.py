@@ -169,8 +169,12 @@ class _Maker:
 
     def _calibration(self, recipe) -> Calibration | None:
         needs = needs_calibration(recipe)
-        if needs is None or self.given is not None:
+        if self.given is not None:
+            if needs:
+                self.given.check_recipe(recipe)
             return self.given
+        if needs is None:
+            return None
         if needs != "lambda":
             raise ValueError(
                 f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
