@@ -62,7 +62,7 @@ std::atomic<const Backend*>& chosen() {
 
 }  // namespace
 
-extern const Backend kReferenceBackend = {"reference",      always,           kMaxRows, rotate_rows_reference,
+extern const Backend kReferenceBackend = {"reference",      always,           kMaxRows, nullptr, rotate_rows_reference,
                                           encode_reference, decode_reference, attend_packed_reference,
                                           attend_raw_reference};
 

@@ -33,9 +33,9 @@ void push_root(std::vector<float>& table, double turns) {
 }
 
 int next_radix(int length) {
-  for (int radix : {4, 2, 3, 5})
+  for (int radix : {8, 4, 2, 3, 5, 7})
     if (length % radix == 0) return radix;
-  for (int radix = 7; radix * radix <= length; radix += 2)
+  for (int radix = 11; radix * radix <= length; radix += 2)
     if (length % radix == 0) return radix;
   return length;   // prime
 }
@@ -46,7 +46,7 @@ void plan_fft(RotationPlan& plan, int n) {
     pass.rest = length / pass.radix;
     for (int p = 0; p < pass.rest; p++)
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)p * k / length);
-    if (pass.radix > 5) {   // a prime radix: its own roots follow its twiddles
+    if (pass.radix > 8) {   // a prime radix: its own roots follow its twiddles
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)k / pass.radix);
     }
     plan.passes.push_back(pass);
@@ -80,6 +80,10 @@ RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer
   plan.head_dim = head_dim;
   for (int j = 0; j < head_dim; j++) plan.signs.push_back(sign_of_channel(seed, layer_index, j));
   if (kind == Rotation::srft) plan_fft(plan, head_dim / 2);
+  if (kind == Rotation::srft || kind == Rotation::srht) {
+    const double norm = std::sqrt((kind == Rotation::srft ? 0.5 : 1.0) / head_dim);
+    for (float sign : plan.signs) plan.factors.push_back(sign * (float)norm);
+  }
   if (kind == Rotation::dense && matrix) {
     plan.matrix.resize(plan.dense_at((head_dim - 1) / kDenseTile * kDenseTile + kDenseTile, 0));
     for (int i = 0; i < head_dim; i++)

@@ -23,12 +23,13 @@ struct RotationPlan {
   Rotation kind = Rotation::identity;
   int head_dim = 0;
   std::vector<float> signs;      // [head_dim] ±1
+  std::vector<float> factors;    // SRFT, SRHT: [head_dim] signs times the norm that the kernels' transform leaves out
   std::vector<FftPass> passes;   // SRFT: complex FFT of length head_dim / 2
   std::vector<float> twiddles;   // pairs (cos, sin)
   std::vector<float> unpack;     // SRFT: [head_dim / 2] pairs (cos, sin) of −2πk / head_dim
   std::vector<float> matrix;     // dense: R as [rows / kDenseTile][columns][kDenseTile rows], zeros around it
 
-  size_t dense_at(int row, int column) const {
+  __attribute__((always_inline)) size_t dense_at(int row, int column) const {
     const int padded = (head_dim + kDenseTile - 1) / kDenseTile * kDenseTile;
     return (size_t)(row / kDenseTile * padded + column) * kDenseTile + row % kDenseTile;
   }

@@ -1,8 +1,5 @@
-// Codes for loose vectors, outside any cache: round trips for evaluation, encode and bandwidth timing, rotation.
+// Codes for loose vectors, outside any cache: round trips for evaluation, encode timing, rotation.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <numeric>
 
 #include "decode.h"
 #include "encode.h"
@@ -94,26 +91,6 @@ Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& 
       current_backend().rotate(rotation, inverse, out + i * head_dim, head_dim, (int)std::min<size_t>(kBlockTokens, to - i));
   });
   return {};
-}
-
-double read_bandwidth(size_t bytes, int threads, int repeats) {
-  const size_t words = bytes / sizeof(uint64_t), part = words / threads;
-  std::vector<uint64_t> data(words, 1);
-  std::atomic<uint64_t> sink = 0;   // so that the reads are not optimised away
-  std::vector<double> seconds;
-  const int before = num_threads();
-  set_num_threads(threads);
-  for (int i = 0; i < repeats; i++) {
-    auto start = std::chrono::steady_clock::now();
-    parallel_for(threads, [&](size_t t) {
-      const uint64_t* from = data.data() + t * part;
-      sink += std::accumulate(from, from + part, (uint64_t)0);
-    });
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  set_num_threads(before);
-  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
-  return (double)(part * threads * sizeof(uint64_t)) / seconds[repeats / 2];
 }
 
 }  // namespace halfbyte

@@ -232,8 +232,13 @@ std::vector<std::string> cpu_features();
 void set_num_threads(int n);
 int num_threads();
 
-// Median read bandwidth over `bytes` with `threads` threads, in bytes per second.
+// Median read bandwidth over `bytes` with `threads` threads, in bytes per second: the most the backend in use can read.
 double read_bandwidth(size_t bytes, int threads, int repeats);
+
+// The most that the backend in use computes with `threads` threads, in operations per second, a product and a sum being
+// two: signed bytes times 4-bit codes, and float32. 0 for the reference, which is not made for speed.
+double dot_peak(int threads);
+double fma_peak(int threads);
 
 const char* version();
 const char* commit();

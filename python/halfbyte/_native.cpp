@@ -291,6 +291,10 @@ void bind_vectors(nb::module_& m) {
         "matrix"_a = 0, "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
   m.def("read_bandwidth", [](size_t bytes, int threads, int repeats) { return read_bandwidth(bytes, threads, repeats) * 1e-9; },
         "bytes"_a, "threads"_a, "repeats"_a = 5, "Median read bandwidth in GB/s (1e9 bytes).");
+  m.def("dot_peak", [](int threads) { return dot_peak(threads) * 1e-9; }, "threads"_a,
+        "The most the backend in use computes in bytes times 4-bit codes, in 1e9 operations a second; 0 for reference.");
+  m.def("fma_peak", [](int threads) { return fma_peak(threads) * 1e-9; }, "threads"_a,
+        "The same in float32, in GFLOP/s.");
 }
 
 }  // namespace

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .cli_bench import bench
+from .cli_tools import (
+    BYTES_RATIO,
+    Dtype,
+    JsonFile,
+    ModelName,
+    Quiet,
+    Seed,
+    begin,
+    report,
+    reports_errors,
+    whole_numbers,
+)
 
 HELP = "A key-value cache in 4 bits, and attention directly on its codes."
 app = typer.Typer(
@@ -19,71 +30,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Times one part against what it replaces, both in one process.",
-)
 app.add_typer(bench, name="bench")
-
-ModelName = Annotated[str, typer.Option("--model", help="A folder, a hub id, tiny-qwen, tiny-gemma or smollm2.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write rows, machine and commit to this file.")]
-Seed = Annotated[int, typer.Option(help="Of everything random here.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what the model computes in.")]
-
-
-def reports_errors(command):
-    """Bad input becomes one line on stderr and exit status 2; HALFBYTE_TRACEBACK=1 shows where it came from."""
-
-    @functools.wraps(command)
-    def run(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, NotImplementedError, ImportError, OSError) as error:
-            if os.environ.get("HALFBYTE_TRACEBACK"):
-                raise
-            text = str(error)
-            if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers", "tqdm"):
-                text = f"{error.name} is not installed: pip install 'halfbyte[hf]'"
-            print("halfbyte: " + " ".join(text.split()), file=sys.stderr)
-            raise typer.Exit(2) from error
-
-    return run
-
-
-def whole_numbers(text: str, option: str, least: int = 1) -> list[int]:
-    """ "256,1024" as [256, 1024]; ValueError naming the option."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option}: got {text!r}; takes whole numbers with commas between, such as 256,1024") from None
-    if min(numbers) < least:
-        raise ValueError(f"{option}: got {min(numbers)}; takes numbers of at least {least}")
-    return numbers
-
-
-def report(title, rows, json_file, seeds, caption=None, extra=None):
-    """The table on stdout, the file if asked for. extra: ratio columns, {name: row -> value}, for the table alone."""
-    from .results import command_line, print_table, write_json
-
-    shown = [
-        {key: value for key, value in row.items() if not isinstance(value, list)}
-        | {name: ratio(row) for name, ratio in (extra or {}).items()}
-        for row in rows
-    ]
-    print_table(title, shown, caption)
-    if json_file is not None:
-        write_json(json_file, rows, command_line(), seeds=seeds)
-
-
-def begin(file, argument="json", timed=False) -> None:
-    """What every command checks before it starts."""
-    from .results import check_writable, warn_if_busy
-
-    check_writable(file, argument)
-    if timed:
-        warn_if_busy()
 
 
 @app.callback(invoke_without_command=True)
@@ -93,12 +40,6 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
         print(f"halfbyte {_native.version} ({_native.commit})")
         raise typer.Exit()
-
-
-SPEED_RATIO = {
-    "time ratio": lambda r: r["int4_ms_per_token"] / r["fp_ms_per_token"],
-    "bytes ratio": lambda r: r["fp_cache_bytes"] / r["int4_cache_bytes"],
-}
 
 
 @app.command()
@@ -143,7 +84,7 @@ def demo(
             {},
             "fp: DynamicCache with sdpa; int4: Int4Cache. The quicker of float32 and bfloat16 "
             "counts for each; fp bytes are bfloat16's.",
-            SPEED_RATIO,
+            BYTES_RATIO,
         )
         show_continuations(texts)
     if json_file is not None:
@@ -165,121 +106,6 @@ def show_continuations(texts: dict) -> None:
     console = Console()
     console.print(f"\nGreedy continuation of “…{texts['prompt']}” ({texts['agree']}):", highlight=False, markup=False)
     console.print(table)
-
-
-@bench.command()
-@reports_errors
-def attend(
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 12,
-    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 128,
-    tokens: Annotated[str, typer.Option(help="Cache lengths.")] = "4096,32768",
-    threads: Annotated[str, typer.Option(help="Thread counts.")] = "1,2",
-    batch: Annotated[int, typer.Option(help="Sequences.", min=1)] = 1,
-    recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
-    rounds: Annotated[int, typer.Option(help="Rounds that the median is taken over.", min=1)] = 9,
-    json_file: JsonFile = None,
-    seed: Seed = 0,
-):
-    """Attention of one new token: our fp16 kernel, packed codes, and transformers' sdpa in bfloat16.
-
-    Times are wall nanoseconds per token per key-value head, the three in turn in one process. read_bandwidth_share is
-    what int4 reads a second over the read bandwidth measured with as many threads; short caches fit the processor's
-    own memory and can exceed 1. transformers does not fold the query heads that share a key-value head into one
-    product, which costs bfloat16 much on processors without matrix units; fp16 is the tuned baseline.
-
-    Example (Gemma's geometry): `halfbyte bench attend --heads 4 --kv-heads 1 --head-dim 256 --tokens 4096 --threads 2`
-    """
-    begin(json_file, timed=True)
-    sizes, counts = whole_numbers(tokens, "tokens", 16), whole_numbers(threads, "threads")
-    from .bench import bench_attend
-
-    rows = bench_attend(heads, kv_heads, head_dim, sizes, counts, batch, recipe, rounds, seed)
-    report(
-        f"attend, {heads}/{kv_heads} heads of {head_dim}, batch {batch}, recipe {recipe}",
-        rows,
-        json_file,
-        {"seed": seed},
-        "ns per token per KV head",
-        {"fp16/int4": lambda r: r["fp16_ns"] / r["int4_ns"], "sdpa/int4": lambda r: r["sdpa_ns"] / r["int4_ns"]},
-    )
-
-
-@bench.command()
-@reports_errors
-def encode(
-    head_dim: Annotated[int, typer.Option(help="Channels a vector.")] = 128,
-    vectors: Annotated[int, typer.Option(help="Vectors packed in one pass.")] = 262144,
-    rounds: Annotated[int, typer.Option(help="Passes that the median is taken over.", min=1)] = 5,
-    json_file: JsonFile = None,
-    seed: Seed = 0,
-):
-    """Packing random vectors on one thread, with several recipes in turn.
-
-    Example: `halfbyte bench encode --head-dim 256 --vectors 65536`
-    """
-    begin(json_file, timed=True)
-    from .bench import bench_encode
-
-    rows = bench_encode(head_dim, vectors, rounds, seed)
-    report(f"encode, {vectors} vectors, one thread", rows, json_file, {"seed": seed})
-
-
-@bench.command()
-@reports_errors
-def generate(
-    model: ModelName = "tiny-qwen",
-    prefix: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "256,1024,4096",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded a round.", min=1)] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds that the median is taken over.", min=1)] = 5,
-    recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
-    json_file: JsonFile = None,
-    seed: Seed = 0,
-    quiet: Quiet = False,
-):
-    """Greedy decoding after a prompt: Int4Cache against DynamicCache, in rounds that take turns.
-
-    Each side runs in float32 and in bfloat16 and its quicker dtype counts; fp_cache_bytes is always the bfloat16
-    cache's.
-
-    Example: `halfbyte bench generate --model tiny-gemma --prefix 4096,16384 --json generate.json`
-    """
-    begin(json_file, timed=True)
-    prefixes = whole_numbers(prefix, "prefix", 16)
-    from .bench import bench_generate
-
-    rows = bench_generate(model, prefixes, new_tokens, rounds, recipe, seed, not quiet)
-    report(f"generate, {model}, recipe {recipe}", rows, json_file, {"seed": seed}, extra=SPEED_RATIO)
-
-
-@bench.command()
-@reports_errors
-def glue(
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
-    kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
-    head_dim: Annotated[int, typer.Option(help="Channels a head.")] = 128,
-    layers: Annotated[int, typer.Option(help="Attention layers.", min=1)] = 4,
-    prefix: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "256,4096",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded, which medians are taken over.", min=1)] = 128,
-    recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
-    json_file: JsonFile = None,
-    seed: Seed = 0,
-):
-    """What Python and its checks cost a decoding step: cache update and attention less the extension's own time.
-
-    Wall microseconds a layer, float32, one thread. int4 and fp are the whole of an Int4Cache's and a DynamicCache's
-    update and attention; glue is what remains of each without the kernels inside: the extension's append and attend,
-    or torch.cat and scaled_dot_product_attention. The defaults are tiny-qwen's geometry.
-
-    Example: `halfbyte bench glue --layers 24 --prefix 1024 --json glue.json`
-    """
-    begin(json_file, timed=True)
-    prefixes = whole_numbers(prefix, "prefix", 16)
-    from .bench import bench_glue
-
-    rows = bench_glue(heads, kv_heads, head_dim, layers, prefixes, new_tokens, recipe, seed)
-    title = f"glue, {layers} layers, {heads}/{kv_heads} heads of {head_dim}, recipe {recipe}"
-    report(title, rows, json_file, {"seed": seed}, "us a layer for one token, one thread")
 
 
 @app.command("eval")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .bench import DecodeArm, check_room, generate_row, load_in_dtypes, make_arm
+from .bench_generate import DecodeArm, check_room, generate_row, load_in_dtypes, make_arm
 from .calibrate import sample_text
 from .evaluate import Score
 from .models import encode_text, read_text

@@ -75,7 +75,11 @@ def test_dense_rotation_without_one_or_with_a_bad_one(qwen):
 
     with pytest.raises(ValueError, match=r"calibration: got None.* a dense rotation"):
         Int4Cache(qwen.config, rotation="dense")
-    k = torch.zeros(1, 2, 4, 128)
+
+    def feed(layer):
+        layer.update(torch.zeros(1, 2, 4, 128), torch.zeros(1, 2, 4, 128))
+        layer._settle()
+
     good, skewed = torch.eye(128), torch.eye(128) + 0.01
     for part, layer, message in (
         ([], 0, "layer 0.*set_rotation was not called"),
@@ -85,7 +89,7 @@ def test_dense_rotation_without_one_or_with_a_bad_one(qwen):
     ):
         cache = Int4Cache(qwen.config, rotation="dense", calibration=Calibration([], [], [], [], rotation_k=part))
         with pytest.raises(ValueError, match=message):
-            _ = cache.layers[layer].update(k, k)[0].shape, cache.layers[layer].keys
+            feed(cache.layers[layer])
 
 
 @pytest.mark.parametrize("head_dim", [63, 514, 8])
