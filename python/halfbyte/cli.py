@@ -1,4 +1,4 @@
-"""The command `halfbyte`: demo, bench, eval, calibrate and doctor. Nothing heavy is imported before it is needed."""
+"""The command `halfbyte` and all its own commands; nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
