@@ -73,7 +73,7 @@ bench: env
 	$(BIN)/halfbyte bench roofline --json build/bench/roofline.json --plot build/bench/roofline.png
 	$(BIN)/halfbyte bench glue --json build/bench/glue.json
 
-# The files and tables of docs/results/cpu.md, from this machine: about ten minutes, and it must be idle.
+# The files and tables of docs/results/cpu.md, from this machine: about five minutes, and it must be idle.
 results: env
 	tools/measure_cpu.sh
 
