@@ -87,7 +87,7 @@ def _ablation_lines():
         ("without signed scales", get_recipe(default, signed_scale=False)),
         ("without groups: K one scale a vector", get_recipe(default, k_group=0)),
         ("V in groups of 32 as well: `g32`", get_recipe("g32")),
-        ("with lambda = 1/max", get_recipe(default, lambda_=True)),
+        ("with lambda = 1/max, and its text's offset", get_recipe(default, lambda_=True)),
     ):
         yield Line(name, recipe, seeds=SEEDS)
 
