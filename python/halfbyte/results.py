@@ -161,8 +161,8 @@ def render(value) -> str:
 
 
 def cells(row: dict) -> dict[str, str]:
-    """{heading: cell}. A "…_spread" [lower, upper] joins the value it belongs to; dicts are for the file alone."""
-    shown = {key: value for key, value in row.items() if not isinstance(value, dict) and not key.endswith("_spread")}
+    """{heading: cell}. A "…_spread" [lower, upper] joins its value; other lists and dicts are for the file alone."""
+    shown = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
     out = {}
     for key, value in shown.items():
         spread = row.get(f"{key}_spread")
