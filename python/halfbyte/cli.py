@@ -244,7 +244,8 @@ def reproduce(
     text: Annotated[Path, typer.Option(help="A UTF-8 text file to measure on.")],
     model: ModelName = "tiny-qwen",
     table: Annotated[
-        str, typer.Option(help="rotation, ladder, hook, seeds, ablation, layers, learned, memory; all: every one.")
+        str,
+        typer.Option(help="rotation, ladder, hook, seeds, ablation, offsets, layers, learned, memory; all: every one."),
     ] = "all",
     calib: Annotated[Path | None, typer.Option(help="Another text, for lambda and for learning.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the text, from its start.")] = 4,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from types import SimpleNamespace
 
 import torch
 
-from .codecs import Codec, Linear, Only, Packed, both
+from .calibrate import calibrate
+from .codecs import Codec, Linear, Only, Packed, Side, both
 from .evaluate import evaluate
 from .learn import Plan, learn, learned_recipe
+from .offset import bias_offset
 from .recipes import Recipe, get_recipe
+from .simulated import turning
 
 SEEDS = (0, 1, 2)
 # Tokens, and the paper's fp16 bytes over its own.
@@ -83,7 +87,7 @@ def _ablation_lines():
         ("without signed scales", get_recipe(default, signed_scale=False)),
         ("without groups: K one scale a vector", get_recipe(default, k_group=0)),
         ("V in groups of 32 as well: `g32`", get_recipe("g32")),
-        ("with lambda = 1/max", get_recipe(default, lambda_=True)),
+        ("with lambda = 1/max, and its text's offset", get_recipe(default, lambda_=True)),
     ):
         yield Line(name, recipe, seeds=SEEDS)
 
@@ -95,7 +99,32 @@ TABLES = {
     "seeds": _seed_lines,
     "ablation": _ablation_lines,
 }
-ALL_TABLES = (*TABLES, "layers", "learned", "memory")
+ALL_TABLES = (*TABLES, "offsets", "layers", "learned", "memory")
+
+
+def _offset_lines(model, calib_ids, progress):
+    """Where the default's offset comes from: first tokens, a calibration, weights; and one that turns with RoPE."""
+    for tokens in (16, 64, 256, 2048):
+        yield Line(f"mean of the first {tokens} tokens", Packed(Recipe(), None, tokens))
+    if calib_ids is not None:
+        found = calibrate(model, calib_ids, progress=progress, recipe="default")
+        yield Line("mean over a calibration text", Packed(Recipe(), found))
+    k, v = Linear(4, 32), Side(Linear(4, 0), offset=0)
+    yield Line("key bias, averaged over RoPE; V none", Codec(Side(k, offset=_bias_offsets(model)), v))
+    config = model.config.get_text_config(decoder=True)
+    for span in (64, 16, 1):
+        yield Line(f"turning, every {span} tokens", Codec(Side(k, offset=turning(config, span)), Side(Linear(4, 0))))
+
+
+def _bias_offsets(model):
+    config = model.config.get_text_config(decoder=True)
+    shared, found = SimpleNamespace(rope_means={}), {}
+    for module in model.modules():
+        if hasattr(module, "k_proj") and hasattr(module, "layer_idx"):
+            heads = config.num_key_value_heads
+            offset = bias_offset(module, shared, heads, module.head_dim)
+            found[module.layer_idx] = torch.zeros(heads, module.head_dim) if offset is None else offset
+    return [found[layer] for layer in sorted(found)]
 
 
 def _layer_lines(model):
@@ -145,7 +174,8 @@ def reproduce(
         if table == "learned":
             pairs = list(_learned_lines(model, calib_ids, steps, progress))
         else:
-            lines = _layer_lines(model) if table == "layers" else TABLES[table]()
+            of_model = {"layers": _layer_lines, "offsets": lambda m: _offset_lines(m, calib_ids, progress)}
+            lines = of_model[table](model) if table in of_model else TABLES[table]()
             pairs = [(line, None) for line in lines]
         rows += _rows(model, ids, table, pairs, windows, window, calib_ids, progress)
     return rows

@@ -10,7 +10,7 @@ KEYS = ["table", "line", "bits", "delta_ppl", "kl", "kl_sd", "top1", "error_cut"
 @pytest.fixture(scope="module")
 def tables(qwen, text):
     """{table: {line: row}} of those that take no learning, on one short window."""
-    names = ("rotation", "ladder", "hook", "ablation", "layers")
+    names = ("rotation", "ladder", "hook", "ablation", "offsets", "layers")
     rows = reproduce(qwen, text[0], names, 1, 384, calib_ids=text[0, 384:], progress=False)
     assert all(list(row) == KEYS for row in rows)
     return {name: {row["line"]: row for row in rows if row["table"] == name} for name in names}
@@ -45,8 +45,16 @@ def test_every_ingredient_is_worth_something(tables):
         assert kl[line] > factor * kl["default"], line
         assert (rows[line]["kl_sd"] > 0) == (line != "without rotation")  # which has no signs to draw
     assert kl["V in groups of 32 as well: `g32`"] < kl["default"]
-    assert kl["with lambda = 1/max"] > 0.8 * kl["default"]  # nothing left for it to do
+    assert kl["with lambda = 1/max, and its text's offset"] > 0.8 * kl["default"]  # nothing left for it to do
     assert rows["without groups: K one scale a vector"]["bits"] < rows["default"]["bits"]
+
+
+def test_offsets_from_everywhere_do_their_work(tables):
+    kl = {line: row["kl"] for line, row in tables["offsets"].items()}
+    assert len(kl) == 9
+    assert kl["mean of the first 256 tokens"] == pytest.approx(tables["ablation"]["default"]["kl"], rel=0.3)  # a seed
+    assert max(kl.values()) < 0.1 * tables["ablation"]["without offset"]["kl"]
+    assert kl["turning, every 1 tokens"] == min(kl.values())
 
 
 def test_before_rope_too_the_offset_decides(tables):
