@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: env demo test counts counts-update bench format lint clean release sanitize asan ubsan tsan neon
+.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon
 .NOTPARALLEL:
 .DEFAULT_GOAL := env
 
@@ -70,7 +70,12 @@ bench: env
 	$(BIN)/halfbyte bench attend --json build/bench/attend.json
 	$(BIN)/halfbyte bench encode --json build/bench/encode.json
 	$(BIN)/halfbyte bench generate --json build/bench/generate.json
+	$(BIN)/halfbyte bench roofline --json build/bench/roofline.json --plot build/bench/roofline.png
 	$(BIN)/halfbyte bench glue --json build/bench/glue.json
+
+# The files and tables of docs/results/cpu.md, from this machine: about five minutes, and it must be idle.
+results: env
+	tools/measure_cpu.sh
 
 format: $(TOOLS)
 	$(BIN)/clang-format -i $(CPP_FILES)

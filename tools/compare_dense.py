@@ -1,4 +1,4 @@
-"""Dense rotation by an installed BLAS: ns a vector of NumPy's float32 matrix product on one thread, for docs/decisions."""
+"""Dense rotation by an installed BLAS: ns a vector of NumPy's float32 product on one thread, for docs/decisions."""
 
 import os
 import statistics
@@ -6,7 +6,7 @@ import time
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when NumPy loads
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 VECTORS = 65536
 

@@ -109,13 +109,15 @@ COLUMNS = {
     "queries": ["geometry", "prefix", "queries", "threads", "int4_ms", "unpack_ms", "unpack", "unpack_over_int4"],
     "encode": ["backend", "head_dim", "recipe", "ns_per_vector", "over_no_search"],
     "generate": ["model", "dtype", "prefix", "fp_ms_per_token", "int4_ms_per_token", "int4_over_fp", "bytes_ratio"],
-    "roofline": ["geometry", "tokens", "threads", "fp16_ns", "int4_ns", "fp16_over_int4", "read_bandwidth_share"],
+    "roofline": ["geometry", "tokens", "threads", "kernel", "ns", "floor_ns", "share", "bound", "operations_per_byte",
+                 "gops", "set_gb_per_s"],
 }  # fmt: skip
 
 
 def rows_section(name: str, document: dict) -> str:
     columns = next(columns for prefix, columns in COLUMNS.items() if name.startswith(prefix))
-    lines = [[cell(row, key) for key in columns] for row in document["rows"]]
+    rows = document["roofline"] if name == "roofline" else document["rows"]
+    lines = [[cell(row, key) for key in columns] for row in rows]
     return f"### {name}\n\n`{document['command']}`\n\n" + table([key.replace("_", " ") for key in columns], lines)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .codecs import rotate
 from .files import read_safetensors
-from .recipes import get_recipe
+from .recipes import Recipe, get_recipe
 from .watch import watch_attention
 
 FORMAT = "halfbyte-calibration"
@@ -41,6 +41,7 @@ class Calibration:
     seed: int | None = None  # of the sampled text; None when the text was given
     rotation_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
     rotation_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    learned: dict = dataclasses.field(default_factory=dict)  # how, when lambda or rotations were learned
 
     def save(self, path) -> None:
         """Writes one safetensors file: a tensor a layer and part, the rest as metadata."""
@@ -57,6 +58,7 @@ class Calibration:
             "text_sha256": self.text_sha256,
             "tokens": self.tokens,
             "seed": self.seed,
+            "learned": self.learned,
         }
         try:
             save_file(tensors, str(path), {"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
@@ -85,6 +87,12 @@ class Calibration:
                 f"{fingerprint(model)})"
             )
         return calibration
+
+    def learned_recipe(self):
+        """The recipe that learned lambda and rotations were made for."""
+        if not self.learned:
+            raise ValueError("calibration: nothing in it was learned; takes one of `halfbyte calibrate --learn`")
+        return Recipe(**self.learned["recipe"])
 
     def check_recipe(self, recipe) -> None:
         """ValueError unless lambda was collected under this recipe's rotation, seed and offset."""

@@ -1,4 +1,4 @@
-"""The command `halfbyte`: demo, bench, eval, calibrate and doctor. Nothing heavy is imported before it is needed."""
+"""The command `halfbyte` and all its own commands; nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -122,6 +122,13 @@ def evaluate(
     calib: Annotated[
         Path | None, typer.Option(help="Text for recipes with lambda; without it they use text sampled from the model.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `halfbyte calibrate`, for every recipe; one with learned rotations "
+            "adds the recipe `learned`."
+        ),
+    ] = None,
     offset_tokens: Annotated[int, typer.Option(help="Tokens whose mean is the offset.", min=1)] = 256,
     seeds: Annotated[str, typer.Option(help="Of the rotation's signs; several give mean and deviation.")] = "0",
     greedy: Annotated[
@@ -151,12 +158,16 @@ def evaluate(
     from .models import encode_text, load_model, read_text
 
     content, calib_text = read_text(text), None if calib is None else read_text(calib, "calib")
+    from .calibrate import Calibration
     from .evaluate import evaluate as run
     from .evaluate import named_recipes
 
     drawn = whole_numbers(seeds, "seeds", 0)
     recipes = named_recipes([name.strip() for name in recipe.split(",")])
     loaded, tokenizer = load_model(model, dtype)
+    given = None if calibration is None else Calibration.load(calibration, loaded)
+    if given is not None and given.learned:
+        recipes["learned"] = given.learned_recipe()
     calib_ids = None if calib_text is None else encode_text(tokenizer, calib_text)[:65536]
     rows = run(
         loaded,
@@ -171,6 +182,7 @@ def evaluate(
         drawn,
         greedy,
         needles,
+        given,
     )
     report(f"{model}, {windows} windows of {window}, {dtype}, {protocol}", rows, json_file, {"seeds": drawn})
 
@@ -178,17 +190,28 @@ def evaluate(
 @app.command()
 @reports_errors
 def calibrate(
-    out: Annotated[Path, typer.Option(help="The file to write (safetensors).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write (safetensors).")],
     model: ModelName = "tiny-qwen",
     text: Annotated[Path | None, typer.Option(help="Calibration text; default: sampled from the model.")] = None,
     recipe: Annotated[str, typer.Option(help="Whose rotation and offset lambda is for.")] = "paper-g32-lambda",
     tokens: Annotated[int, typer.Option(help="Tokens used.", min=16)] = 8192,
+    learn: Annotated[
+        str | None, typer.Option(help="lambda, cayley or householder: learn these instead of measuring lambda.")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="Of learning: attention or mse.")] = "attention",
+    base: Annotated[str, typer.Option(help="Under a learned rotation: srft or identity.")] = "srft",
+    reflectors: Annotated[int, typer.Option(help="Of householder; 0: half the head.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Of Adam, for each layer and side.", min=1)] = 200,
     seed: Seed = 0,
     quiet: Quiet = False,
 ):
-    """Collects the offsets and lambda of a model once, for caches to start from.
+    """Collects the offsets and lambda of a model once, for caches to start from; or learns lambda and rotations.
 
-    Example: `halfbyte calibrate --model tiny-qwen --out tiny-qwen.calib.safetensors`
+    Without --learn, one forward pass: lambda = 1 / max of each rotated channel. With it, Adam through the quantiser of
+    --recipe, K and V apart, layer by layer, on the squared error of attention's scores and outputs (or, with mse, of K
+    and V). What is finished is kept in OUT.progress until the end, and found there when the command is run again.
+
+    Example: `halfbyte calibrate --model tiny-qwen --text book.txt --recipe default --learn cayley -o qwen.safetensors`
     """
     begin(out, "out")
     from .recipes import get_recipe
@@ -196,14 +219,86 @@ def calibrate(
     chosen = get_recipe(recipe)
     from .calibrate import calibrate as run
     from .calibrate import sample_text
+    from .learn import Plan
+    from .learn import learn as run_learning
     from .models import encode_text, load_model, read_text
 
+    plan = Plan(learn, loss, base, reflectors, steps, seed) if learn else None
     content = None if text is None else read_text(text)
     loaded, tokenizer = load_model(model)
     ids = sample_text(loaded, tokens, seed, not quiet) if content is None else encode_text(tokenizer, content)[:tokens]
-    result = run(loaded, ids, progress=not quiet, recipe=chosen, seed=seed if content is None else None)
+    if plan is not None:
+        result = run_learning(loaded, ids, chosen, plan, progress=not quiet, resume=f"{out}.progress")
+        result.seed = seed if content is None else None
+    else:
+        result = run(loaded, ids, progress=not quiet, recipe=chosen, seed=seed if content is None else None)
     result.save(out)
     print(f"wrote {out}: {len(result.lambda_k)} layers from {result.tokens} tokens, model {result.model}")
+    for place, (before, after) in result.learned.get("losses", {}).items():
+        print(f"  layer {place}: loss {before:.3g} -> {after:.3g}")
+
+
+@app.command()
+@reports_errors
+def reproduce(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file to measure on.")],
+    model: ModelName = "tiny-qwen",
+    table: Annotated[
+        str,
+        typer.Option(help="rotation, ladder, hook, seeds, ablation, offsets, layers, learned, memory; all: every one."),
+    ] = "all",
+    calib: Annotated[Path | None, typer.Option(help="Another text, for lambda and for learning.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text, from its start.")] = 4,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Of the calibration text.", min=512)] = 8192,
+    steps: Annotated[int, typer.Option(help="Of learning, for each layer and side.", min=1)] = 200,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+):
+    """The tables of arXiv 2605.05699 on a model at hand, each line beside the paper's figure, and an ablation of ours.
+
+    The protocol differs from the paper's in three ways: other models (its figures are for the models named beside
+    them), the KL of every token with everything packed as the measure that ranks, and lambda calibrated on text that
+    is never the one measured on.
+
+    Example: `halfbyte reproduce --model tiny-qwen --text book.txt --calib other.txt --table ladder,seeds`
+    """
+    begin(json_file)
+    from .models import encode_text, load_model, read_text
+
+    content, calib_text = read_text(text), None if calib is None else read_text(calib, "calib")
+    from .reproduce import ALL_TABLES
+    from .reproduce import reproduce as run
+
+    names = list(ALL_TABLES) if table == "all" else [name.strip() for name in table.split(",")]
+    loaded, tokenizer = load_model(model)
+    calib_ids = None if calib_text is None else encode_text(tokenizer, calib_text)[:tokens]
+    ids = encode_text(tokenizer, content)
+    rows = run(loaded, ids, names, windows, window, calib_ids, steps, not quiet)
+    for name in names:
+        shown = [row for row in rows if row["table"] == name]
+        used = [key for key in shown[0] if key != "table" and any(row[key] not in (None, "") for row in shown)]
+        report(f"{name}, {model}", [{key: row[key] for key in used} for row in shown], None, {})
+    if json_file is not None:
+        from .results import command_line, write_json
+
+        write_json(json_file, rows, command_line(), seeds={"seed": 0})
+
+
+@app.command("report")
+@reports_errors
+def write_page(
+    files: Annotated[list[Path], typer.Argument(help="What --json of eval, reproduce and bench generate wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
+):
+    """One self-contained page, for light and dark screens: plots of what was measured, then the tables.
+
+    Example: `halfbyte report eval.json reproduce.json generate.json -o report.html`
+    """
+    begin(out, "out")
+    from .report import write_report
+
+    print(f"wrote {out}: {write_report(files, out)} sections")
 
 
 @app.command()

@@ -103,13 +103,14 @@ def attend(
 
 def finish_attend(rows, json_file, plot, seed) -> None:
     """The files of bench attend and bench roofline. The plot shows the last backend, recipe and number of threads."""
+    from .roofline import roofline_rows
+
     if json_file is not None:
         from .results import command_line, write_json
 
-        write_json(json_file, rows, command_line(), seeds={"seed": seed})
+        write_json(json_file, rows, command_line(), seeds={"seed": seed}, roofline=roofline_rows(rows))
     if plot is not None:
         from .plots import plot_roofline
-        from .roofline import roofline_rows
 
         last = {key: rows[-1][key] for key in ("backend", "recipe", "threads")}
         drawn = [row for row in rows if last.items() <= row.items()]

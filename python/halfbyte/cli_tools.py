@@ -52,11 +52,7 @@ def report(title, rows, json_file, seeds, caption=None, extra=None):
     """The table on stdout, the file if asked for. extra: ratio columns, {name: row -> value}, for the table alone."""
     from .results import command_line, print_table, write_json
 
-    shown = [
-        {key: value for key, value in row.items() if not isinstance(value, list)}
-        | {name: ratio(row) for name, ratio in (extra or {}).items()}
-        for row in rows
-    ]
+    shown = [row | {name: ratio(row) for name, ratio in (extra or {}).items()} for row in rows]
     print_table(title, shown, caption)
     if json_file is not None:
         write_json(json_file, rows, command_line(), seeds=seeds)

@@ -259,6 +259,24 @@ class PerLayer:
         return PerLayer(self.base.with_seed(seed), overrides, self.layers)
 
 
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """A codec for one side of one layer; everything else stays as it is."""
+
+    base: object
+    layer: int
+    which: str
+
+    def bits_per_value(self, head_dim: int) -> float:
+        return self.base.bits_per_value(head_dim)  # of what is packed
+
+    def __call__(self, x: torch.Tensor, layer: int, which: str) -> torch.Tensor:
+        return self.base(x, layer, which) if (layer, which) == (self.layer, self.which) else x
+
+    def with_seed(self, seed: int) -> Only:
+        return dataclasses.replace(self, base=self.base.with_seed(seed))
+
+
 def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> torch.Tensor:
     """R x (or its inverse) for float32 x [..., head_dim], with the recipe's rotation for this layer."""
     x = x.float().contiguous()

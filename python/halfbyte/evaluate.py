@@ -169,8 +169,12 @@ class _Maker:
 
     def _calibration(self, recipe) -> Calibration | None:
         needs = needs_calibration(recipe)
-        if needs is None or self.given is not None:
+        if self.given is not None:
+            if needs:
+                self.given.check_recipe(recipe)
             return self.given
+        if needs is None:
+            return None
         if needs != "lambda":
             raise ValueError(
                 f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
@@ -209,10 +213,10 @@ def evaluate(
     that differs. needles: adds columns of tasks.Needles with so many of them, in windows of `window` tokens.
     calibration: for every recipe; its offsets are used, its lambda and rotations by recipes that take them.
     """
-    ids = torch.as_tensor(ids).reshape(-1)
-    _check_sizes(ids, windows, window)
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: got {protocol!r}; takes one of {', '.join(PROTOCOLS)}")
+    ids = torch.as_tensor(ids).reshape(-1)
+    _check_sizes(ids, windows, window)
     recipes, seeds = named_recipes(recipes), list(seeds)
     make = _Maker(model, calib_ids, offset_tokens, seeds[0], progress, calibration)
     codecs = {(name, seed): make(recipe, seed) for name, recipe in recipes.items() for seed in seeds}

@@ -9,6 +9,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicC
 
 from . import _native
 from .auto import choose_recipe, explain
+from .drift import DriftMonitor
 from .layer import Int4Layer, Shared, tensor_bytes
 from .recipes import get_recipe, layer_recipes, needs_calibration
 
@@ -30,7 +31,8 @@ class Int4Cache(DynamicCache):
     config: the model's config; model.config itself, not a copy. recipe: a name from halfbyte.recipes.RECIPES or a
     Recipe, or "auto": chosen from the config and, given `model`, from its weights; explain() says why. overrides: its
     fields, such as sink_tokens=16. layers: {layer: recipe or dict of fields} for layers that differ, -1 the last one,
-    such as {0: "k8v4", -1: {"v_group": 32}}. calibration: a halfbyte.calibrate.Calibration, for recipes
+    such as {0: "k8v4", -1: {"v_group": 32}}. drift_every: every so many tokens compare packed attention with raw on one
+    layer, and warn when they part (halfbyte.drift). calibration: a halfbyte.calibrate.Calibration, for recipes
     with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill.
 
     Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
@@ -46,7 +48,15 @@ class Int4Cache(DynamicCache):
     """
 
     def __init__(
-        self, config, recipe="default", calibration=None, prefill="exact", layers=None, model=None, **overrides
+        self,
+        config,
+        recipe="default",
+        calibration=None,
+        prefill="exact",
+        layers=None,
+        model=None,
+        drift_every=0,
+        **overrides,
     ):
         if not hasattr(config, "get_text_config"):
             raise ValueError(f"config: got {type(config).__name__}, takes a model's config: Int4Cache(model.config)")
@@ -77,6 +87,14 @@ class Int4Cache(DynamicCache):
         if not self._shared.layers:
             names = ", ".join(sorted({type(layer).__name__ for layer in made}))
             warnings.warn(f"Int4Cache: nothing is packed: the layers of this model are {names}", stacklevel=2)
+        if drift_every and self._shared.layers:
+            full = [layer for layer in self._shared.layers if not layer.is_sliding]
+            (full or self._shared.layers)[-1].drift = DriftMonitor(drift_every)
+
+    @property
+    def drift(self):
+        """The DriftMonitor that drift_every asked for, with the errors it has seen; None without."""
+        return next((layer.drift for layer in self._shared.layers if layer.drift is not None), None)
 
     def _make_layer(self, index, kind, options, calibration):
         if kind in PACKED_LAYERS:

@@ -65,6 +65,7 @@ class Int4Layer(CacheLayerMixin):
         self.calibration = calibration
         self.consistent = consistent  # every token is treated by its position alone: see Int4Cache, prefill
         self.record_past = False
+        self.drift = None  # a DriftMonitor, on the layer that has one
         self._shared = shared
         shared.layers.append(self)
         self._clear()
@@ -315,6 +316,8 @@ class Int4Layer(CacheLayerMixin):
                     f"[{self.batch}, a multiple of {self.kv_heads}, queries, {self.head_dim_k}] and {self.dtype}"
                 )
             self._q_shape = shape
+        if self.drift is not None:
+            self.drift.observe(self, query, step, scaling)
         query, query_strides = _rows(query)
         dim_v = self.head_dim_v
         out = query.new_empty(batch, queries, heads, dim_v)
@@ -477,6 +480,7 @@ class Int4Layer(CacheLayerMixin):
         other._shared = shared
         shared.layers.append(other)
         other._assigned = dict(self._assigned)
+        other.drift = copy.deepcopy(self.drift)
         if self.native is not None:
             other.native = self.native.copy()
         if self._staged is not None:

@@ -69,12 +69,12 @@ def _draw_roofs(axes, rows, machine):
     largest = max(row["set_gb_per_s"] for row in rows)
     for bandwidth, name, style in (
         (machine["read_gb_per_s"], "memory", "-"),
-        (largest, "caches, smallest set here", (0, (4, 3))),
+        (largest, "caches", (0, (4, 3))),
     ):
         end = min(high, top / bandwidth)
         axes.plot([low, end], [low * bandwidth, end * bandwidth], color=INK, linestyle=style, linewidth=1.4)
         angle = math.degrees(math.atan(bandwidth))
-        axes.text(low * 1.1, low * 1.16 * bandwidth, f"{name}: {bandwidth:.0f} GB/s", fontsize=9, rotation=angle,
+        axes.text(low * 1.1, low * 1.24 * bandwidth, f"{name}: {bandwidth:.0f} GB/s", fontsize=9, rotation=angle,
                   rotation_mode="anchor", transform_rotates_text=True)  # fmt: skip
     for peak, name, color in peaks:
         axes.plot([low, high], [peak, peak], color=color, linewidth=1.4)
@@ -82,13 +82,17 @@ def _draw_roofs(axes, rows, machine):
                       color=color, fontsize=9)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte of K and V read", ylabel=GOPS)
     axes.set_ylim(min(row["gops"] for row in rows) / 2.2, top * 1.8)
-    ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if low <= tick <= high]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    bottom, top = axes.get_ylim()
+    x_ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if low <= tick <= high]
+    y_ticks = [tick * 10**power for power in range(6) for tick in (1, 2, 5) if bottom <= tick * 10**power <= top]
+    axes.set_xticks(x_ticks, [str(tick) for tick in x_ticks])
+    axes.set_yticks(y_ticks, [str(tick) for tick in y_ticks])
     axes.minorticks_off()
 
 
 def _draw_points(axes, rows, names):
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     lengths = sorted({row["tokens"] for row in rows})
     for kernel, color in COLORS.items():
@@ -101,8 +105,7 @@ def _draw_points(axes, rows, names):
             axes.scatter(x, y, s=sizes, marker=MARKERS[i % len(MARKERS)], color=color, edgecolor=PAPER, zorder=3)
     keys = [Line2D([], [], linestyle="", marker=MARKERS[i % len(MARKERS)], color=INK, label=name)
             for i, name in enumerate(names)]  # fmt: skip
-    keys += [Line2D([], [], linestyle="", marker="s", color=color, label=f"{kernel} kernel")
-             for kernel, color in COLORS.items()]  # fmt: skip
+    keys += [Patch(color=color, label=f"{kernel} kernel") for kernel, color in COLORS.items()]
     sizes = " < ".join(thousands(tokens) for tokens in lengths)
     axes.legend(handles=keys, loc="lower right", ncols=2, title=f"size: tokens, {sizes}" if len(lengths) > 1 else None)
 
@@ -126,7 +129,7 @@ def _draw_shares(axes, rows, names):
     axes.set_xlim(0, max(100, max(row["share"] for row in rows) * 100) * 1.18)
     axes.axvline(100, color=INK, linewidth=1.2)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("% of what memory, caches and arithmetic allow; ns per token per KV head")
+    axes.set_xlabel("% of the roof reached; ns per token per KV head")
 
 
 def plot_generate(rows: list[dict], file) -> None:

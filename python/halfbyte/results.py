@@ -161,8 +161,8 @@ def render(value) -> str:
 
 
 def cells(row: dict) -> dict[str, str]:
-    """{heading: cell}. A "…_spread" [lower, upper] joins the value it belongs to; dicts are for the file alone."""
-    shown = {key: value for key, value in row.items() if not isinstance(value, dict) and not key.endswith("_spread")}
+    """{heading: cell}. A "…_spread" [lower, upper] joins its value; other lists and dicts are for the file alone."""
+    shown = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
     out = {}
     for key, value in shown.items():
         spread = row.get(f"{key}_spread")
@@ -185,7 +185,7 @@ def print_table(title: str, rows: list[dict], caption: str | None = None) -> Non
         table.add_row(*cells(row).values())
     # A pipe has no width of its own: keep lines whole there instead of folding them to 80.
     console = Console()
-    console = console if console.is_terminal else Console(width=180)
+    console = console if console.is_terminal else Console(width=220)
     for part in (f"\n{title}", table, caption):
         if part is not None:
             console.print(part, highlight=False, markup=False)

@@ -1,11 +1,12 @@
 """The benches: rows that hold together, fair arms, plots that show something."""
 
+import re
 import statistics
 
 import pytest
 
 from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixture)
-from halfbyte import _native, bench, bench_generate, plots
+from halfbyte import _native, bench, bench_generate, plots, report, results
 from halfbyte.roofline import roofline_rows
 
 
@@ -40,6 +41,13 @@ def test_arms_take_turns_and_rounds_stay_apart(monkeypatch):
 def test_the_spread_is_the_quartiles():
     assert bench.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == [2.0, 4.0]
     assert bench.quartiles([7.0]) == [7.0, 7.0]
+
+
+def test_tables_show_a_spread_beside_its_value():
+    row = {"x": 2.0, "x_spread": [1.5, 2.5], "rounds": {"a_s": [1.0]}, "windows": [1, 2]}
+    assert results.cells(row) == {"x": "2.00 (1.50–2.50)"}
+    outcome = run("bench", "attend", "--queries", 2, "--tokens", 64, "--threads", 1, "--rounds", 1, "--quiet")
+    assert re.search(r"\d \(\d+\.?\d*–\d+\.?\d*\)", outcome.output)
 
 
 def test_bench_attend_writes_its_rows(tmp_path):
@@ -144,6 +152,9 @@ def test_bench_roofline_writes_and_draws(tmp_path):
     assert [(row["geometry"], row["tokens"]) for row in document["rows"]] == [
         ("smollm2", 64), ("smollm2", 1024), ("qwen", 64), ("qwen", 1024)]  # fmt: skip
     assert "sdpa_ns" not in document["rows"][0]
+    assert document["roofline"] == roofline_rows(document["rows"])
+    assert [row["kernel"] for row in document["roofline"]] == ["int4", "fp16"] * 4
+    assert all(row["share"] > 0 for row in document["roofline"])
     assert_draws(plot)
 
 
@@ -187,6 +198,7 @@ def test_bench_generate_writes_its_rows(tmp_path):
         "--quiet",
     )
     assert [list(row) for row in document["rows"]] == [GENERATE_KEYS] * 2
+    assert "rounds" not in report.table(document["rows"])
     for row in document["rows"]:
         # 4 layers, K and V, 2 heads of 128 channels of bfloat16 a token; 2 + 2 tokens were decoded.
         assert row["fp_cache_bytes"] == (row["prefix"] + 4) * 4 * 2 * 2 * 128 * 2

@@ -10,7 +10,7 @@ from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixt
 from halfbyte import demo, results
 
 COMMANDS = (["demo"], ["bench", "attend"], ["bench", "roofline"], ["bench", "encode"], ["bench", "generate"],
-            ["bench", "glue"], ["eval"], ["calibrate"], ["doctor"])  # fmt: skip
+            ["bench", "glue"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -56,7 +56,12 @@ def test_help_does_not_import_torch():
         (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
         (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
         (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
+        (["eval", "--text", "TEXT", "--protocol", "x"], "protocol: got 'x'; takes one of packed, blocks"),
+        (["eval", "--text", "TEXT", "--seeds", "a"], "seeds: got 'a'; takes whole numbers"),
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
+        (["calibrate", "--out", "c.safetensors", "--learn", "x"], "kind: got 'x'; takes one of lambda, cayley"),
+        (["reproduce", "--text", "TEXT", "--table", "x"], "tables: got 'x'; takes some of rotation, ladder"),
+        (["report", "missing.json"], "json: 'missing.json' is not a file that --json wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -108,6 +113,24 @@ def test_calibrate_writes_a_file_that_loads(tmp_path, qwen):
     outcome = run("calibrate", "--out", file, "--tokens", 64, "--quiet")
     assert outcome.exit_code == 0, outcome.output
     assert Calibration.load(file, qwen).tokens == 64
+
+
+def test_learning_evaluating_and_reporting_fit_together(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the old mill, and the miller counts his sacks. " * 60)
+    file, options = tmp_path / "c.safetensors", ["--text", text, "--quiet"]
+    outcome = run("calibrate", *options, "--recipe", "default", "--learn", "lambda", "--steps", 2, "-o", file)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.count("loss") == 8
+    size = ["--windows", 1, "--window", 128]
+    document = run_rows(tmp_path, "eval", *options, *size, "--recipe", "default", "--calibration", file)
+    assert [row["recipe"] for row in document["rows"]] == ["default", "learned"]
+    rows = run_rows(tmp_path, "reproduce", *options, *size, "--table", "seeds,memory")["rows"]
+    assert [row["table"] for row in rows] == ["seeds"] * 2 + ["memory"] * 3
+    outcome = run("report", tmp_path / "rows.json", "-o", tmp_path / "report.html")
+    assert outcome.exit_code == 0, outcome.output
+    assert "2 sections" in outcome.output
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
 
 
 def test_doctor_passes_here_and_fails_when_a_backend_is_wrong(tmp_path, monkeypatch):
