@@ -100,6 +100,11 @@ static void load_transposed(const Rows& rows, const float* offset, const float* 
   }
 }
 
+static void load_transposed(const Rows& rows, const float* offset, const float* factors, float* y) {
+  Ahead nothing;
+  load_transposed(rows, offset, factors, y, nothing);
+}
+
 // y [d][16] → n rows of d floats, `stride` apart.
 static void store_transposed(const float* y, int d, float* rows, size_t stride, int n) {
   for (int c = 0; c < d; c += kLanes) {
