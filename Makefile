@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan
+.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon
 .NOTPARALLEL:
 .DEFAULT_GOAL := env
 
@@ -43,12 +43,13 @@ demo: env
 	@$(BIN)/halfbyte demo $(ARGS)
 
 # The last line printed is pytest's.
-test: release sanitize env
+test: release sanitize $(if $(filter x86_64,$(shell uname -m)),neon) env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 # C++ tests, one build folder a preset.
-release sanitize asan ubsan tsan: $(DEPENDENCIES)
+release sanitize asan ubsan tsan neon: $(DEPENDENCIES)
 	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
+	@$(if $(filter neon,$@),PYTHON="$(PYTHON)" tools/check_system.sh --neon)
 	@$(WITH_VENV) cmake --preset $@ >/dev/null
 	@$(WITH_VENV) cmake --build --preset $@ -- --quiet
 	@$(WITH_VENV) ctest --preset $@
@@ -72,7 +73,7 @@ bench: env
 	$(BIN)/halfbyte bench roofline --json build/bench/roofline.json --plot build/bench/roofline.png
 	$(BIN)/halfbyte bench glue --json build/bench/glue.json
 
-# The files and tables of docs/results/cpu.md, from this machine: about ten minutes, and it must be idle.
+# The files and tables of docs/results/cpu.md, from this machine: about five minutes, and it must be idle.
 results: env
 	tools/measure_cpu.sh
 

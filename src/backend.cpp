@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "attend.h"
 #include "decode.h"
 #include "encode.h"
@@ -103,6 +108,9 @@ std::vector<std::string> cpu_features() {
   HALFBYTE_FEATURE("avx512vnni");
   HALFBYTE_FEATURE("avx512bf16");
 #undef HALFBYTE_FEATURE
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) features.push_back("dotprod");
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) features.push_back("i8mm");
 #endif
   return features;
 }

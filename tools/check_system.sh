@@ -1,7 +1,8 @@
 #!/bin/sh
 # Checks that the machine has what a build needs, and installs it on Debian-like machines when run as root.
-# usage: tools/check_system.sh [--tests|--bench]
-# --tests: GoogleTest and Valgrind too; --bench: Google Benchmark. Environment: CXX, PYTHON
+# usage: tools/check_system.sh [--tests|--bench|--neon]
+# --tests: GoogleTest and Valgrind too; --bench: Google Benchmark; --neon: a compiler and an emulator for 64-bit Arm.
+# Environment: CXX, PYTHON
 set -eu
 
 python=${PYTHON:-python3}
@@ -36,6 +37,11 @@ find_missing() {
     command -v git >/dev/null 2>&1 || missing="$missing git"
     if [ "$for_what" = --tests ] && ! has_gtest; then missing="$missing libgtest-dev"; fi
     if [ "$for_what" = --tests ] && ! command -v valgrind >/dev/null 2>&1; then missing="$missing valgrind"; fi
+    if [ "$for_what" = --neon ]; then
+        command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || missing="$missing g++-aarch64-linux-gnu"
+        command -v qemu-aarch64 >/dev/null 2>&1 || missing="$missing qemu-user"
+        [ -f /usr/src/googletest/CMakeLists.txt ] || missing="$missing googletest"
+    fi
     if [ "$for_what" = --bench ] && ! has_benchmark; then missing="$missing libbenchmark-dev"; fi
 }
 

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Measures everything that docs/results/cpu.md shows, in about ten minutes, and writes the page's numbers anew.
+# Measures everything that docs/results/cpu.md shows, in about five minutes, and writes the page's numbers anew.
 # usage: tools/measure_cpu.sh [FOLDER]    (FOLDER: where the JSON and PNG files go; default docs/results/cpu)
 #
 # The machine must be idle, and the working tree committed: each file names the commit it was measured on.
-# Environment: WITH, a command that runs each bench (such as "taskset -c 0,1"); BENCH, the program.
+# Environment: WITH, a command that runs each bench (such as "taskset -c 0,1"); HALFBYTE and PYTHON, the programs.
 set -eu
 cd "$(dirname "$0")/.."
 
 folder=${1:-docs/results/cpu}
-bench="${WITH:-} ${BENCH:-.venv/bin/halfbyte} bench"
+bench="${WITH:-} ${HALFBYTE:-.venv/bin/halfbyte} bench"
 mkdir -p "$folder"
 
 run() {   # NAME ARGUMENTS...: the rows of one bench as FOLDER/NAME.json
@@ -29,4 +29,4 @@ for model in qwen gemma; do
     run generate-$model generate --model tiny-$model --prefix 256,1024,4096,16384 --plot "$folder/generate-$model.png" --quiet
 done
 run roofline roofline --plot "$folder/roofline.png" --quiet
-.venv/bin/python tools/results_page.py "$folder"
+"${PYTHON:-.venv/bin/python}" tools/results_page.py "$folder"

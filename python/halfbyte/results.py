@@ -185,7 +185,7 @@ def print_table(title: str, rows: list[dict], caption: str | None = None) -> Non
         table.add_row(*cells(row).values())
     # A pipe has no width of its own: keep lines whole there instead of folding them to 80.
     console = Console()
-    console = console if console.is_terminal else Console(width=180)
+    console = console if console.is_terminal else Console(width=220)
     for part in (f"\n{title}", table, caption):
         if part is not None:
             console.print(part, highlight=False, markup=False)

@@ -1,5 +1,5 @@
 // Sixteen 32-bit lanes on any CPU: the words that kernels.h is written in. Included inside the target's namespace;
-// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, or neither: plain arrays).
+// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, _NEON, or none: plain arrays).
 //
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
@@ -291,6 +291,10 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
   for (int i = 0; i < 4; i++) transpose8(quarter[i]);
   for (int i = 0; i < 8; i++) r[i] = {quarter[0][i], quarter[2][i]}, r[i + 8] = {quarter[1][i], quarter[3][i]};
 }
+
+#elif HALFBYTE_TARGET_NEON
+
+#include "simd_neon.h"
 
 #else   // plain C++: the compiler's own vectors, correct on any CPU
 

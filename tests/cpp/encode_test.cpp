@@ -127,7 +127,7 @@ TEST(Encode, EveryBackendCodesAsWellAsTheReference) {
       Recipe recipe = all[(i + turn) % all.size()];
       const Dtype dtype = std::array{Dtype::float32, Dtype::float16, Dtype::bfloat16}[turn % 3];
       const Side side = turn % 2 ? Side::k : Side::v;
-      if (turn % 7 == 0) recipe.rotation = Rotation::dense;
+      if (turn % 7 == 0 && d <= 256) recipe.rotation = Rotation::dense;
       else if (d > 256 && turn % 3) recipe.rotation = Rotation::identity;   // the double rotation takes d² cosines a vector
       Input in = random_input(random, recipe, d, dtype, turn % 4 < 2, turn % 5 == 0);
       if (turn % 2) in.n = 1 + random.below(16), in.first_lane = random.below(17 - in.n);

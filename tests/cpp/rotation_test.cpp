@@ -15,7 +15,8 @@ using namespace testing;
 // Head sizes of all tests, and two whose half is a prime over five: 34 = 2·17, 502 = 2·251.
 std::vector<int> head_dims() {
   std::vector<int> dims = kHeadDims;
-  dims.insert(dims.end(), {22, 34, 90, 502});
+  dims.insert(dims.end(), {22, 34, 90});
+  if (!std::getenv("HALFBYTE_TEST_QUICK")) dims.push_back(502);
   return dims;
 }
 
@@ -170,11 +171,11 @@ TEST(Rotation, DenseIsTheMatrixAndItsTranspose) {
   Random random;
   const Recipe recipe = recipe_of(Rotation::dense);
   for (int d : head_dims()) {
+    if (d > 256) continue;   // d³ to make one
     const std::vector<float> r = random_rotation(random, d);
     for (const std::string& name : usable_backends()) {
       UseBackend use(name);
-      for (int n : {1, 15, 16, 33}) {
-        if (d > 256 && n > 16) continue;
+      for (int n : {1, 16, 33}) {
         const std::vector<float> x = random.normals((size_t)n * d);
         const std::vector<float> y = rotated(x, d, recipe, 0, false, r.data()), z = rotated(x, d, recipe, 0, true, r.data());
         for (int i = 0; i < n * d; i++) {

@@ -1,7 +1,10 @@
 """The results page: what is met is computed from the files, and nothing outside the marks is touched."""
 
 import importlib.util
-import re
+import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,19 +54,32 @@ def test_targets_from_above_and_derived_columns():
     assert row["bytes_ratio"] == 3.5
 
 
-def test_every_claim_reads_a_file_that_the_script_measures():
-    script = (ROOT / "tools" / "measure_cpu.sh").read_text()
-    measured = set()
-    for name in re.findall(r"^\s*run (\S+) ", script, re.MULTILINE):
-        loops = {"$prefix": ("1024", "8192", "32768"), "$model": ("qwen", "gemma")}
-        variable = next((v for v in loops if v in name), None)
-        measured |= {name.replace(variable, value) for value in loops[variable]} if variable else {name}
-    assert {claim.file for claim in page.CLAIMS} <= measured
+def test_the_script_runs_commands_that_exist_and_writes_every_file_that_claims_read(tmp_path):
+    """With a stand-in for the program, which notes what it was asked for and leaves files without rows."""
+    from commands import run
+
+    stub, log, text = tmp_path / "halfbyte", tmp_path / "log", tmp_path / "cpu.md"
+    empty = json.dumps(document() | {"roofline": []})
+    stub.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\n"
+        f"open({str(log)!r}, 'a').write('\\n'.join(sys.argv[1:]) + '\\n\\n')\n"
+        f"Path(sys.argv[sys.argv.index('--json') + 1]).write_text({empty!r})\n"
+    )
+    stub.chmod(0o755)
+    text.write_text(page.BEGIN + page.END)
+    words = [ROOT / "tools" / "measure_cpu.sh", tmp_path / "cpu"]
+    environment = os.environ | {"HALFBYTE": str(stub), "PYTHON": sys.executable}
+    subprocess.run(words, env=environment, check=True, capture_output=True, timeout=60)
+    assert {claim.file for claim in page.CLAIMS} <= {path.stem for path in (tmp_path / "cpu").glob("*.json")}
+    commands = [command.split("\n") for command in log.read_text().strip().split("\n\n")]
+    assert len(commands) >= 9
+    for command in commands:
+        outcome = run(*command, "--help")  # an option that does not exist is refused before help is shown
+        assert outcome.exit_code == 0, outcome.output
+    assert "Against the targets" in text.read_text()
 
 
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
-    import json
-
     folder, text = tmp_path / "cpu", tmp_path / "cpu.md"
     folder.mkdir()
     text.write_text(f"before\n{page.BEGIN}stale\n{page.END}after\n")
@@ -84,8 +100,6 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
 
 
 def test_the_committed_page_is_what_its_files_give(tmp_path):
-    import shutil
-
     folder = ROOT / "docs" / "results" / "cpu"
     if not folder.exists():
         pytest.skip("not measured yet")
