@@ -1,0 +1,459 @@
+// Decode attention on packed codes with tensor cores: split over the tokens, merged by the last block to finish.
+//
+// The format's rows are mma fragments as they are. A 32-bit word of a K row holds four channels of one token, of a V row
+// four tokens of one channel; thread (g, t) takes words 2g and 2g+1 of row t. With tokens (K) or channels (V) as the 16
+// rows of A and query heads as the 8 columns of B, scores leave the first product where the second one, after an 8×8
+// transposition, wants its weights: only the order in which sums run differs from the channels' own.
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "gpu/attend.h"
+
+namespace halfbyte::gpu {
+
+constexpr int kTileTokens = 32;       // tokens that a warp takes at a time: two blocks
+constexpr int kTileBlocks = kTileTokens / kBlockTokens;
+constexpr int kMaxWarps = 8;          // of a thread block
+constexpr int kMaxRaw = 3;            // spans of raw tokens: sinks, the tail before this step, this step's own
+constexpr int kMaxStages = 8;
+
+// Weights are held as 2^(score − top + kWeightBias) in fp16; `top` lags behind by up to kSlack, which saves rescaling.
+constexpr float kSlack = 8.0f;
+constexpr float kWeightBias = 4.0f;
+
+struct AttendCall {
+  AttendShape shape;
+  AttendBuffers buffers;
+  RawTokens raw[kMaxRaw];
+  int n_raw;
+  int first_tile, n_tiles;   // packed tokens that any query sees, in tiles of kTileTokens
+  int blocks;                // thread blocks, which share all (sequence, head, row tile, token tile) evenly
+  int warps, stages;         // stages: tiles of each warp that are under way
+  int* arrivals;             // [batch][kv_heads][row tiles], zero between calls
+};
+
+// Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
+HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }   // of one warp
+HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
+  const int finishing = finish_floats(f), merging = warps / 2 * merge_floats(f.v.padded_dim);
+  const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
+  const int most = finishing > merging ? finishing : merging;
+  return ((most > preparing ? most : preparing) + 31) / 32 * 32;
+}
+HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
+  return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
+}
+
+// The share of one thread block: work items [begin, end) of all, numbered (sequence, head, row tile) first.
+struct Share {
+  long long begin, end;
+};
+
+HALFBYTE_INLINE Share share_of(const AttendCall& call, int block) {
+  const AttendShape& s = call.shape;
+  const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
+  return {all * block / call.blocks, all * (block + 1) / call.blocks};
+}
+
+// The thread block that item i belongs to.
+HALFBYTE_INLINE int block_of(const AttendCall& call, long long i) {
+  const AttendShape& s = call.shape;
+  const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
+  return (int)(((i + 1) * call.blocks - 1) / all);
+}
+
+// ---- One warp's ring of tiles
+
+struct Ring {
+  uint8_t* memory;        // [stages][stage_bytes]
+  long long next, end;    // work items not yet asked for: next, next + warps, …
+  unsigned asked;         // tiles asked for so far
+  const uint8_t* ahead;   // lane i: address of the i-th tile from asked / 32 · 32
+};
+
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, long long item) {
+  const AttendShape& s = call.shape;
+  const int tile = call.first_tile + (int)(item % call.n_tiles);
+  const int row = (int)(item / call.n_tiles / row_tiles(s));
+  const int token = tile * kTileTokens;
+  return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
+         token % kPageTokens / kTileTokens;   // a page is aligned to 16: the low bit tells which half of it
+}
+
+// Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
+  const PageFormat& f = call.shape.format;
+  if (ring.asked % kSimd == 0) {
+    const long long item = ring.next + (long long)lane * call.warps;
+    ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
+  }
+  const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
+  if (tagged) {
+    const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
+    const int first_block = (int)(tagged & 1) * kTileBlocks;
+    const int codes = kTileBlocks * (int)block_code_bytes(f), scales = kTileBlocks * (int)block_scale_bytes(f);
+    uint8_t* to = ring.memory + ring.asked % call.stages * (codes + scales);
+    const uint8_t* from_codes = page + k_codes_at(f, first_block);
+    const uint8_t* from_scales = page + k_scales_at(f, first_block);
+    for (int at = lane * 16; at < codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
+    for (int at = lane * 16; at < scales; at += kSimd * 16) copy_async_16(to + codes + at, from_scales + at);
+  }
+  copy_async_commit();
+  ring.asked++;
+  ring.next += call.warps;
+}
+
+// ---- One warp's running softmax over its tiles
+
+template <int D>
+struct Running {
+  float acc[D / 16][4];   // Σ weight · scale / unit · code: channels 16i + 2g, + 2g+1 by columns 2t, 2t+1
+  float top[2], sum[2];   // of columns 2t, 2t+1; sums of this thread's tokens alone
+  int unit_exponent;      // of V's scales: all so far are below 2^(unit_exponent + 1)
+};
+
+template <int D>
+__device__ __forceinline__ void clear(Running<D>& r) {
+  for (int i = 0; i < D / 16; i++)
+    for (int j = 0; j < 4; j++) r.acc[i][j] = 0.0f;
+  r.top[0] = r.top[1] = kUnseen;
+  r.sum[0] = r.sum[1] = 0.0f;
+  r.unit_exponent = -14;
+}
+
+template <int D>
+__device__ __forceinline__ void rescale(Running<D>& r, float column0, float column1) {
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    r.acc[i][0] *= column0, r.acc[i][1] *= column1;
+    r.acc[i][2] *= column0, r.acc[i][3] *= column1;
+  }
+}
+
+// The two columns (rows of the row tile) of a thread.
+struct Columns {
+  float factor[2], offset[2];   // score = factor · product + offset
+  RowSight sight[2];
+};
+
+// Scales of tokens 2g, 2g+1.
+__device__ __forceinline__ float2 scale_pair(const SideFormat& f, const uint8_t* scales, int group, int g) {
+  const uint8_t* row = scales + group * scale_row_bytes(f);
+  if (f.scale_bytes == 4) return reinterpret_cast<const float2*>(row)[g];
+  return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
+}
+
+// Scales of tokens 4t and 4t+2, then 4t+1 and 4t+3, divided by 2^unit_exponent.
+__device__ __forceinline__ void unit_scales(const SideFormat& f, const uint8_t* scales, int group, int t, float unit,
+                                            __half2& even, __half2& odd) {
+  const uint8_t* row = scales + group * scale_row_bytes(f);
+  if (f.scale_bytes == 4) {
+    const float4 four = reinterpret_cast<const float4*>(row)[t];
+    even = __floats2half2_rn(four.x * unit, four.z * unit), odd = __floats2half2_rn(four.y * unit, four.w * unit);
+    return;
+  }
+  const uint2 four = reinterpret_cast<const uint2*>(row)[t];
+  const __half2 factor = __float2half2_rn(unit);
+  even = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x5410)), factor);
+  odd = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x7632)), factor);
+}
+
+// Both 16-channel halves of a span as A fragments. words: the thread's pair in the span's first row.
+template <int Bits>
+__device__ __forceinline__ void expand_span(const uint8_t* words, uint32_t first[4], uint32_t second[4]) {
+  const uint2 w = *reinterpret_cast<const uint2*>(words);
+  if constexpr (Bits == 4) {
+    expand_low(w.x, first[0], first[2]), expand_low(w.y, first[1], first[3]);
+    expand_high(w.x, second[0], second[2]), expand_high(w.y, second[1], second[3]);
+  } else {
+    const uint2 w2 = *reinterpret_cast<const uint2*>(words + 4 * kRowBytes);
+    expand_bytes(w.x, first[0], first[2]), expand_bytes(w.y, first[1], first[3]);
+    expand_bytes(w2.x, second[0], second[2]), expand_bytes(w2.y, second[1], second[3]);
+  }
+}
+
+template <int Bits>
+HALFBYTE_INLINE int span_bytes() {
+  return (Bits == 4 ? 4 : 8) * kRowBytes;
+}
+
+// Group of the first half of span i, and whether its second half has a group of its own.
+__device__ __forceinline__ int group_of_span(const SideFormat& f, int i) { return i * kSpan / f.group; }
+
+// Products of 16 tokens with the 8 columns: tokens 2g, 2g+1 by columns 2t, 2t+1.
+template <int D, int Bits>
+__device__ __forceinline__ void score_block(const SideFormat& f, const uint8_t* codes, const uint8_t* scales,
+                                            const uint32_t q[D / 16][2], int lane, float product[4]) {
+  const int g = lane / 4, t = lane % 4;
+  const bool halves = f.group < kSpan;
+  const uint8_t* words = codes + t * kRowBytes + g * 8;
+  for (int j = 0; j < 4; j++) product[j] = 0.0f;
+#pragma unroll
+  for (int span = 0; span < D / kSpan; span++) {
+    uint32_t first[4], second[4];
+    expand_span<Bits>(words + span * span_bytes<Bits>(), first, second);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    int group = group_of_span(f, span);
+    mma(part, first, q[2 * span][0], q[2 * span][1]);
+    if (halves) {
+      const float2 s = scale_pair(f, scales, group++, g);
+      product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
+      for (int j = 0; j < 4; j++) part[j] = 0.0f;
+    }
+    mma(part, second, q[2 * span + 1][0], q[2 * span + 1][1]);
+    const float2 s = scale_pair(f, scales, group, g);
+    product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
+  }
+}
+
+// Adds 16 tokens' values. w_even, w_odd: weights of tokens 4t, 4t+2 and 4t+1, 4t+3 in column g.
+template <int D, int Bits>
+__device__ __forceinline__ void add_block(const SideFormat& f, const uint8_t* codes, const uint8_t* scales, __half2 w_even,
+                                          __half2 w_odd, float unit, int lane, Running<D>& r) {
+  const int g = lane / 4, t = lane % 4;
+  const bool halves = f.group < kSpan, whole = f.n_groups == 1;
+  const uint8_t* words = codes + t * kRowBytes + g * 8;
+  __half2 even, odd;
+  uint32_t b0 = 0, b1 = 0;
+#pragma unroll
+  for (int span = 0; span < D / kSpan; span++) {
+    uint32_t first[4], second[4];
+    expand_span<Bits>(words + span * span_bytes<Bits>(), first, second);
+    if (span == 0 || !whole) {
+      unit_scales(f, scales, group_of_span(f, span), t, unit, even, odd);
+      b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
+    }
+    mma(r.acc[2 * span], first, b0, b1);
+    if (halves) {
+      unit_scales(f, scales, group_of_span(f, span) + 1, t, unit, even, odd);
+      b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
+    }
+    mma(r.acc[2 * span + 1], second, b0, b1);
+  }
+}
+
+// Exponent of the largest of V's scales in a tile, within what fp16 can divide by.
+__device__ __forceinline__ int largest_exponent(const PageFormat& f, const uint8_t* scales, int lane) {
+  const uint8_t* row = scales + lane / kBlockTokens * block_scale_bytes(f) + scales_bytes(f.k);
+  uint32_t largest = 0;
+  for (int group = 0; group < f.v.n_groups; group++) {
+    const uint8_t* at = row + group * scale_row_bytes(f.v);
+    const int token = lane % kBlockTokens;
+    const float s = f.v.scale_bytes == 4 ? reinterpret_cast<const float*>(at)[token]
+                                         : __half2float(reinterpret_cast<const __half*>(at)[token]);
+    largest = max(largest, __float_as_uint(s) & 0x7fffffffu);
+  }
+  const int exponent = (int)(__reduce_max_sync(0xffffffffu, largest) >> 23) - 127;
+  return min(max(exponent, -14), 14);
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((uint32_t)(exponent + 127) << 23); }
+
+// Raises `top` of both columns to the tile's maxima; all threads of a column hold the same.
+template <int D>
+__device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float high1) {
+  for (int mask = 4; mask < kSimd; mask <<= 1) {
+    high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));
+    high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));
+  }
+  const float top0 = fmaxf(r.top[0], high0), top1 = fmaxf(r.top[1], high1);
+  const float keep0 = exp2f(r.top[0] - top0), keep1 = exp2f(r.top[1] - top1);
+  r.top[0] = top0, r.top[1] = top1;
+  r.sum[0] *= keep0, r.sum[1] *= keep1;
+  rescale(r, keep0, keep1);
+}
+
+__device__ __forceinline__ bool tile_is_open(const Columns& columns, int token) {
+  const bool open = token >= max(columns.sight[0].lo, columns.sight[1].lo) &&
+                    token + kTileTokens <= min(columns.sight[0].packed_end, columns.sight[1].packed_end);
+  return __all_sync(0xffffffffu, open);
+}
+
+// One tile of 32 tokens in shared memory joins the running softmax.
+template <int D, int KBits, int VBits>
+__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row, int token,
+                                            const uint32_t q[D / 16][2], const Columns& columns, int lane, Running<D>& r) {
+  const AttendShape& s = call.shape;
+  const PageFormat& f = s.format;
+  constexpr int kCodesK = D / kSpan * (KBits == 4 ? 4 : 8) * kRowBytes, kCodesV = D / kSpan * (VBits == 4 ? 4 : 8) * kRowBytes;
+  const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
+  const int scale_bytes = (int)block_scale_bytes(f), k_scales = (int)scales_bytes(f.k);
+  const int g = lane / 4, t = lane % 4;
+  float score[kTileBlocks][4];
+#pragma unroll
+  for (int i = 0; i < kTileBlocks; i++) {
+    score_block<D, KBits>(f.k, stage + i * (kCodesK + kCodesV), scales + i * scale_bytes, q, lane, score[i]);
+    for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + columns.offset[j & 1];
+  }
+  if (s.softcap > 0.0f)   // otherwise factor and offset hold log2(e) already
+    for (int i = 0; i < kTileBlocks; i++)
+      for (int j = 0; j < 4; j++) score[i][j] = log2_score(s, score[i][j]);
+  if (call.buffers.mask || !tile_is_open(columns, token))
+    for (int i = 0; i < kTileBlocks; i++)
+      for (int j = 0; j < 4; j++) {
+        const RowSight& sight = columns.sight[j & 1];
+        const int at = token + i * kBlockTokens + 2 * g + j / 2;
+        const int row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
+        if (at < sight.lo || at >= sight.packed_end || !mask_shows(s, call.buffers.mask, b, row, at))
+          score[i][j] = -INFINITY;
+      }
+  float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
+  for (int i = 1; i < kTileBlocks; i++) {
+    high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));
+    high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
+  }
+  if (__any_sync(0xffffffffu, high0 > r.top[0] + kSlack || high1 > r.top[1] + kSlack)) raise_tops(r, high0, high1);
+  const int exponent = largest_exponent(f, scales, lane);
+  if (exponent > r.unit_exponent) {
+    const float keep = power_of_two(r.unit_exponent - exponent);
+    rescale(r, keep, keep);
+    r.unit_exponent = exponent;
+  }
+  const float unit = power_of_two(-r.unit_exponent);
+  const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
+#pragma unroll
+  for (int i = 0; i < kTileBlocks; i++) {
+    const float p0 = exp2f(score[i][0] + base0), p1 = exp2f(score[i][1] + base1);
+    const float p2 = exp2f(score[i][2] + base0), p3 = exp2f(score[i][3] + base1);
+    r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
+    const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
+    const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
+    add_block<D, VBits>(f.v, stage + i * (kCodesK + kCodesV) + kCodesK, scales + i * scale_bytes + k_scales, even, odd, unit,
+                        lane, r);
+  }
+}
+
+// ---- Merging
+
+// Sums this thread's part over the warp's threads of the same columns, and takes V's unit out of acc.
+template <int D>
+__device__ __forceinline__ void close(Running<D>& r) {
+  for (int mask = 4; mask < kSimd; mask <<= 1)
+    for (int j = 0; j < 2; j++) r.sum[j] += __shfl_xor_sync(0xffffffffu, r.sum[j], mask);
+  const float unit = power_of_two(r.unit_exponent);
+  rescale(r, unit, unit);
+}
+
+// All warps' results into warp 0's, in a fixed order. memory: [warps / 2][merge_floats].
+template <int D>
+__device__ void merge_warps(Running<D>& r, float* memory, int warps, int warp, int lane) {
+  for (int n = warps, half; n > 1; n = half) {
+    half = (n + 1) / 2;
+    float* slot = memory + warp % half * merge_floats(D) + lane;
+    if (warp >= half && warp < n) {
+      for (int i = 0; i < D / 16; i++)
+        for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] = r.acc[i][j];
+      for (int j = 0; j < 2; j++) slot[(D / 4 + j) * kSimd] = r.top[j], slot[(D / 4 + 2 + j) * kSimd] = r.sum[j];
+    }
+    __syncthreads();
+    if (warp < n - half) {
+      float keep[2], take[2];
+      for (int j = 0; j < 2; j++) {
+        const float other = slot[(D / 4 + j) * kSimd], top = fmaxf(r.top[j], other);
+        keep[j] = exp2f(r.top[j] - top), take[j] = exp2f(other - top);
+        r.top[j] = top, r.sum[j] = r.sum[j] * keep[j] + slot[(D / 4 + 2 + j) * kSimd] * take[j];
+      }
+      for (int i = 0; i < D / 16; i++)
+        for (int j = 0; j < 4; j++)
+          r.acc[i][j] = r.acc[i][j] * keep[j & 1] + slot[(i * 4 + j) * kSimd] * take[j & 1];
+    }
+    __syncthreads();
+  }
+}
+
+// Warp 0 writes a partial result; see partial_floats.
+template <int D>
+__device__ __forceinline__ void store_partial(const Running<D>& r, float* partial, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < D / 16; i++)
+    for (int j = 0; j < 4; j++) partial[(2 * t + (j & 1)) * D + 16 * i + 2 * g + j / 2] = r.acc[i][j];
+  if (g == 0)
+    for (int j = 0; j < 2; j++) {
+      partial[kTileRows * D + 2 * t + j] = r.top[j] - kWeightBias;
+      partial[kTileRows * (D + 1) + 2 * t + j] = r.sum[j];
+    }
+}
+
+// ---- The kernel
+
+// This thread's part of the row tile's queries: B fragments of unit magnitude, and what its two columns may see.
+template <int D>
+__device__ __forceinline__ void take_queries(const AttendCall& call, int b, int head, int tile, float* work, int lane,
+                                             uint32_t q[D / 16][2], Columns& columns) {
+  const AttendShape& s = call.shape;
+  float* rotated = work + kTileRows * s.format.k.head_dim;
+  float* largest = rotated + kTileRows * D;
+  float* offset = largest + kTileRows;
+  prepare_queries(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x, call.warps * kSimd);
+  const int g = lane / 4, t = lane % 4;
+  const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    const float4 four = *reinterpret_cast<const float4*>(rotated + g * D + 16 * i + 4 * t);
+    q[i][0] = as_bits(__floats2half2_rn(four.x * inverse, four.z * inverse));
+    q[i][1] = as_bits(__floats2half2_rn(four.y * inverse, four.w * inverse));
+  }
+  const float log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
+  for (int j = 0; j < 2; j++) {
+    const int column = 2 * t + j;
+    columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
+    columns.sight[j] = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
+    columns.sight[j].lo = max(columns.sight[j].lo, s.sink_tokens);   // sinks are raw
+  }
+  __syncthreads();
+}
+
+template <int D, int KBits, int VBits>
+__global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+  extern __shared__ __align__(16) float work[];
+  __shared__ int arrived;
+  const AttendShape& s = call.shape;
+  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
+  const int bytes = stage_bytes(s.format);
+  const Share share = share_of(call, blockIdx.x);
+  uint8_t* rings = reinterpret_cast<uint8_t*>(work + work_floats(s.format, call.warps));
+  Ring ring{rings + (size_t)warp * call.stages * bytes, share.begin + warp, share.end, 0, nullptr};
+  for (int i = 0; i + 1 < call.stages; i++) ask_for_tile(call, ring, lane);
+
+  long long item = share.begin + warp;   // this warp's next tile
+  unsigned taken = 0;
+  for (long long begin = share.begin; begin < share.end;) {
+    const long long segment = begin / call.n_tiles;   // (sequence, head, row tile)
+    const long long end = min(share.end, (segment + 1) * call.n_tiles);
+    const int tile = (int)(segment % tiles), head = (int)(segment / tiles % s.kv_heads), b = (int)(segment / tiles / s.kv_heads);
+    uint32_t q[D / 16][2];
+    Columns columns;
+    take_queries<D>(call, b, head, tile, work, lane, q, columns);
+    Running<D> running;
+    clear(running);
+    for (; item < end; item += call.warps) {
+      ask_for_tile(call, ring, lane);
+      copy_async_wait(call.stages - 1);
+      __syncwarp();
+      const int token = (call.first_tile + (int)(item - segment * call.n_tiles)) * kTileTokens;
+      attend_tile<D, KBits, VBits>(call, ring.memory + taken % call.stages * bytes, b, tile * kTileRows, token, q, columns,
+                                   lane, running);
+      __syncwarp();   // before the ring's slot is filled again
+      taken++;
+    }
+    close(running);
+    merge_warps(running, work, call.warps, warp, lane);
+    const long long first_block = block_of(call, segment * call.n_tiles);
+    const int sharers = block_of(call, (segment + 1) * call.n_tiles - 1) - (int)first_block + 1;
+    float* partials = call.buffers.partials + (first_block + segment) * partial_floats(s);
+    if (warp == 0) store_partial(running, partials + (blockIdx.x - first_block) * partial_floats(s), lane);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(&call.arrivals[segment], 1);
+    __syncthreads();
+    if (arrived == sharers - 1) {
+      __threadfence();
+      if (threadIdx.x == 0) call.arrivals[segment] = 0;
+      finish(s, call.buffers, call.raw, call.n_raw, partials, sharers, b, head, tile, work, threadIdx.x, call.warps * kSimd);
+      __syncthreads();
+    }
+    begin = end;
+  }
+}
+
+}  // namespace halfbyte::gpu

@@ -1,0 +1,324 @@
+// Attention on packed codes for any geometry: queries to code domain, one simdgroup a row over packed blocks, and the merge.
+#pragma once
+
+#include "gpu/element.h"
+
+namespace halfbyte::gpu {
+
+constexpr int kTileRows = 8;         // rows (query heads × queries) that share the reading of codes
+constexpr float kUnseen = -1e30f;    // the maximum of a row that has seen nothing
+constexpr int kRawTokens = 32;       // raw tokens that `finish` scores at a time
+
+// What one call attends to. Positions count from the start of the sequence, as in the CPU's Layer::attend.
+struct AttendShape {
+  PageFormat format;
+  int batch, kv_heads, group, queries;   // group: query heads a KV head
+  int dtype;                             // of queries, outputs and raw tokens
+  float scale, softcap;
+  int length, first, sliding_window, causal;
+  int sink_tokens, packed_end, raw_window, warm_up;
+  int kept;                              // raw values exist from this position on
+  int mask_tokens;                       // the mask covers the newest ones
+  long long mask_batch_stride, mask_query_stride;
+  Strides3 q_strides, out_strides;
+};
+
+struct AttendBuffers {
+  gpu_global const uchar* q;
+  gpu_global uchar* out;
+  gpu_global const uchar* mask;              // 1 = visible, or null
+  gpu_global const float* sinks;             // [heads]: one more logit in each softmax, or null
+  RotationTable rotation_k, rotation_v;
+  gpu_global const float* offset_k;          // [batch][kv_heads][d] or null
+  gpu_global const float* offset_v;
+  gpu_global const float* inverse_lambda_k;  // [kv_heads][d] or null
+  gpu_global const float* inverse_lambda_v;
+  Pages pages;
+  gpu_global float* partials;                // [slots][partial_floats]
+};
+
+// Raw tokens that lie one after the other: positions [begin, end), `first` being the one at k and v.
+struct RawTokens {
+  gpu_global const uchar* k;
+  gpu_global const uchar* v;
+  Strides3 k_strides, v_strides;
+  int first, begin, end;
+  int are_sinks;                             // seen raw by every query
+};
+
+// The tokens a row may see: packed ones in [lo, packed_end), raw ones in [raw_from, hi), sinks from lo.
+struct RowSight {
+  int lo, hi, packed_end, raw_from;
+};
+
+HALFBYTE_INLINE int rows_of(const AttendShape& s) { return s.group * s.queries; }
+HALFBYTE_INLINE int row_tiles(const AttendShape& s) { return (rows_of(s) + kTileRows - 1) / kTileRows; }
+
+// A partial result: acc [kTileRows][padded_dim of V] in code domain, then maxima and sums [kTileRows], in powers of two.
+HALFBYTE_INLINE int partial_floats(const AttendShape& s) { return kTileRows * (s.format.v.padded_dim + 2); }
+
+// First token that a query at `position` sees raw when raw values still exist, as Layer::State::raw_start.
+HALFBYTE_INLINE int raw_start(const AttendShape& s, int position) {
+  if (position < s.warm_up) return s.sink_tokens;
+  const int block = position / kBlockTokens * kBlockTokens - s.raw_window;
+  return block > s.sink_tokens ? block : s.sink_tokens;
+}
+
+HALFBYTE_INLINE RowSight sight_of(const AttendShape& s, int row, bool masked) {
+  const int position = s.length - s.queries + row / s.group;
+  const int start = raw_start(s, position), held = s.kept < position + 1 ? s.kept : position + 1;
+  RowSight sight;
+  sight.raw_from = start > held ? start : held;
+  sight.lo = s.first;
+  sight.hi = masked || !s.causal ? s.length : position + 1;
+  if (masked) {
+    if (s.length - s.mask_tokens > sight.lo) sight.lo = s.length - s.mask_tokens;
+  } else if (s.sliding_window && position + 1 - s.sliding_window > sight.lo) {
+    sight.lo = position + 1 - s.sliding_window;
+  }
+  int end = sight.hi < sight.raw_from ? sight.hi : sight.raw_from;
+  sight.packed_end = end < s.packed_end ? end : s.packed_end;
+  return sight;
+}
+
+gpu_fn bool mask_shows(gpu_const AttendShape& s, gpu_global const uchar* mask, int b, int row, int token) {
+  return !mask || mask[b * s.mask_batch_stride + row / s.group * s.mask_query_stride + token - (s.length - s.mask_tokens)];
+}
+
+// A score as a power of two, soft-capped.
+gpu_fn float log2_score(gpu_const AttendShape& s, float score) {
+  return (s.softcap > 0.0f ? s.softcap * tanh(score / s.softcap) : score) * kLog2e;
+}
+
+// q · scale of the tile's rows to q [kTileRows][d], zeros where there is no row.
+gpu_fn void load_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile, gpu_shared float* q,
+                         int tid, int threads) {
+  const int d = s.format.k.head_dim, rows = rows_of(s);
+  for (int i = tid; i < kTileRows * d; i += threads) {
+    const int row = tile * kTileRows + i / d;
+    float value = 0.0f;
+    if (row < rows) {
+      long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
+      value = load_value(in.q, s.dtype, at + i % d) * s.scale;
+    }
+    q[i] = value;
+  }
+}
+
+// The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [kTileRows][padded_dim], its largest magnitude and
+// q·mu·scale of each row to `largest` and `offset`. q [kTileRows][d] is scratch. Ends with a barrier.
+gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile,
+                            gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
+                            gpu_shared float* offset, int tid, int threads) {
+  const int d = s.format.k.head_dim, padded = s.format.k.padded_dim;
+  load_queries(s, in, b, head, tile, q, tid, threads);
+  gpu_barrier();
+  for (int i = tid; i < padded * (kTileRows / 4); i += threads) {
+    const int channel = i % padded, row = i / padded * 4;
+    float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (channel < d) {
+      if (in.rotation_k.r) rotate_four(in.rotation_k.transposed, d, channel, q + row * d, d, y);
+      else
+        for (int r = 0; r < 4; r++) y[r] = q[(row + r) * d + channel];
+    }
+    const float factor = in.inverse_lambda_k && channel < d ? in.inverse_lambda_k[(long long)head * d + channel] : 1.0f;
+    for (int r = 0; r < 4; r++) rotated[(row + r) * padded + channel] = y[r] * factor;
+  }
+  gpu_barrier();
+  const int lane = tid % kSimd;
+  for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
+    float top = 0.0f, dot = 0.0f;
+    for (int c = lane; c < padded; c += kSimd) top = max(top, fabs(rotated[row * padded + c]));
+    for (int c = lane; c < d && in.offset_k; c += kSimd)
+      dot += q[row * d + c] * in.offset_k[((long long)b * s.kv_heads + head) * d + c];
+    top = simd_max(top), dot = simd_sum(dot);
+    if (lane == 0) largest[row] = top, offset[row] = dot;
+  }
+  gpu_barrier();
+}
+
+// One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
+// rotated: [padded_dim of K] of this row. The result goes to `partial` at `slot_row`.
+gpu_fn void attend_packed_row(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int row, int begin,
+                              int end, gpu_shared const float* rotated, float offset, gpu_global float* partial,
+                              int slot_row, int lane) {
+  gpu_const SideFormat& fk = s.format.k;
+  gpu_const SideFormat& fv = s.format.v;
+  const RowSight sight = sight_of(s, row, in.mask != nullptr);
+  const int slot = lane % kBlockTokens, half = lane / kBlockTokens;
+  float top = kUnseen, sum = 0.0f, acc[kMaxHeadDim / kSimd] = {};
+  for (int block = begin / kBlockTokens * kBlockTokens; block < end; block += kBlockTokens) {
+    gpu_global uchar* page = page_of(in.pages, s.format, b, head, block);
+    const BlockSide k = block_side(page, s.format, true, block), v = block_side(page, s.format, false, block);
+    float dot = 0.0f;   // each half of the simdgroup takes every other span
+    for (int c = half * kSpan; c < fk.head_dim; c += c % kSpan == kSpan - 1 ? kSpan + 1 : 1)
+      dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) * rotated[c];
+    const int token = block + slot;
+    float score = log2_score(s, dot + gpu_lane_xor(dot, kBlockTokens) + offset);
+    const bool seen = token >= max(sight.lo, begin) && token < min(sight.packed_end, end) &&
+                      mask_shows(s, in.mask, b, row, token);
+    const float new_top = max(top, simd_max(seen ? score : kUnseen));
+    const float keep = exp2(top - new_top), p = seen ? exp2(score - new_top) : 0.0f;
+    sum = sum * keep + simd_sum(half ? 0.0f : p);
+    top = new_top;
+    for (int i = 0; i < kMaxHeadDim / kSimd; i++) acc[i] *= keep;
+    for (int t = 0; t < kBlockTokens; t++) {
+      const float weight = gpu_lane_get(p, t);
+#pragma unroll
+      for (int i = 0; i < kMaxHeadDim / kSimd; i++) {
+        const int c = i * kSimd + lane;
+        if (c < fv.head_dim)
+          acc[i] += weight * code_value(fv, false, v.codes, t, c) * load_scale(fv, v.scales, c / fv.group, t);
+      }
+    }
+  }
+  for (int i = 0; i < fv.padded_dim / kSimd; i++) partial[slot_row * fv.padded_dim + i * kSimd + lane] = acc[i];
+  if (lane == 0) {
+    partial[kTileRows * fv.padded_dim + slot_row] = top;
+    partial[kTileRows * (fv.padded_dim + 1) + slot_row] = sum;
+  }
+}
+
+// ---- From partial results to outputs
+
+// What `finish` works on, all shared: q and out, [kTileRows][d]; y [kTileRows][padded_dim of V].
+struct FinishSpace {
+  gpu_shared float* q;
+  gpu_shared float* y;
+  gpu_shared float* out;
+  gpu_shared float* weights;   // [kTileRows][kRawTokens]
+  gpu_shared float* top;       // [kTileRows]
+  gpu_shared float* sum;       // [kTileRows]
+};
+
+HALFBYTE_INLINE int finish_floats(const PageFormat& f) {
+  return kTileRows * (f.k.head_dim + f.v.padded_dim + f.v.head_dim + kRawTokens + 2);
+}
+
+gpu_fn FinishSpace finish_space(gpu_const PageFormat& f, gpu_shared float* at) {
+  FinishSpace space;
+  space.q = at;
+  space.y = space.q + kTileRows * f.k.head_dim;
+  space.out = space.y + kTileRows * f.v.padded_dim;
+  space.weights = space.out + kTileRows * f.v.head_dim;
+  space.top = space.weights + kTileRows * kRawTokens;
+  space.sum = space.top + kTileRows;
+  return space;
+}
+
+// Log-sum-exp over `n` partial results of one tile, to y, top and sum. Ends with a barrier.
+gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* partials, int n, FinishSpace space, int tid,
+                           int threads) {
+  const int padded = s.format.v.padded_dim, each = partial_floats(s), lane = tid % kSimd;
+  gpu_global const float* tops = partials + kTileRows * padded;
+  gpu_global const float* sums = tops + kTileRows;
+  for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
+    float top = kUnseen, sum = 0.0f;
+    for (int i = lane; i < n; i += kSimd) top = max(top, tops[(long long)i * each + row]);
+    top = simd_max(top);
+    for (int i = lane; i < n; i += kSimd)
+      sum += sums[(long long)i * each + row] * exp2(tops[(long long)i * each + row] - top);
+    sum = simd_sum(sum);
+    if (lane == 0) space.top[row] = top, space.sum[row] = sum;
+  }
+  gpu_barrier();
+  for (int at = tid; at < kTileRows * padded; at += threads) {
+    const int row = at / padded;
+    float acc = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < n; i++)
+      acc += partials[(long long)i * each + at] * exp2(tops[(long long)i * each + row] - space.top[row]);
+    space.y[at] = acc;
+  }
+  gpu_barrier();
+}
+
+// Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p, from y to out. Ends with a barrier.
+gpu_fn void leave_code_domain(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, FinishSpace space,
+                              int tid, int threads) {
+  const int d = s.format.v.head_dim, padded = s.format.v.padded_dim;
+  if (in.inverse_lambda_v) {
+    for (int at = tid; at < kTileRows * padded; at += threads)
+      if (at % padded < d) space.y[at] *= in.inverse_lambda_v[(long long)head * d + at % padded];
+    gpu_barrier();
+  }
+  for (int i = tid; i < d * (kTileRows / 4); i += threads) {
+    const int channel = i % d, row = i / d * 4;
+    float x[4];
+    if (in.rotation_v.r) rotate_four(in.rotation_v.r, d, channel, space.y + row * padded, padded, x);
+    else
+      for (int r = 0; r < 4; r++) x[r] = space.y[(row + r) * padded + channel];
+    const float mu = in.offset_v ? in.offset_v[((long long)b * s.kv_heads + head) * d + channel] : 0.0f;
+    for (int r = 0; r < 4; r++) space.out[(row + r) * d + channel] = x[r] + mu * space.sum[row + r];
+  }
+  gpu_barrier();
+}
+
+// Adds raw tokens to the running softmax in top, sum and out, kRawTokens at a time.
+gpu_fn void attend_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens& raw, int b, int head,
+                       int tile, FinishSpace space, int tid, int threads) {
+  const int dk = s.format.k.head_dim, dv = s.format.v.head_dim, lane = tid % kSimd;
+  for (int from = raw.begin; from < raw.end; from += kRawTokens) {
+    const int n = min(kRawTokens, raw.end - from);
+    for (int i = tid / kSimd; i < kTileRows * n; i += threads / kSimd) {   // one score a simdgroup
+      const int slot = i % kTileRows, token = from + i / kTileRows, row = tile * kTileRows + slot;
+      const RowSight sight = sight_of(s, row, in.mask != nullptr);
+      const bool seen = row < rows_of(s) && token >= (raw.are_sinks ? sight.lo : max(sight.lo, sight.raw_from)) &&
+                        token < sight.hi && mask_shows(s, in.mask, b, row, token);
+      float dot = 0.0f;
+      if (seen) {
+        const long long at = element_at(raw.k_strides, b, head, token - raw.first);
+        for (int c = lane; c < dk; c += kSimd) dot += space.q[slot * dk + c] * load_value(raw.k, s.dtype, at + c);
+      }
+      dot = simd_sum(dot);
+      if (lane == 0) space.weights[slot * kRawTokens + i / kTileRows] = seen ? log2_score(s, dot) : kUnseen;
+    }
+    gpu_barrier();
+    for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
+      const float score = lane < n ? space.weights[row * kRawTokens + lane] : kUnseen;
+      const float top = space.top[row], new_top = max(top, simd_max(score)), keep = exp2(top - new_top);
+      const float p = score > kUnseen ? exp2(score - new_top) : 0.0f, total = simd_sum(p);
+      for (int c = lane; c < dv; c += kSimd) space.out[row * dv + c] *= keep;
+      space.weights[row * kRawTokens + lane] = p;
+      if (lane == 0) space.top[row] = new_top, space.sum[row] = space.sum[row] * keep + total;
+    }
+    gpu_barrier();
+    for (int at = tid; at < kTileRows * dv; at += threads) {
+      float acc = space.out[at];
+      for (int t = 0; t < n; t++) {
+        const float p = space.weights[at / dv * kRawTokens + t];
+        if (p > 0.0f)
+          acc += p * load_value(raw.v, s.dtype, element_at(raw.v_strides, b, head, from + t - raw.first) + at % dv);
+      }
+      space.out[at] = acc;
+    }
+    gpu_barrier();
+  }
+}
+
+// Partial results [n] of one tile of rows, and the raw tokens, to finished outputs. Run by a whole threadgroup.
+gpu_fn void finish(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens* raw, int n_raw,
+                   gpu_global const float* partials, int n, int b, int head, int tile, gpu_shared float* memory, int tid,
+                   int threads) {
+  FinishSpace space = finish_space(s.format, memory);
+  load_queries(s, in, b, head, tile, space.q, tid, threads);
+  merge_partials(s, partials, n, space, tid, threads);
+  leave_code_domain(s, in, b, head, space, tid, threads);
+  for (int i = 0; i < n_raw; i++) attend_raw(s, in, raw[i], b, head, tile, space, tid, threads);
+  const int d = s.format.v.head_dim;
+  for (int at = tid; at < kTileRows * d; at += threads) {
+    const int slot = at / d, row = tile * kTileRows + slot, query_head = head * s.group + row % s.group;
+    if (row >= rows_of(s)) continue;
+    float sum = space.sum[slot], norm;
+    if (in.sinks) {   // one more logit in the denominator
+      const float sink = in.sinks[query_head] * kLog2e, top = max(space.top[slot], sink);
+      norm = exp2(space.top[slot] - top);
+      norm /= sum * norm + exp2(sink - top);
+    } else {
+      norm = sum > 0.0f ? 1.0f / sum : 0.0f;   // a row that sees nothing gives zeros
+    }
+    store_value(in.out, s.dtype, element_at(s.out_strides, b, query_head, row / s.group) + at % d, space.out[at] * norm);
+  }
+}
+
+}  // namespace halfbyte::gpu
