@@ -79,6 +79,17 @@ RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer
   return plan;
 }
 
+std::vector<double> rotation_matrix(const RotationPlan& plan) {
+  const int d = plan.head_dim;
+  std::vector<double> r((size_t)d * d);
+  for (int i = 0; i < d; i++)
+    for (int j = 0; j < d; j++) {
+      if (plan.kind == Rotation::identity) r[(size_t)i * d + j] = i == j;
+      else r[(size_t)i * d + j] = (plan.kind == Rotation::srft ? srft_entry : srht_entry)(d, i, j) * plan.signs[j];
+    }
+  return r;
+}
+
 void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out) {
   int d = plan.head_dim;
   if (plan.kind == Rotation::identity) {

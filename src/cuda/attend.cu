@@ -22,6 +22,7 @@ HALFBYTE_INLINE int prepare_floats(const PageFormat& f) {
   return kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
 }
 
+template <bool Wide>
 __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
   extern __shared__ __align__(16) float memory[];
   const AttendShape& s = call.base.shape;
@@ -29,22 +30,23 @@ __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid
   const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
   float* rotated = memory + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * s.format.k.padded_dim;
-  prepare_queries(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x, blockDim.x);
+  prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x, blockDim.x);
   const int slot = threadIdx.x / kSimd, row = min(tile * kTileRows + slot, rows_of(s) - 1);
   const int blocks = (call.end + kBlockTokens - 1) / kBlockTokens - call.begin / kBlockTokens;
   const int first = call.begin / kBlockTokens;
   const int begin = (first + (int)((long long)blocks * split / call.splits)) * kBlockTokens;
   const int end = (first + (int)((long long)blocks * (split + 1) / call.splits)) * kBlockTokens;
   attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end),
-                    rotated + slot * s.format.k.padded_dim, largest[kTileRows + slot],
+                    rotated + slot, largest[kTileRows + slot],
                     call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), slot, threadIdx.x % kSimd);
 }
 
+template <bool Wide>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
   extern __shared__ __align__(16) float memory[];
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x;
-  finish(s, call.base.buffers, call.base.raw, call.base.n_raw,
+  finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,
          call.base.buffers.partials + (long long)segment * call.splits * partial_floats(s), call.splits,
          segment / tiles / s.kv_heads, segment / tiles % s.kv_heads, segment % tiles, memory, threadIdx.x, blockDim.x);
 }
@@ -59,38 +61,53 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const AttendShape& s = base.shape;
   const int segments = s.batch * s.kv_heads * row_tiles(s);
   PortableCall call{base, begin, end, begin < end ? splits_of(s, begin, end) : 0};
+  const bool wide = s.dtype == kFloat32;
   if (call.splits)
-    if (int error = launch(portable_kernel, segments * call.splits, kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
+    if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits, kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
       return error;
-  return launch(finish_kernel, segments, 256, finish_floats(s.format) * 4, stream, call);
+  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_floats(s.format) * 4, stream, call);
 }
 
 // ---- The tensor-core way
 
 using AttendKernel = void (*)(AttendCall);
 
+// The kinds that recipes use; what is not here goes the portable way.
 template <int D>
-AttendKernel kernel_for(int k_bits, int v_bits) {
-  if (k_bits == 4) return v_bits == 4 ? attend_kernel<D, 4, 4> : attend_kernel<D, 4, 8>;
-  return v_bits == 4 ? attend_kernel<D, 8, 4> : attend_kernel<D, 8, 8>;
+AttendKernel kernel_for(const PageFormat& f, Groups k, Groups v) {
+  const int bits = f.k.bits * 10 + f.v.bits;
+  const bool wide = f.k.scale_bytes == 4;
+  if (k == kHalves && v == kHalves && bits == 44 && !wide) return attend_kernel<D, 4, 4, kHalves, kHalves, __half>;
+  if (k == kHalves || v == kHalves) return nullptr;
+  if (wide) return bits != 44 ? nullptr : v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, float>
+                                                      : attend_kernel<D, 4, 4, kSpans, kSpans, float>;
+  if (bits == 44) return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, __half> : attend_kernel<D, 4, 4, kSpans, kSpans, __half>;
+  if (bits == 84) return v == kWhole ? attend_kernel<D, 8, 4, kSpans, kWhole, __half> : attend_kernel<D, 8, 4, kSpans, kSpans, __half>;
+  return bits == 88 ? attend_kernel<D, 8, 8, kSpans, kSpans, __half> : nullptr;
 }
 
-// Null where the head sizes have no kernel.
-AttendKernel kernel_for(const PageFormat& f) {
-  if (f.k.head_dim != f.v.head_dim) return nullptr;
+Groups groups_of(const SideFormat& f) { return f.n_groups == 1 ? kWhole : f.group < kSpan ? kHalves : kSpans; }
+
+// Null where there is no kernel.
+AttendKernel kernel_for(const PageFormat& f, int dtype) {
+  if (f.k.head_dim != f.v.head_dim || dtype == kFloat32) return nullptr;
   switch (f.k.head_dim) {
-    case 64: return kernel_for<64>(f.k.bits, f.v.bits);
-    case 128: return kernel_for<128>(f.k.bits, f.v.bits);
-    case 256: return kernel_for<256>(f.k.bits, f.v.bits);
+    case 64: return kernel_for<64>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+    case 128: return kernel_for<128>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+    case 256: return kernel_for<256>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
     default: return nullptr;
   }
 }
 
+// A span's group is span >> shift, where groups are whole spans.
+int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 * kSpan; }
+
 // Sets warps and stages to what fits in shared memory; false if two stages do not.
 bool plan_memory(AttendCall& call) {
   const PageFormat& f = call.shape.format;
-  for (call.warps = kMaxWarps; call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - work_floats(f, call.warps) * 4;
+  const int bps = getenv("HB_BPS") ? atoi(getenv("HB_BPS")) : 1, w = getenv("HB_WARPS") ? atoi(getenv("HB_WARPS")) : kMaxWarps;
+  for (call.warps = w; call.warps >= 2; call.warps /= 2) {
+    const int room = (shared_memory_limit() + 1024) / bps - 1024 - 64 - work_floats(f, call.warps) * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -133,12 +150,14 @@ void packed_range(const AttendShape& s, bool masked, int& begin, int& end) {
 // Completes the call; false if it is one for the portable kernels.
 bool plan(AttendCall& call, const HalfbyteCudaAttend& a, int& begin, int& end) {
   packed_range(call.shape, a.mask != nullptr, begin, end);
-  if (a.portable || begin >= end || !kernel_for(call.shape.format) || !plan_memory(call)) return false;
+  if (a.portable || begin >= end || !kernel_for(call.shape.format, call.shape.dtype) || !plan_memory(call)) return false;
   call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
   const AttendShape& s = call.shape;
   const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
-  call.blocks = (int)std::min<long long>(multiprocessors(), (all + call.warps - 1) / call.warps);
-  return true;
+  call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
+  call.blocks = (int)std::min<long long>(multiprocessors() * (getenv("HB_BPS") ? atoi(getenv("HB_BPS")) : 1), (all + call.warps - 1) / call.warps);
+  call.share = (int)(all / call.blocks), call.larger = (int)(all % call.blocks);
+  return all < 1 << 30;   // items are counted in 32 bits
 }
 
 }  // namespace
@@ -153,7 +172,7 @@ extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   if (!plan(call, *a, begin, end)) return attend_portable(call, begin, end, a->stream);
   const PageFormat& f = call.shape.format;
   const size_t bytes = work_floats(f, call.warps) * 4 + (size_t)call.warps * call.stages * stage_bytes(f);
-  return launch(kernel_for(f), call.blocks, call.warps * kSimd, bytes, a->stream, call);
+  return launch(kernel_for(f, call.shape.dtype), call.blocks, call.warps * kSimd, bytes, a->stream, call);
 }
 
 extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {

@@ -27,8 +27,10 @@ struct AttendCall {
   RawTokens raw[kMaxRaw];
   int n_raw;
   int first_tile, n_tiles;   // packed tokens that any query sees, in tiles of kTileTokens
-  int blocks;                // thread blocks, which share all (sequence, head, row tile, token tile) evenly
+  int blocks;                // thread blocks, which share all (sequence, head, row tile, token tile) evenly:
+  int share, larger;         // so many each, and one more for the first `larger` of them
   int warps, stages;         // stages: tiles of each warp that are under way
+  int k_shift, v_shift;      // a span's group is span >> shift, where groups are whole spans
   int* arrivals;             // [batch][kv_heads][row tiles], zero between calls
 };
 
@@ -44,37 +46,32 @@ HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
   return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
 }
 
-// The share of one thread block: work items [begin, end) of all, numbered (sequence, head, row tile) first.
-struct Share {
-  long long begin, end;
-};
-
-HALFBYTE_INLINE Share share_of(const AttendCall& call, int block) {
-  const AttendShape& s = call.shape;
-  const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
-  return {all * block / call.blocks, all * (block + 1) / call.blocks};
+// First work item of a thread block; items are numbered (sequence, head, row tile) first.
+HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
+  return block * call.share + (block < call.larger ? block : call.larger);
 }
 
 // The thread block that item i belongs to.
-HALFBYTE_INLINE int block_of(const AttendCall& call, long long i) {
-  const AttendShape& s = call.shape;
-  const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
-  return (int)(((i + 1) * call.blocks - 1) / all);
+HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
+  const int in_larger = call.larger * (call.share + 1);
+  return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
 }
 
 // ---- One warp's ring of tiles
 
 struct Ring {
   uint8_t* memory;        // [stages][stage_bytes]
-  long long next, end;    // work items not yet asked for: next, next + warps, …
+  int next, end;          // work items not yet asked for: next, next + warps, …
   unsigned asked;         // tiles asked for so far
+  int fill, take;         // the slots to fill and to read next
+  int codes, scales;      // bytes of a tile
   const uint8_t* ahead;   // lane i: address of the i-th tile from asked / 32 · 32
 };
 
-__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, long long item) {
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
   const AttendShape& s = call.shape;
-  const int tile = call.first_tile + (int)(item % call.n_tiles);
-  const int row = (int)(item / call.n_tiles / row_tiles(s));
+  const int tile = call.first_tile + item % call.n_tiles;
+  const int row = item / call.n_tiles / row_tiles(s);
   const int token = tile * kTileTokens;
   return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
          token % kPageTokens / kTileTokens;   // a page is aligned to 16: the low bit tells which half of it
@@ -82,24 +79,24 @@ __device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, l
 
 // Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
 __device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
-  const PageFormat& f = call.shape.format;
   if (ring.asked % kSimd == 0) {
-    const long long item = ring.next + (long long)lane * call.warps;
+    const int item = ring.next + lane * call.warps;
     ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
   }
   const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
   if (tagged) {
     const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
-    const int first_block = (int)(tagged & 1) * kTileBlocks;
-    const int codes = kTileBlocks * (int)block_code_bytes(f), scales = kTileBlocks * (int)block_scale_bytes(f);
-    uint8_t* to = ring.memory + ring.asked % call.stages * (codes + scales);
-    const uint8_t* from_codes = page + k_codes_at(f, first_block);
-    const uint8_t* from_scales = page + k_scales_at(f, first_block);
-    for (int at = lane * 16; at < codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
-    for (int at = lane * 16; at < scales; at += kSimd * 16) copy_async_16(to + codes + at, from_scales + at);
+    const int second_half = (int)(tagged & 1);
+    uint8_t* to = ring.memory + ring.fill * (ring.codes + ring.scales);
+    const uint8_t* from_codes = page + second_half * ring.codes;
+    const uint8_t* from_scales = page + kPageBlocks / kTileBlocks * ring.codes + second_half * ring.scales;
+#pragma unroll 8
+    for (int at = lane * 16; at < ring.codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
+    for (int at = lane * 16; at < ring.scales; at += kSimd * 16) copy_async_16(to + ring.codes + at, from_scales + at);
   }
   copy_async_commit();
   ring.asked++;
+  ring.fill = ring.fill + 1 == call.stages ? 0 : ring.fill + 1;
   ring.next += call.warps;
 }
 
@@ -133,29 +130,34 @@ __device__ __forceinline__ void rescale(Running<D>& r, float column0, float colu
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
   float factor[2], offset[2];   // score = factor · product + offset
-  RowSight sight[2];
+  int lo[2], end[2];            // packed tokens seen
+  int open_from, open_to;       // seen by all columns of the tile
 };
 
-// Scales of tokens 2g, 2g+1.
-__device__ __forceinline__ float2 scale_pair(const SideFormat& f, const uint8_t* scales, int group, int g) {
-  const uint8_t* row = scales + group * scale_row_bytes(f);
-  if (f.scale_bytes == 4) return reinterpret_cast<const float2*>(row)[g];
-  return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
+// How groups lie: each half of a span has its own, each span (or two, or more) has, or the whole head has one.
+enum Groups { kHalves, kSpans, kWhole };
+
+// Scales of tokens 2g, 2g+1. Scale: __half or float, as stored.
+template <class Scale>
+__device__ __forceinline__ float2 scale_pair(const uint8_t* scales, int group, int g) {
+  const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
+  if constexpr (sizeof(Scale) == 4) return reinterpret_cast<const float2*>(row)[g];
+  else return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
 }
 
 // Scales of tokens 4t and 4t+2, then 4t+1 and 4t+3, divided by 2^unit_exponent.
-__device__ __forceinline__ void unit_scales(const SideFormat& f, const uint8_t* scales, int group, int t, float unit,
-                                            __half2& even, __half2& odd) {
-  const uint8_t* row = scales + group * scale_row_bytes(f);
-  if (f.scale_bytes == 4) {
+template <class Scale>
+__device__ __forceinline__ void unit_scales(const uint8_t* scales, int group, int t, float unit, __half2& even, __half2& odd) {
+  const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
+  if constexpr (sizeof(Scale) == 4) {
     const float4 four = reinterpret_cast<const float4*>(row)[t];
     even = __floats2half2_rn(four.x * unit, four.z * unit), odd = __floats2half2_rn(four.y * unit, four.w * unit);
-    return;
+  } else {
+    const uint2 four = reinterpret_cast<const uint2*>(row)[t];
+    const __half2 factor = __float2half2_rn(unit);
+    even = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x5410)), factor);
+    odd = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x7632)), factor);
   }
-  const uint2 four = reinterpret_cast<const uint2*>(row)[t];
-  const __half2 factor = __float2half2_rn(unit);
-  even = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x5410)), factor);
-  odd = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x7632)), factor);
 }
 
 // Both 16-channel halves of a span as A fragments. words: the thread's pair in the span's first row.
@@ -173,76 +175,65 @@ __device__ __forceinline__ void expand_span(const uint8_t* words, uint32_t first
 }
 
 template <int Bits>
-HALFBYTE_INLINE int span_bytes() {
-  return (Bits == 4 ? 4 : 8) * kRowBytes;
-}
-
-// Group of the first half of span i, and whether its second half has a group of its own.
-__device__ __forceinline__ int group_of_span(const SideFormat& f, int i) { return i * kSpan / f.group; }
+constexpr int kSpanBytes = (Bits == 4 ? 4 : 8) * kRowBytes;
 
 // Products of 16 tokens with the 8 columns: tokens 2g, 2g+1 by columns 2t, 2t+1.
-template <int D, int Bits>
-__device__ __forceinline__ void score_block(const SideFormat& f, const uint8_t* codes, const uint8_t* scales,
+template <int D, int Bits, Groups Kind, class Scale>
+__device__ __forceinline__ void score_block(int shift, const uint8_t* codes, const uint8_t* scales,
                                             const uint32_t q[D / 16][2], int lane, float product[4]) {
   const int g = lane / 4, t = lane % 4;
-  const bool halves = f.group < kSpan;
   const uint8_t* words = codes + t * kRowBytes + g * 8;
   for (int j = 0; j < 4; j++) product[j] = 0.0f;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++) {
     uint32_t first[4], second[4];
-    expand_span<Bits>(words + span * span_bytes<Bits>(), first, second);
+    expand_span<Bits>(words + span * kSpanBytes<Bits>, first, second);
     float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    int group = group_of_span(f, span);
+    const int group = Kind == kHalves ? 2 * span + 1 : span >> shift;
     mma(part, first, q[2 * span][0], q[2 * span][1]);
-    if (halves) {
-      const float2 s = scale_pair(f, scales, group++, g);
+    if constexpr (Kind == kHalves) {
+      const float2 s = scale_pair<Scale>(scales, 2 * span, g);
       product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
       for (int j = 0; j < 4; j++) part[j] = 0.0f;
     }
     mma(part, second, q[2 * span + 1][0], q[2 * span + 1][1]);
-    const float2 s = scale_pair(f, scales, group, g);
+    const float2 s = scale_pair<Scale>(scales, group, g);
     product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
   }
 }
 
 // Adds 16 tokens' values. w_even, w_odd: weights of tokens 4t, 4t+2 and 4t+1, 4t+3 in column g.
-template <int D, int Bits>
-__device__ __forceinline__ void add_block(const SideFormat& f, const uint8_t* codes, const uint8_t* scales, __half2 w_even,
+template <int D, int Bits, Groups Kind, class Scale>
+__device__ __forceinline__ void add_block(int shift, const uint8_t* codes, const uint8_t* scales, __half2 w_even,
                                           __half2 w_odd, float unit, int lane, Running<D>& r) {
   const int g = lane / 4, t = lane % 4;
-  const bool halves = f.group < kSpan, whole = f.n_groups == 1;
   const uint8_t* words = codes + t * kRowBytes + g * 8;
   __half2 even, odd;
   uint32_t b0 = 0, b1 = 0;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++) {
     uint32_t first[4], second[4];
-    expand_span<Bits>(words + span * span_bytes<Bits>(), first, second);
-    if (span == 0 || !whole) {
-      unit_scales(f, scales, group_of_span(f, span), t, unit, even, odd);
+    expand_span<Bits>(words + span * kSpanBytes<Bits>, first, second);
+    if (span == 0 || Kind != kWhole) {
+      unit_scales<Scale>(scales, Kind == kHalves ? 2 * span : span >> shift, t, unit, even, odd);
       b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
     }
     mma(r.acc[2 * span], first, b0, b1);
-    if (halves) {
-      unit_scales(f, scales, group_of_span(f, span) + 1, t, unit, even, odd);
+    if constexpr (Kind == kHalves) {
+      unit_scales<Scale>(scales, 2 * span + 1, t, unit, even, odd);
       b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
     }
     mma(r.acc[2 * span + 1], second, b0, b1);
   }
 }
 
-// Exponent of the largest of V's scales in a tile, within what fp16 can divide by.
-__device__ __forceinline__ int largest_exponent(const PageFormat& f, const uint8_t* scales, int lane) {
-  const uint8_t* row = scales + lane / kBlockTokens * block_scale_bytes(f) + scales_bytes(f.k);
+// Exponent of the largest of V's scales in a tile, within what fp16 can divide by. scales: V's of the first block.
+template <class Scale>
+__device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scales, int block_scales, int lane) {
+  const Scale* row = reinterpret_cast<const Scale*>(scales + lane / kBlockTokens * block_scales) + lane % kBlockTokens;
   uint32_t largest = 0;
-  for (int group = 0; group < f.v.n_groups; group++) {
-    const uint8_t* at = row + group * scale_row_bytes(f.v);
-    const int token = lane % kBlockTokens;
-    const float s = f.v.scale_bytes == 4 ? reinterpret_cast<const float*>(at)[token]
-                                         : __half2float(reinterpret_cast<const __half*>(at)[token]);
-    largest = max(largest, __float_as_uint(s) & 0x7fffffffu);
-  }
+  for (int group = 0; group < groups; group++)
+    largest = max(largest, __float_as_uint((float)row[group * kBlockTokens]) & 0x7fffffffu);
   const int exponent = (int)(__reduce_max_sync(0xffffffffu, largest) >> 23) - 127;
   return min(max(exponent, -14), 14);
 }
@@ -263,38 +254,30 @@ __device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float hig
   rescale(r, keep0, keep1);
 }
 
-__device__ __forceinline__ bool tile_is_open(const Columns& columns, int token) {
-  const bool open = token >= max(columns.sight[0].lo, columns.sight[1].lo) &&
-                    token + kTileTokens <= min(columns.sight[0].packed_end, columns.sight[1].packed_end);
-  return __all_sync(0xffffffffu, open);
-}
-
 // One tile of 32 tokens in shared memory joins the running softmax.
-template <int D, int KBits, int VBits>
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row, int token,
                                             const uint32_t q[D / 16][2], const Columns& columns, int lane, Running<D>& r) {
   const AttendShape& s = call.shape;
-  const PageFormat& f = s.format;
-  constexpr int kCodesK = D / kSpan * (KBits == 4 ? 4 : 8) * kRowBytes, kCodesV = D / kSpan * (VBits == 4 ? 4 : 8) * kRowBytes;
+  constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
+  const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
+  const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
-  const int scale_bytes = (int)block_scale_bytes(f), k_scales = (int)scales_bytes(f.k);
   const int g = lane / 4, t = lane % 4;
   float score[kTileBlocks][4];
 #pragma unroll
   for (int i = 0; i < kTileBlocks; i++) {
-    score_block<D, KBits>(f.k, stage + i * (kCodesK + kCodesV), scales + i * scale_bytes, q, lane, score[i]);
+    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q, lane, score[i]);
     for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + columns.offset[j & 1];
   }
   if (s.softcap > 0.0f)   // otherwise factor and offset hold log2(e) already
     for (int i = 0; i < kTileBlocks; i++)
-      for (int j = 0; j < 4; j++) score[i][j] = log2_score(s, score[i][j]);
-  if (call.buffers.mask || !tile_is_open(columns, token))
+      for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
+  if (call.buffers.mask || token < columns.open_from || token + kTileTokens > columns.open_to)
     for (int i = 0; i < kTileBlocks; i++)
       for (int j = 0; j < 4; j++) {
-        const RowSight& sight = columns.sight[j & 1];
-        const int at = token + i * kBlockTokens + 2 * g + j / 2;
-        const int row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
-        if (at < sight.lo || at >= sight.packed_end || !mask_shows(s, call.buffers.mask, b, row, at))
+        const int at = token + i * kBlockTokens + 2 * g + j / 2, row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
+        if (at < columns.lo[j & 1] || at >= columns.end[j & 1] || !mask_shows(s, call.buffers.mask, b, row, at))
           score[i][j] = -INFINITY;
       }
   float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
@@ -303,7 +286,7 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
     high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
   }
   if (__any_sync(0xffffffffu, high0 > r.top[0] + kSlack || high1 > r.top[1] + kSlack)) raise_tops(r, high0, high1);
-  const int exponent = largest_exponent(f, scales, lane);
+  const int exponent = largest_exponent<Scale>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
   if (exponent > r.unit_exponent) {
     const float keep = power_of_two(r.unit_exponent - exponent);
     rescale(r, keep, keep);
@@ -313,13 +296,13 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
 #pragma unroll
   for (int i = 0; i < kTileBlocks; i++) {
-    const float p0 = exp2f(score[i][0] + base0), p1 = exp2f(score[i][1] + base1);
-    const float p2 = exp2f(score[i][2] + base0), p3 = exp2f(score[i][3] + base1);
+    const float p0 = exp2_fast(score[i][0] + base0), p1 = exp2_fast(score[i][1] + base1);
+    const float p2 = exp2_fast(score[i][2] + base0), p3 = exp2_fast(score[i][3] + base1);
     r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
     const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
     const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
-    add_block<D, VBits>(f.v, stage + i * (kCodesK + kCodesV) + kCodesK, scales + i * scale_bytes + k_scales, even, odd, unit,
-                        lane, r);
+    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK, scales + i * block_scales + k_scales,
+                               even, odd, unit, lane, r);
   }
 }
 
@@ -384,43 +367,56 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
   float* rotated = work + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * D;
   float* offset = largest + kTileRows;
-  prepare_queries(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x, call.warps * kSimd);
+  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x, call.warps * kSimd);
   const int g = lane / 4, t = lane % 4;
   const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
-    const float4 four = *reinterpret_cast<const float4*>(rotated + g * D + 16 * i + 4 * t);
-    q[i][0] = as_bits(__floats2half2_rn(four.x * inverse, four.z * inverse));
-    q[i][1] = as_bits(__floats2half2_rn(four.y * inverse, four.w * inverse));
+    const float* four = rotated + (16 * i + 4 * t) * kTileRows + g;
+    q[i][0] = as_bits(__floats2half2_rn(four[0] * inverse, four[2 * kTileRows] * inverse));
+    q[i][1] = as_bits(__floats2half2_rn(four[kTileRows] * inverse, four[3 * kTileRows] * inverse));
   }
   const float log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
   for (int j = 0; j < 2; j++) {
     const int column = 2 * t + j;
     columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
-    columns.sight[j] = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
-    columns.sight[j].lo = max(columns.sight[j].lo, s.sink_tokens);   // sinks are raw
+    const RowSight sight = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
+    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;   // sinks are raw
   }
+  columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));
+  columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));
   __syncthreads();
 }
 
-template <int D, int KBits, int VBits>
+// Brings the table that `finish` needs into the L2 cache while there is other work.
+template <int D>
+__device__ __forceinline__ void warm_rotation_back(const AttendCall& call) {
+  const char* table = reinterpret_cast<const char*>(call.buffers.rotation_v.r);
+  constexpr int kLine = 128;
+  if (table)
+    for (int at = threadIdx.x * kLine; at < D * D * 4; at += call.warps * kSimd * kLine)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
+}
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
   extern __shared__ __align__(16) float work[];
   __shared__ int arrived;
   const AttendShape& s = call.shape;
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
   const int bytes = stage_bytes(s.format);
-  const Share share = share_of(call, blockIdx.x);
+  const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
   uint8_t* rings = reinterpret_cast<uint8_t*>(work + work_floats(s.format, call.warps));
-  Ring ring{rings + (size_t)warp * call.stages * bytes, share.begin + warp, share.end, 0, nullptr};
+  Ring ring{rings + (size_t)warp * call.stages * bytes, first + warp, last, 0, 0, 0,
+            kTileBlocks * (int)block_code_bytes(s.format), kTileBlocks * (int)block_scale_bytes(s.format), nullptr};
   for (int i = 0; i + 1 < call.stages; i++) ask_for_tile(call, ring, lane);
 
-  long long item = share.begin + warp;   // this warp's next tile
-  unsigned taken = 0;
-  for (long long begin = share.begin; begin < share.end;) {
-    const long long segment = begin / call.n_tiles;   // (sequence, head, row tile)
-    const long long end = min(share.end, (segment + 1) * call.n_tiles);
-    const int tile = (int)(segment % tiles), head = (int)(segment / tiles % s.kv_heads), b = (int)(segment / tiles / s.kv_heads);
+  warm_rotation_back<D>(call);
+  int item = first + warp;   // this warp's next tile
+  for (int begin = first; begin < last;) {
+    const int segment = begin / call.n_tiles;   // (sequence, head, row tile)
+    const int end = min(last, (segment + 1) * call.n_tiles);
+    const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
     uint32_t q[D / 16][2];
     Columns columns;
     take_queries<D>(call, b, head, tile, work, lane, q, columns);
@@ -430,17 +426,17 @@ __global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __gri
       ask_for_tile(call, ring, lane);
       copy_async_wait(call.stages - 1);
       __syncwarp();
-      const int token = (call.first_tile + (int)(item - segment * call.n_tiles)) * kTileTokens;
-      attend_tile<D, KBits, VBits>(call, ring.memory + taken % call.stages * bytes, b, tile * kTileRows, token, q, columns,
-                                   lane, running);
+      const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
+      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, b, tile * kTileRows, token, q, columns, lane,
+                                          running);
       __syncwarp();   // before the ring's slot is filled again
-      taken++;
+      ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
     }
     close(running);
     merge_warps(running, work, call.warps, warp, lane);
-    const long long first_block = block_of(call, segment * call.n_tiles);
-    const int sharers = block_of(call, (segment + 1) * call.n_tiles - 1) - (int)first_block + 1;
-    float* partials = call.buffers.partials + (first_block + segment) * partial_floats(s);
+    const int first_block = block_of(call, segment * call.n_tiles);
+    const int sharers = block_of(call, (segment + 1) * call.n_tiles - 1) - first_block + 1;
+    float* partials = call.buffers.partials + (long long)(first_block + segment) * partial_floats(s);
     if (warp == 0) store_partial(running, partials + (blockIdx.x - first_block) * partial_floats(s), lane);
     __threadfence();
     __syncthreads();
@@ -449,7 +445,7 @@ __global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __gri
     if (arrived == sharers - 1) {
       __threadfence();
       if (threadIdx.x == 0) call.arrivals[segment] = 0;
-      finish(s, call.buffers, call.raw, call.n_raw, partials, sharers, b, head, tile, work, threadIdx.x, call.warps * kSimd);
+      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers, b, head, tile, work, threadIdx.x, call.warps * kSimd);
       __syncthreads();
     }
     begin = end;

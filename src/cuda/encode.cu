@@ -6,6 +6,7 @@
 
 #include "cuda/layer.h"
 #include "gpu/decode.h"
+#include "numbers.h"
 #include "rotation.h"
 
 namespace halfbyte::gpu {
@@ -86,6 +87,12 @@ bool has_fragments(const SideFormat& f, int64_t dtype) {
   return (d == 64 || d == 128 || d == 256) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
 }
 
+// The largest element up to `limit`, as bits of fp16 or bf16.
+uint32_t limit_bits(float limit, int dtype) {
+  if (dtype == kBfloat16) return float_to_bits(limit) >> 16;
+  return std::min<uint32_t>(0x7bff, float_to_half(std::min(limit, 65504.0f)));
+}
+
 int term_count(int64_t dtype) { return dtype == kBfloat16 ? kTerms<__nv_bfloat16> : kTerms<__half>; }
 
 template <class T>
@@ -108,22 +115,9 @@ int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) 
                 kVectors * 2 * widest(call.shape.format) * 4, stream, call);
 }
 
-RotationPlan rotation_of(const HalfbyteCudaLayer& layer, int64_t is_v) {
-  return make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k), (uint64_t)layer.seed,
-                       (int)layer.layer_index);
-}
-
 std::vector<double> matrix_of(const HalfbyteCudaLayer& layer, int64_t is_v) {
-  const RotationPlan plan = rotation_of(layer, is_v);
-  const int d = plan.head_dim;
-  std::vector<double> r((size_t)d * d), x(d), y(d);
-  for (int j = 0; j < d; j++) {
-    std::fill(x.begin(), x.end(), 0.0);
-    x[j] = 1.0;
-    rotate_reference(plan, false, x.data(), y.data());
-    for (int i = 0; i < d; i++) r[(size_t)i * d + j] = y[i];
-  }
-  return r;
+  return rotation_matrix(make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k),
+                                       (uint64_t)layer.seed, (int)layer.layer_index));
 }
 
 template <class T>
@@ -172,6 +166,7 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   call.fragments[1] = static_cast<const uint4*>(a->v_tables.fragments);
   call.rotated_offset[0] = a->k_tables.rotated_offset, call.rotated_offset[1] = a->v_tables.rotated_offset;
   call.pages = pages_of(a->pages), call.bad = a->bad;
+  call.limit_bits = limit_bits(s.limit, s.dtype);
   const int begin = (int)a->first_token, end = begin + (int)a->tokens;
   const bool fast = !a->portable && call.fragments[0] && call.fragments[1] && s.format.k.head_dim == s.format.v.head_dim &&
                     is_aligned(a->k) && is_aligned(a->v);

@@ -17,6 +17,7 @@ struct EncodeCall {
   Pages pages;
   gpu_global const uint4* fragments[2];  // R, see fragment_index
   gpu_global const float* rotated_offset[2];   // R mu [batch][kv_heads][d], or null
+  uint32_t limit_bits;                   // the largest codable element, as bits of its dtype
   int* bad;                              // set to 1 if a value can not be coded
 };
 
@@ -69,14 +70,14 @@ struct DealOf {
   }
 };
 
-// rint for |x| < 2^22, without the slow conversion unit.
-__device__ __forceinline__ float round_to_even(float x) { return __fadd_rn(__fadd_rn(x, 12582912.0f), -12582912.0f); }
+// 1.5 · 2^23, where a unit is the last bit: adding it rounds to the nearest integer, ties to even.
+constexpr float kRound = 12582912.0f;
 
 __device__ __forceinline__ float quantise_fast(float y, float inverse, float low, float high) {
-  return fminf(fmaxf(round_to_even(y * inverse), low), high);
+  return fminf(fmaxf(__fadd_rn(__fmaf_rn(y, inverse, kRound), -kRound), low), high);
 }
 
-__device__ __forceinline__ float inverse_scale(float scale) { return scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, scale); }
+__device__ __forceinline__ float inverse_scale(float scale) { return scale == 0.0f ? 0.0f : __fdividef(1.0f, scale); }
 
 // The scale of spans [From, From + Spans) of one token; see choose_scale.
 template <bool IsK, int D, int Spans>
@@ -112,7 +113,7 @@ __device__ __forceinline__ float choose_scale_fast(const SideFormat& f, const fl
   return best;
 }
 
-// Replaces spans [from, from + Spans) of all tokens by their stored codes, and writes their scales as group `group`.
+// Replaces spans [from, from + Spans) of all tokens by kRound + stored code, and writes their scales as group `group`.
 template <bool IsK, int D, int Spans>
 __device__ __forceinline__ void code_group(const SideFormat& f, const float* factors, Values<D>& v, int from, int group,
                                            uint8_t* scales, int g, int t) {
@@ -126,19 +127,21 @@ __device__ __forceinline__ void code_group(const SideFormat& f, const float* fac
 #pragma unroll
       for (int i = 0; i < Deal::kEach; i++) {
         float& y = Deal::at(v, from + s, token, i);
-        y = quantise_fast(y, inverse, low, high) + zero;
+        y = quantise_fast(y, inverse, low, high) + (zero + kRound);
       }
     if (IsK ? t == 0 : g == 0)
       store_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + Deal::token(token, g, t), scale);
   }
 }
 
-// Word of four codes, one a byte.
+// Word of four codes, one a byte. Each is kRound + code, whose lowest byte is the code.
 __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {
-  return (uint32_t)a | (uint32_t)b << 8 | (uint32_t)c << 16 | (uint32_t)d << 24;
+  const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
+  return __byte_perm(low, high, 0x5410);
 }
 
-// The thread's words of every span; v holds stored codes.
+// The thread's words of every span; v holds kRound + stored code.
 template <bool IsK, int D>
 __device__ __forceinline__ void store_words(const SideFormat& f, Values<D>& v, uint8_t* codes, int g, int t) {
   using Deal = DealOf<IsK>;
@@ -165,21 +168,15 @@ __device__ __forceinline__ void store_words(const SideFormat& f, Values<D>& v, u
   }
 }
 
-// 2 tokens' channels 32·pair + 8t … + 7, and whether any can not be coded.
-template <class T>
-__device__ __forceinline__ void load_inputs(const uint8_t* data, const long long row[2], int pair, int t, float limit,
-                                            uint4 x[2], bool& bad) {
-  for (int i = 0; i < 2; i++) {
-    x[i] = *reinterpret_cast<const uint4*>(data + 2 * (row[i] + pair * 32 + t * 8));
-    const T* values = reinterpret_cast<const T*>(&x[i]);
-    for (int c = 0; c < 8; c++) bad |= !(fabsf((float)values[c]) <= limit);
-  }
+// Largest magnitudes so far of elements in even and odd places, as bits: those of NaN come last.
+__device__ __forceinline__ void note_largest(uint4 x, uint32_t& largest) {
+  for (uint32_t word : {x.x, x.y, x.z, x.w}) largest = __vmaxu2(largest, word & 0x7fff7fffu);
 }
 
 // y = Λ (R x − R mu) of one block.
 template <class T, bool IsK, int D>
 __device__ __forceinline__ void rotate_block(const EncodeCall& call, const EncodeSide& side, const uint4* fragments, int b,
-                                             int head, int first_token, int g, int t, Values<D>& v, bool& bad) {
+                                             int head, int first_token, int g, int t, Values<D>& v, uint32_t& largest) {
   using Deal = DealOf<IsK>;
   const EncodeShape& s = call.shape;
   const float* offset = call.rotated_offset[IsK ? 0 : 1];
@@ -196,13 +193,21 @@ __device__ __forceinline__ void rotate_block(const EncodeCall& call, const Encod
   // Rows of the product: tokens 2g, 2g+1 (K); its columns: tokens 4(g/2) + g%2, and two further (V).
   const int token0 = first_token - s.data_first + (IsK ? 2 * g : 4 * (g / 2) + g % 2);
   const long long row[2] = {element_at(side.strides, b, head, token0), element_at(side.strides, b, head, token0 + (IsK ? 1 : 2))};
-#pragma unroll 1
-  for (int pair = 0; pair < D / 32; pair++) {
-    uint4 x[2];
-    load_inputs<T>(side.data, row, pair, t, s.limit, x, bad);
+  constexpr int kPairs = D / 32, kAhead = kPairs < 4 ? kPairs : 4;   // channels 32·pair + 8t … + 7 of both tokens
+  uint4 x[kAhead][2];
+#pragma unroll
+  for (int pair = 0; pair < kPairs; pair++) {
+    if (pair % kAhead == 0)
+#pragma unroll
+      for (int i = 0; i < kAhead; i++)
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+          x[i][j] = *reinterpret_cast<const uint4*>(side.data + 2 * (row[j] + (pair + i) * 32 + t * 8));
+    const uint4 x0 = x[pair % kAhead][0], x1 = x[pair % kAhead][1];
+    note_largest(x0, largest), note_largest(x1, largest);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const uint32_t lo[2] = {h ? x[0].z : x[0].x, h ? x[1].z : x[1].x}, hi[2] = {h ? x[0].w : x[0].y, h ? x[1].w : x[1].y};
+      const uint32_t lo[2] = {h ? x0.z : x0.x, h ? x1.z : x1.x}, hi[2] = {h ? x0.w : x0.y, h ? x1.w : x1.y};
 #pragma unroll
       for (int term = 0; term < kTerms<T>; term++)
 #pragma unroll
@@ -222,14 +227,14 @@ __device__ __forceinline__ void rotate_block(const EncodeCall& call, const Encod
           }
     }
   }
-  if (lambda)
 #pragma unroll
-    for (int span = 0; span < D / kSpan; span++)
+  for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
-      for (int i = 0; i < Deal::kEach; i++)
+    for (int i = 0; i < Deal::kEach; i++) {
+      const float factor = lambda ? lambda[span * kSpan + Deal::channel(i, g, t)] : 1.0f;
 #pragma unroll
-        for (int token = 0; token < Deal::kTokens; token++)
-          Deal::at(v, span, token, i) *= lambda[span * kSpan + Deal::channel(i, g, t)];
+      for (int token = 0; token < Deal::kTokens; token++) Deal::at(v, span, token, i) *= factor;
+    }
 }
 
 template <class T, bool IsK, int D>
@@ -239,11 +244,11 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
   const EncodeSide& side = call.side[IsK ? 0 : 1];
   const int lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4, blocks = s.tokens / kBlockTokens;
   const int all = s.batch * s.kv_heads * blocks;
-  bool bad = false;
+  uint32_t largest = 0;
   for (int i = first; i < all; i += step) {
     const int token = s.first_token + i % blocks * kBlockTokens, head = i / blocks % s.kv_heads, b = i / blocks / s.kv_heads;
     Values<D> v;
-    rotate_block<T, IsK, D>(call, side, fragments, b, head, token, g, t, v, bad);
+    rotate_block<T, IsK, D>(call, side, fragments, b, head, token, g, t, v, largest);
     const BlockSide block = block_side(page_of(call.pages, s.format, b, head, token), s.format, IsK, token);
     if (f.group == kSpan) {
 #pragma unroll
@@ -254,7 +259,7 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
     }
     store_words<IsK, D>(f, v, block.codes, g, t);
   }
-  if (bad) *call.bad = 1;
+  if (max(largest & 0xffff, largest >> 16) > call.limit_bits) *call.bad = 1;
 }
 
 // Even thread blocks take K, odd ones V. Shared: the fragments, if InShared.

@@ -35,18 +35,25 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t x) {
 // 0x6400 is 1024 in fp16, where a unit is the last bit: or-ing a code in gives 1024 + code, exactly.
 constexpr uint32_t kMagic = 0x64006400;
 
+// (x & mask) | bits in one instruction: the compiler, given two constants, makes it two.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+
 // Low nibbles of bytes 0 and 2, then of bytes 1 and 3, as fp16 codes −8 … 7.
 __device__ __forceinline__ void expand_low(uint32_t w, uint32_t& even, uint32_t& odd) {
   const __half2 bias = __float2half2_rn(1032.0f);
-  even = as_bits(__hsub2(as_half2((w & 0x000f000f) | kMagic), bias));
-  odd = as_bits(__hsub2(as_half2(((w >> 8) & 0x000f000f) | kMagic), bias));
+  even = as_bits(__hsub2(as_half2(and_or(w, 0x000f000f, kMagic)), bias));
+  odd = as_bits(__hsub2(as_half2(and_or(w >> 8, 0x000f000f, kMagic)), bias));
 }
 
 // High nibbles: 1024 + 16·code, brought down by one exact multiply-add.
 __device__ __forceinline__ void expand_high(uint32_t w, uint32_t& even, uint32_t& odd) {
   const __half2 sixteenth = __float2half2_rn(0.0625f), bias = __float2half2_rn(-72.0f);
-  even = as_bits(__hfma2(as_half2((w & 0x00f000f0) | kMagic), sixteenth, bias));
-  odd = as_bits(__hfma2(as_half2(((w >> 8) & 0x00f000f0) | kMagic), sixteenth, bias));
+  even = as_bits(__hfma2(as_half2(and_or(w, 0x00f000f0, kMagic)), sixteenth, bias));
+  odd = as_bits(__hfma2(as_half2(and_or(w >> 8, 0x00f000f0, kMagic)), sixteenth, bias));
 }
 
 // Bytes 0 and 2, then 1 and 3, as fp16 codes −128 … 127.
@@ -54,6 +61,18 @@ __device__ __forceinline__ void expand_bytes(uint32_t w, uint32_t& even, uint32_
   const __half2 bias = __float2half2_rn(1152.0f);
   even = as_bits(__hsub2(as_half2(__byte_perm(w, kMagic, 0x7250)), bias));
   odd = as_bits(__hsub2(as_half2(__byte_perm(w, kMagic, 0x7351)), bias));
+}
+
+// 2^x and tanh by the special-function unit, good to 2^-22 of the largest result.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float tanh_fast(float x) {
+  const float power = exp2_fast(fminf(fmaxf(x, -20.0f), 20.0f) * 2.88539008177793f);   // e^2x
+  return 1.0f - __fdividef(2.0f, power + 1.0f);
 }
 
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {

@@ -5,7 +5,6 @@
 
 namespace halfbyte::gpu {
 
-constexpr int kTileRows = 8;         // rows (query heads × queries) that share the reading of codes
 constexpr float kUnseen = -1e30f;    // the maximum of a row that has seen nothing
 constexpr int kRawTokens = 32;       // raw tokens that `finish` scores at a time
 
@@ -90,47 +89,43 @@ gpu_fn float log2_score(gpu_const AttendShape& s, float score) {
   return (s.softcap > 0.0f ? s.softcap * tanh(score / s.softcap) : score) * kLog2e;
 }
 
-// q · scale of the tile's rows to q [kTileRows][d], zeros where there is no row.
+// q · scale of the tile's rows (query heads × queries) to q [d][kTileRows], zeros where there is no row.
+template <bool Wide>
 gpu_fn void load_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile, gpu_shared float* q,
                          int tid, int threads) {
-  const int d = s.format.k.head_dim, rows = rows_of(s);
-  for (int i = tid; i < kTileRows * d; i += threads) {
-    const int row = tile * kTileRows + i / d;
-    float value = 0.0f;
-    if (row < rows) {
-      long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
-      value = load_value(in.q, s.dtype, at + i % d) * s.scale;
-    }
-    q[i] = value;
+  const int d = s.format.k.head_dim, rows = rows_of(s), lane = tid % kSimd;
+  for (int slot = tid / kSimd; slot < kTileRows; slot += threads / kSimd) {
+    const int row = tile * kTileRows + slot;
+    const long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
+#pragma unroll 4
+    for (int c = lane; c < d; c += kSimd)
+      q[c * kTileRows + slot] = row < rows ? load_as<Wide>(in.q, s.dtype, at + c) * s.scale : 0.0f;
   }
 }
 
-// The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [kTileRows][padded_dim], its largest magnitude and
-// q·mu·scale of each row to `largest` and `offset`. q [kTileRows][d] is scratch. Ends with a barrier.
+// The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [padded_dim][kTileRows], its largest magnitude and
+// q·mu·scale of each row to `largest` and `offset`. q [d][kTileRows] is scratch. Ends with a barrier.
+template <bool Wide>
 gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile,
                             gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
                             gpu_shared float* offset, int tid, int threads) {
-  const int d = s.format.k.head_dim, padded = s.format.k.padded_dim;
-  load_queries(s, in, b, head, tile, q, tid, threads);
+  const int d = s.format.k.head_dim, padded = s.format.k.padded_dim, lane = tid % kSimd;
+  load_queries<Wide>(s, in, b, head, tile, q, tid, threads);
   gpu_barrier();
-  for (int i = tid; i < padded * (kTileRows / 4); i += threads) {
-    const int channel = i % padded, row = i / padded * 4;
-    float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (channel < d) {
-      if (in.rotation_k.r) rotate_four(in.rotation_k.transposed, d, channel, q + row * d, d, y);
-      else
-        for (int r = 0; r < 4; r++) y[r] = q[(row + r) * d + channel];
-    }
-    const float factor = in.inverse_lambda_k && channel < d ? in.inverse_lambda_k[(long long)head * d + channel] : 1.0f;
-    for (int r = 0; r < 4; r++) rotated[(row + r) * padded + channel] = y[r] * factor;
+  if (in.rotation_k.r) rotate_tile(in.rotation_k.transposed, d, q, rotated, tid, threads);
+  for (int at = tid + (in.rotation_k.r ? d * kTileRows : 0); at < padded * kTileRows; at += threads)
+    rotated[at] = at < d * kTileRows ? q[at] : 0.0f;
+  gpu_barrier();
+  if (in.inverse_lambda_k) {
+    for (int at = tid; at < d * kTileRows; at += threads) rotated[at] *= in.inverse_lambda_k[(long long)head * d + at / kTileRows];
+    gpu_barrier();
   }
-  gpu_barrier();
-  const int lane = tid % kSimd;
   for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
     float top = 0.0f, dot = 0.0f;
-    for (int c = lane; c < padded; c += kSimd) top = max(top, fabs(rotated[row * padded + c]));
-    for (int c = lane; c < d && in.offset_k; c += kSimd)
-      dot += q[row * d + c] * in.offset_k[((long long)b * s.kv_heads + head) * d + c];
+    for (int c = lane; c < d; c += kSimd) {
+      top = max(top, fabs(rotated[c * kTileRows + row]));
+      if (in.offset_k) dot += q[c * kTileRows + row] * in.offset_k[((long long)b * s.kv_heads + head) * d + c];
+    }
     top = simd_max(top), dot = simd_sum(dot);
     if (lane == 0) largest[row] = top, offset[row] = dot;
   }
@@ -138,7 +133,7 @@ gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& i
 }
 
 // One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
-// rotated: [padded_dim of K] of this row. The result goes to `partial` at `slot_row`.
+// rotated: [padded_dim of K][kTileRows] from this row on. The result goes to `partial` at `slot_row`.
 gpu_fn void attend_packed_row(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int row, int begin,
                               int end, gpu_shared const float* rotated, float offset, gpu_global float* partial,
                               int slot_row, int lane) {
@@ -152,7 +147,7 @@ gpu_fn void attend_packed_row(gpu_const AttendShape& s, gpu_const AttendBuffers&
     const BlockSide k = block_side(page, s.format, true, block), v = block_side(page, s.format, false, block);
     float dot = 0.0f;   // each half of the simdgroup takes every other span
     for (int c = half * kSpan; c < fk.head_dim; c += c % kSpan == kSpan - 1 ? kSpan + 1 : 1)
-      dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) * rotated[c];
+      dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) * rotated[c * kTileRows];
     const int token = block + slot;
     float score = log2_score(s, dot + gpu_lane_xor(dot, kBlockTokens) + offset);
     const bool seen = token >= max(sight.lo, begin) && token < min(sight.packed_end, end) &&
@@ -181,7 +176,7 @@ gpu_fn void attend_packed_row(gpu_const AttendShape& s, gpu_const AttendBuffers&
 
 // ---- From partial results to outputs
 
-// What `finish` works on, all shared: q and out, [kTileRows][d]; y [kTileRows][padded_dim of V].
+// What `finish` works on, all shared: q, y and out, [channels][kTileRows].
 struct FinishSpace {
   gpu_shared float* q;
   gpu_shared float* y;
@@ -222,89 +217,120 @@ gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* par
     if (lane == 0) space.top[row] = top, space.sum[row] = sum;
   }
   gpu_barrier();
-  for (int at = tid; at < kTileRows * padded; at += threads) {
-    const int row = at / padded;
-    float acc = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < n; i++)
-      acc += partials[(long long)i * each + at] * exp2(tops[(long long)i * each + row] - space.top[row]);
-    space.y[at] = acc;
+  for (int from = 0; from == 0 || from < n; from += kRawTokens) {   // so many partial results at a time
+    const int some = min(kRawTokens, n - from);
+    for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd)
+      if (lane < some) space.weights[row * kRawTokens + lane] = exp2(tops[(long long)(from + lane) * each + row] - space.top[row]);
+    gpu_barrier();
+    for (int at = tid; at < kTileRows * padded; at += threads) {
+      gpu_shared const float* weights = space.weights + at / padded * kRawTokens;
+      gpu_global const float* first = partials + (long long)from * each + at;
+      gpu_shared float& y = space.y[at % padded * kTileRows + at / padded];
+      float acc = from ? y : 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < some; i++) acc += first[(long long)i * each] * weights[i];
+      y = acc;
+    }
+    gpu_barrier();
   }
-  gpu_barrier();
 }
 
 // Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p, from y to out. Ends with a barrier.
 gpu_fn void leave_code_domain(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, FinishSpace space,
                               int tid, int threads) {
-  const int d = s.format.v.head_dim, padded = s.format.v.padded_dim;
+  const int d = s.format.v.head_dim;
   if (in.inverse_lambda_v) {
-    for (int at = tid; at < kTileRows * padded; at += threads)
-      if (at % padded < d) space.y[at] *= in.inverse_lambda_v[(long long)head * d + at % padded];
+    for (int at = tid; at < d * kTileRows; at += threads) space.y[at] *= in.inverse_lambda_v[(long long)head * d + at / kTileRows];
     gpu_barrier();
   }
-  for (int i = tid; i < d * (kTileRows / 4); i += threads) {
-    const int channel = i % d, row = i / d * 4;
-    float x[4];
-    if (in.rotation_v.r) rotate_four(in.rotation_v.r, d, channel, space.y + row * padded, padded, x);
-    else
-      for (int r = 0; r < 4; r++) x[r] = space.y[(row + r) * padded + channel];
-    const float mu = in.offset_v ? in.offset_v[((long long)b * s.kv_heads + head) * d + channel] : 0.0f;
-    for (int r = 0; r < 4; r++) space.out[(row + r) * d + channel] = x[r] + mu * space.sum[row + r];
-  }
+  if (in.rotation_v.r) rotate_tile(in.rotation_v.r, d, space.y, space.out, tid, threads);
+  else
+    for (int at = tid; at < d * kTileRows; at += threads) space.out[at] = space.y[at];
   gpu_barrier();
+  if (in.offset_v) {
+    gpu_global const float* mu = in.offset_v + ((long long)b * s.kv_heads + head) * d;
+    for (int at = tid; at < d * kTileRows; at += threads) space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];
+    gpu_barrier();
+  }
+}
+
+// Scores of n raw tokens from `from` to weights [kTileRows][kRawTokens], one token a simdgroup at a time.
+template <bool Wide>
+gpu_fn void score_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens& raw, int b, int head, int tile,
+                      int from, int n, FinishSpace space, int tid, int threads) {
+  const int d = s.format.k.head_dim, lane = tid % kSimd, row = min(tile * kTileRows + lane % kTileRows, rows_of(s) - 1);
+  const RowSight sight = sight_of(s, row, in.mask != nullptr);
+  for (int i = tid / kSimd; i < n; i += threads / kSimd) {
+    const int token = from + i;
+    const long long at = element_at(raw.k_strides, b, head, token - raw.first);
+    float dots[kTileRows] = {};
+#pragma unroll 4
+    for (int c = lane; c < d; c += kSimd) {
+      const float k = load_as<Wide>(raw.k, s.dtype, at + c);
+      for (int r = 0; r < kTileRows; r++) dots[r] += k * space.q[c * kTileRows + r];
+    }
+    float mine = 0.0f;   // lane r keeps row r's
+    for (int r = 0; r < kTileRows; r++) {
+      const float dot = simd_sum(dots[r]);
+      mine = lane == r ? dot : mine;
+    }
+    const bool seen = token >= (raw.are_sinks ? sight.lo : max(sight.lo, sight.raw_from)) && token < sight.hi &&
+                      mask_shows(s, in.mask, b, row, token);
+    if (lane < kTileRows) space.weights[lane * kRawTokens + i] = seen ? log2_score(s, mine) : kUnseen;
+  }
+}
+
+// out += Σ weight · v, a thread one channel of four rows. Rows whose weight is 0 may hold anything finite.
+template <bool Wide>
+gpu_fn void add_raw(gpu_const AttendShape& s, gpu_const RawTokens& raw, int b, int head, int from, int n, FinishSpace space,
+                    int tid, int threads) {
+  const int d = s.format.v.head_dim;
+  for (int at = tid; at < d * (kTileRows / 4); at += threads) {
+    const int channel = at % d, row = at / d * 4;
+    const long long first = element_at(raw.v_strides, b, head, from - raw.first) + channel;
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+    for (int t = 0; t < n; t++) {
+      const float v = load_as<Wide>(raw.v, s.dtype, first + t * raw.v_strides.token);
+      for (int r = 0; r < 4; r++) sum[r] += v * space.weights[(row + r) * kRawTokens + t];
+    }
+    for (int r = 0; r < 4; r++) space.out[channel * kTileRows + row + r] += sum[r];
+  }
 }
 
 // Adds raw tokens to the running softmax in top, sum and out, kRawTokens at a time.
+template <bool Wide>
 gpu_fn void attend_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens& raw, int b, int head,
                        int tile, FinishSpace space, int tid, int threads) {
-  const int dk = s.format.k.head_dim, dv = s.format.v.head_dim, lane = tid % kSimd;
+  const int d = s.format.v.head_dim, lane = tid % kSimd;
   for (int from = raw.begin; from < raw.end; from += kRawTokens) {
     const int n = min(kRawTokens, raw.end - from);
-    for (int i = tid / kSimd; i < kTileRows * n; i += threads / kSimd) {   // one score a simdgroup
-      const int slot = i % kTileRows, token = from + i / kTileRows, row = tile * kTileRows + slot;
-      const RowSight sight = sight_of(s, row, in.mask != nullptr);
-      const bool seen = row < rows_of(s) && token >= (raw.are_sinks ? sight.lo : max(sight.lo, sight.raw_from)) &&
-                        token < sight.hi && mask_shows(s, in.mask, b, row, token);
-      float dot = 0.0f;
-      if (seen) {
-        const long long at = element_at(raw.k_strides, b, head, token - raw.first);
-        for (int c = lane; c < dk; c += kSimd) dot += space.q[slot * dk + c] * load_value(raw.k, s.dtype, at + c);
-      }
-      dot = simd_sum(dot);
-      if (lane == 0) space.weights[slot * kRawTokens + i / kTileRows] = seen ? log2_score(s, dot) : kUnseen;
-    }
+    score_raw<Wide>(s, in, raw, b, head, tile, from, n, space, tid, threads);
     gpu_barrier();
     for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
       const float score = lane < n ? space.weights[row * kRawTokens + lane] : kUnseen;
       const float top = space.top[row], new_top = max(top, simd_max(score)), keep = exp2(top - new_top);
       const float p = score > kUnseen ? exp2(score - new_top) : 0.0f, total = simd_sum(p);
-      for (int c = lane; c < dv; c += kSimd) space.out[row * dv + c] *= keep;
+      for (int c = lane; c < d; c += kSimd) space.out[c * kTileRows + row] *= keep;
       space.weights[row * kRawTokens + lane] = p;
       if (lane == 0) space.top[row] = new_top, space.sum[row] = space.sum[row] * keep + total;
     }
     gpu_barrier();
-    for (int at = tid; at < kTileRows * dv; at += threads) {
-      float acc = space.out[at];
-      for (int t = 0; t < n; t++) {
-        const float p = space.weights[at / dv * kRawTokens + t];
-        if (p > 0.0f)
-          acc += p * load_value(raw.v, s.dtype, element_at(raw.v_strides, b, head, from + t - raw.first) + at % dv);
-      }
-      space.out[at] = acc;
-    }
+    add_raw<Wide>(s, raw, b, head, from, n, space, tid, threads);
     gpu_barrier();
   }
 }
 
 // Partial results [n] of one tile of rows, and the raw tokens, to finished outputs. Run by a whole threadgroup.
+template <bool Wide>
 gpu_fn void finish(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens* raw, int n_raw,
                    gpu_global const float* partials, int n, int b, int head, int tile, gpu_shared float* memory, int tid,
                    int threads) {
   FinishSpace space = finish_space(s.format, memory);
-  load_queries(s, in, b, head, tile, space.q, tid, threads);
+  load_queries<Wide>(s, in, b, head, tile, space.q, tid, threads);
   merge_partials(s, partials, n, space, tid, threads);
   leave_code_domain(s, in, b, head, space, tid, threads);
-  for (int i = 0; i < n_raw; i++) attend_raw(s, in, raw[i], b, head, tile, space, tid, threads);
+  for (int i = 0; i < n_raw; i++) attend_raw<Wide>(s, in, raw[i], b, head, tile, space, tid, threads);
   const int d = s.format.v.head_dim;
   for (int at = tid; at < kTileRows * d; at += threads) {
     const int slot = at / d, row = tile * kTileRows + slot, query_head = head * s.group + row % s.group;
@@ -317,7 +343,8 @@ gpu_fn void finish(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_co
     } else {
       norm = sum > 0.0f ? 1.0f / sum : 0.0f;   // a row that sees nothing gives zeros
     }
-    store_value(in.out, s.dtype, element_at(s.out_strides, b, query_head, row / s.group) + at % d, space.out[at] * norm);
+    store_value(in.out, s.dtype, element_at(s.out_strides, b, query_head, row / s.group) + at % d,
+                space.out[at % d * kTileRows + slot] * norm);
   }
 }
 

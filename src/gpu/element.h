@@ -16,6 +16,15 @@ gpu_fn float load_value(gpu_global const uchar* p, int dtype, long long i) {
   return dtype == kFloat16 ? half_bits_to_float(bits) : bits_as_float((uint)bits << 16);
 }
 
+// The same where the caller has branched on the width already, so that loads in a loop need not wait for one another.
+template <bool Wide>
+gpu_fn float load_as(gpu_global const uchar* p, int dtype, long long i) {
+  if (Wide) return ((gpu_global const float*)p)[i];
+  const ushort bits = ((gpu_global const ushort*)p)[i];
+  const float as_half = half_bits_to_float(bits), as_bf16 = bits_as_float((uint)bits << 16);
+  return dtype == kFloat16 ? as_half : as_bf16;
+}
+
 gpu_fn ushort float_to_bf16_bits(float x) {
   uint bits = float_as_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (ushort)(bits >> 16 | 0x40);
@@ -87,15 +96,31 @@ struct RotationTable {
   gpu_global const float* transposed;  // [d][d]
 };
 
-// out[row][i] = Σ_j m[j][i] x[row][j] for four rows: m is the transposed table to rotate, the plain one to rotate back.
-gpu_fn void rotate_four(gpu_global const float* m, int d, int i, gpu_shared const float* x, int stride, float out[4]) {
-  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 16
-  for (int j = 0; j < d; j++) {
-    float r = m[j * d + i];
-    for (int row = 0; row < 4; row++) sum[row] += r * x[row * stride + j];
+constexpr int kTileRows = 8;   // vectors that share the reading of a matrix, of codes, of raw tokens
+
+// out[i][row] = Σ_j m[j][i] x[j][row], x and out being [d][kTileRows]: m is the transposed table to rotate, the plain one
+// to rotate back. Four lanes share two channels, a quarter of the sum each. Run by a whole threadgroup; d is even.
+gpu_fn void rotate_tile(gpu_global const float* m, int d, gpu_shared const float* x, gpu_shared float* out, int tid,
+                        int threads) {
+  const int lane = tid % kSimd, part = lane / 8;
+  for (int first = tid / kSimd * 8; first < d / 2; first += threads / kSimd * 8) {
+    const int pair = first + lane % 8;
+    float sum[2][kTileRows] = {};
+    if (pair < d / 2) {
+#pragma unroll 8   // loads under way
+      for (int j = part; j < d; j += 4) {
+        const float2 r = ((gpu_global const float2*)m)[j * (d / 2) + pair];
+        const float4 low = ((gpu_shared const float4*)x)[2 * j], high = ((gpu_shared const float4*)x)[2 * j + 1];
+        const float rows[kTileRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        for (int row = 0; row < kTileRows; row++) sum[0][row] += r.x * rows[row], sum[1][row] += r.y * rows[row];
+      }
+    }
+    for (int row = 0; row < kTileRows; row++)
+      for (int e = 0; e < 2; e++) {
+        const float half = sum[e][row] + gpu_lane_xor(sum[e][row], 8), whole = half + gpu_lane_xor(half, 16);
+        if (part == row / 2 && pair < d / 2) out[(2 * pair + e) * kTileRows + row] = whole;
+      }
   }
-  for (int row = 0; row < 4; row++) out[row] = sum[row];
 }
 
 }  // namespace halfbyte::gpu

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <thread>
 
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
@@ -20,6 +21,12 @@ bool has_device() {
 
 #define HALFBYTE_NEEDS_DEVICE() \
   if (!has_device()) GTEST_SKIP() << "no CUDA device that can run these kernels"
+
+// Layers are packed by the fastest kernels there are, and attended, or coded, by the reference.
+void use_backend(const std::string& name) {
+  set_num_threads((int)std::thread::hardware_concurrency());
+  ASSERT_TRUE(set_backend(name).ok());
+}
 
 // A copy of host values in device memory.
 template <class T>
@@ -187,6 +194,8 @@ std::vector<double> as_doubles(const std::vector<uint8_t>& bytes, Dtype dtype) {
 
 // The same attention by the reference layer and by the device on the layer's own bytes; the distance between them.
 double attend_distance(const Case& c, unsigned seed, bool portable) {
+  const std::string fastest = backends().front().name;
+  use_backend(fastest);
   Random random(seed);
   Layer layer = make_layer(c);
   const auto k = random.tensor(c, c.kv_heads, c.prefix, true), v = random.tensor(c, c.kv_heads, c.prefix, false);
@@ -216,7 +225,9 @@ double attend_distance(const Case& c, unsigned seed, bool portable) {
     args.mask = mask.data(), args.mask_query_stride = (ptrdiff_t)args.mask_tokens;
     args.mask_batch_stride = c.queries * args.mask_query_stride;
   }
+  use_backend("reference");
   EXPECT_TRUE(layer.attend(args).ok());
+  use_backend(fastest);
 
   const HalfbyteCudaLayer described = layer_of(c);
   const size_t page_bytes = c.kv_heads * halfbyte_cuda_page_bytes(&described);
@@ -267,16 +278,13 @@ double attend_distance(const Case& c, unsigned seed, bool portable) {
 // fp16, at random signs.
 double tolerance(Dtype dtype, bool portable) {
   if (dtype == Dtype::bfloat16) return 4e-3;
-  if (dtype == Dtype::float16) return 1e-3;
-  return portable ? 1e-5 : 8e-4;
+  if (dtype == Dtype::float16) return portable ? 5e-4 : 1e-3;
+  return 1e-5;   // float32 has portable kernels alone
 }
 
 class CudaAttend : public testing::TestWithParam<bool> {
  protected:
-  void SetUp() override {
-    HALFBYTE_NEEDS_DEVICE();
-    ASSERT_TRUE(set_backend("reference").ok());
-  }
+  void SetUp() override { HALFBYTE_NEEDS_DEVICE(); }
   void expect_close(const Case& c, unsigned seed, const std::string& what) {
     EXPECT_LT(attend_distance(c, seed, GetParam()), tolerance(c.dtype, GetParam())) << what;
   }
@@ -408,14 +416,15 @@ class CudaEncode : public testing::TestWithParam<bool> {};
 // a scale takes its whole group along. Scales of 32 bits differ in their last bits throughout, so codes alone are bound.
 TEST_P(CudaEncode, GivesTheReferenceBytes) {
   HALFBYTE_NEEDS_DEVICE();
-  ASSERT_TRUE(set_backend("reference").ok());
+  use_backend("reference");
   for (int d : {64, 128, 256, 80})
     for (Dtype dtype : {Dtype::float16, Dtype::bfloat16, Dtype::float32})
       for (int group : {32, 0, 16})
         for (bool search : {true, false})
           for (int bits : {4, 8}) {
+            if ((d == 256 || d == 80) && (dtype != Dtype::float16 || bits == 8)) continue;   // the reference takes d² each
             Case c;
-            c.head_dim = d, c.dtype = dtype, c.prefix = 161, c.batch = 2;
+            c.head_dim = d, c.dtype = dtype, c.prefix = 97, c.batch = 2;
             c.recipe.k = {bits, group}, c.recipe.v = {bits, group}, c.recipe.search = search;
             c.recipe.lambda = group == 0, c.recipe.signed_scale = bits == 4 || group == 32;
             const Difference difference = encode_difference(c, (unsigned)(d + group + search), GetParam());
@@ -454,7 +463,7 @@ TEST(CudaEncode, FlagsWhatCanNotBeCoded) {
 
 TEST(CudaDecode, GivesBackWhatTheReferenceDoes) {
   HALFBYTE_NEEDS_DEVICE();
-  ASSERT_TRUE(set_backend("reference").ok());
+  use_backend("reference");
   for (int d : {16, 80, 128, 512}) {
     Case c;
     c.head_dim = d, c.prefix = 113, c.batch = 2, c.recipe.lambda = true, c.dtype = Dtype::float32;

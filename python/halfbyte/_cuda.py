@@ -1,0 +1,123 @@
+"""ctypes bindings of libhalfbyte_cuda, loaded when the first CUDA tensor comes: addresses, strides and streams as ints."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+_INT, _DOUBLE, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+def _structure(name, *fields):
+    """A ctypes.Structure; fields: (space-separated names, type) pairs in the order of cuda/halfbyte_cuda.h."""
+    flat = [(field, kind) for names, kind in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": flat})
+
+
+LayerDescription = _structure(
+    "LayerDescription",
+    ("kv_heads head_dim_k head_dim_v dtype", _INT),
+    ("k_bits v_bits k_group v_group scale_bits search signed_scale", _INT),
+    ("rotation seed layer_index", _INT),
+)
+View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
+Tables = _structure(
+    "Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS)
+)
+Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
+Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
+Attend = _structure(
+    "Attend",
+    ("layer", LayerDescription),
+    ("k v", Tables),
+    ("pages", Pages),
+    ("batch heads queries causal", _INT),
+    ("scale softcap", _DOUBLE),
+    ("length first sliding_window sink_tokens packed_end raw_window warm_up kept", _INT),
+    ("q out", View),
+    ("mask", _ADDRESS),
+    ("mask_tokens mask_batch_stride mask_query_stride", _INT),
+    ("sinks", _ADDRESS),
+    ("raw", Raw * 3),
+    ("n_raw", _INT),
+    ("space arrivals", _ADDRESS),
+    ("portable", _INT),
+    ("stream", _ADDRESS),
+)
+Encode = _structure(
+    "Encode",
+    ("layer", LayerDescription),
+    ("k_tables v_tables", Tables),
+    ("pages", Pages),
+    ("batch first_token tokens data_first", _INT),
+    ("k v", View),
+    ("limit", _DOUBLE),
+    ("bad", _ADDRESS),
+    ("portable", _INT),
+    ("stream", _ADDRESS),
+)
+Decode = _structure(
+    "Decode",
+    ("layer", LayerDescription),
+    ("k_tables v_tables", Tables),
+    ("pages", Pages),
+    ("batch first_token tokens out_first out_tokens", _INT),
+    ("k v", _ADDRESS),
+    ("stream", _ADDRESS),
+)
+Store = _structure(
+    "Store",
+    ("layer", LayerDescription),
+    ("batch tokens slot capacity", _INT),
+    ("k v", View),
+    ("tail_k tail_v", _ADDRESS),
+    ("stream", _ADDRESS),
+)
+
+
+def bind(path):
+    """The library at `path` with its functions typed."""
+    library = ctypes.CDLL(str(path))
+    pointer = ctypes.POINTER
+    for name, structure in (("attend", Attend), ("encode", Encode), ("decode", Decode), ("store", Store)):
+        getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(structure)]
+    library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
+    library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
+    library.halfbyte_cuda_fragment_bytes.argtypes = [pointer(LayerDescription), _INT]
+    for name in ("attend_space", "page_bytes", "fragment_bytes"):
+        getattr(library, f"halfbyte_cuda_{name}").restype = _INT
+    for name in ("rotation", "fragments"):
+        function = getattr(library, f"halfbyte_cuda_{name}")
+        function.argtypes, function.restype = [pointer(LayerDescription), _INT, _ADDRESS], None
+    library.halfbyte_cuda_probe.argtypes = [_INT]
+    library.halfbyte_cuda_error.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def library():
+    """The loaded library. Raises NotImplementedError where this package was built without it."""
+    path = Path(__file__).with_name("libhalfbyte_cuda.so")
+    if not path.exists():
+        raise NotImplementedError(
+            "CUDA tensors: this halfbyte was built without nvcc; install it from source where nvcc is on the PATH"
+        )
+    return bind(path)
+
+
+@functools.cache
+def usable(device_index):
+    """The library, if this device can run it. Raises NotImplementedError saying what is missing."""
+    found = library()
+    error = found.halfbyte_cuda_probe(device_index)
+    if error:
+        raise NotImplementedError(
+            f"CUDA device {device_index} can not run halfbyte's kernels: {found.halfbyte_cuda_error(error).decode()}; "
+            "takes compute capability 8.0 or later and a driver for CUDA 13; use a cache on the CPU or DynamicCache"
+        )
+    return found
+
+
+def check(error):
+    """Raises RuntimeError for what a launch returned."""
+    if error:
+        raise RuntimeError(f"CUDA: {library().halfbyte_cuda_error(error).decode()}")
