@@ -1,8 +1,6 @@
-"""ctypes bindings of libhalfbyte_cuda, loaded when the first CUDA tensor comes: addresses, strides and streams as ints."""
+"""ctypes bindings of libhalfbyte_cuda: addresses, strides and streams as ints, in the order of cuda/halfbyte_cuda.h."""
 
 import ctypes
-import functools
-from pathlib import Path
 
 _INT, _DOUBLE, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 
@@ -20,9 +18,7 @@ LayerDescription = _structure(
     ("rotation seed layer_index", _INT),
 )
 View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
-Tables = _structure(
-    "Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS)
-)
+Tables = _structure("Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS))
 Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
 Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
 Attend = _structure(
@@ -64,21 +60,13 @@ Decode = _structure(
     ("k v", _ADDRESS),
     ("stream", _ADDRESS),
 )
-Store = _structure(
-    "Store",
-    ("layer", LayerDescription),
-    ("batch tokens slot capacity", _INT),
-    ("k v", View),
-    ("tail_k tail_v", _ADDRESS),
-    ("stream", _ADDRESS),
-)
 
 
 def bind(path):
     """The library at `path` with its functions typed."""
     library = ctypes.CDLL(str(path))
     pointer = ctypes.POINTER
-    for name, structure in (("attend", Attend), ("encode", Encode), ("decode", Decode), ("store", Store)):
+    for name, structure in (("attend", Attend), ("encode", Encode), ("decode", Decode)):
         getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(structure)]
     library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
     library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
@@ -88,36 +76,5 @@ def bind(path):
     for name in ("rotation", "fragments"):
         function = getattr(library, f"halfbyte_cuda_{name}")
         function.argtypes, function.restype = [pointer(LayerDescription), _INT, _ADDRESS], None
-    library.halfbyte_cuda_probe.argtypes = [_INT]
     library.halfbyte_cuda_error.restype = ctypes.c_char_p
     return library
-
-
-@functools.cache
-def library():
-    """The loaded library. Raises NotImplementedError where this package was built without it."""
-    path = Path(__file__).with_name("libhalfbyte_cuda.so")
-    if not path.exists():
-        raise NotImplementedError(
-            "CUDA tensors: this halfbyte was built without nvcc; install it from source where nvcc is on the PATH"
-        )
-    return bind(path)
-
-
-@functools.cache
-def usable(device_index):
-    """The library, if this device can run it. Raises NotImplementedError saying what is missing."""
-    found = library()
-    error = found.halfbyte_cuda_probe(device_index)
-    if error:
-        raise NotImplementedError(
-            f"CUDA device {device_index} can not run halfbyte's kernels: {found.halfbyte_cuda_error(error).decode()}; "
-            "takes compute capability 8.0 or later and a driver for CUDA 13; use a cache on the CPU or DynamicCache"
-        )
-    return found
-
-
-def check(error):
-    """Raises RuntimeError for what a launch returned."""
-    if error:
-        raise RuntimeError(f"CUDA: {library().halfbyte_cuda_error(error).decode()}")

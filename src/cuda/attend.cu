@@ -12,15 +12,13 @@ namespace {
 
 struct PortableCall {
   AttendCall base;
-  int begin, end;      // packed tokens that any query sees
+  int begin, end;  // packed tokens that any query sees
   int splits;
 };
 
-constexpr int kSmallestSplit = 128;   // tokens
+constexpr int kSmallestSplit = 128;  // tokens
 
-HALFBYTE_INLINE int prepare_floats(const PageFormat& f) {
-  return kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
-}
+HALFBYTE_INLINE int prepare_floats(const PageFormat& f) { return kTileRows * (f.k.head_dim + f.k.padded_dim + 2); }
 
 template <bool Wide>
 __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
@@ -30,15 +28,16 @@ __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid
   const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
   float* rotated = memory + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * s.format.k.padded_dim;
-  prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x, blockDim.x);
+  prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x,
+                        blockDim.x);
   const int slot = threadIdx.x / kSimd, row = min(tile * kTileRows + slot, rows_of(s) - 1);
   const int blocks = (call.end + kBlockTokens - 1) / kBlockTokens - call.begin / kBlockTokens;
   const int first = call.begin / kBlockTokens;
   const int begin = (first + (int)((long long)blocks * split / call.splits)) * kBlockTokens;
   const int end = (first + (int)((long long)blocks * (split + 1) / call.splits)) * kBlockTokens;
-  attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end),
-                    rotated + slot, largest[kTileRows + slot],
-                    call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), slot, threadIdx.x % kSimd);
+  attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end), rotated + slot,
+                    largest[kTileRows + slot], call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s),
+                    slot, threadIdx.x % kSimd);
 }
 
 template <bool Wide>
@@ -47,8 +46,9 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Por
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x;
   finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,
-         call.base.buffers.partials + (long long)segment * call.splits * partial_floats(s), call.splits,
-         segment / tiles / s.kv_heads, segment / tiles % s.kv_heads, segment % tiles, memory, threadIdx.x, blockDim.x);
+               call.base.buffers.partials + (long long)segment * call.splits * partial_floats(s), call.splits,
+               segment / tiles / s.kv_heads, segment / tiles % s.kv_heads, segment % tiles, memory, threadIdx.x,
+               blockDim.x);
 }
 
 int splits_of(const AttendShape& s, int begin, int end) {
@@ -63,9 +63,11 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   PortableCall call{base, begin, end, begin < end ? splits_of(s, begin, end) : 0};
   const bool wide = s.dtype == kFloat32;
   if (call.splits)
-    if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits, kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
+    if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits,
+                           kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
       return error;
-  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_floats(s.format) * 4, stream, call);
+  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_floats(s.format) * 4, stream,
+                call);
 }
 
 // ---- The tensor-core way
@@ -75,15 +77,15 @@ using AttendKernel = void (*)(AttendCall);
 // The kinds that recipes use; what is not here goes the portable way.
 template <int D>
 AttendKernel kernel_for(const PageFormat& f, Groups k, Groups v) {
-  const int bits = f.k.bits * 10 + f.v.bits;
   const bool wide = f.k.scale_bytes == 4;
-  if (k == kHalves && v == kHalves && bits == 44 && !wide) return attend_kernel<D, 4, 4, kHalves, kHalves, __half>;
-  if (k == kHalves || v == kHalves) return nullptr;
-  if (wide) return bits != 44 ? nullptr : v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, float>
-                                                      : attend_kernel<D, 4, 4, kSpans, kSpans, float>;
-  if (bits == 44) return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, __half> : attend_kernel<D, 4, 4, kSpans, kSpans, __half>;
-  if (bits == 84) return v == kWhole ? attend_kernel<D, 8, 4, kSpans, kWhole, __half> : attend_kernel<D, 8, 4, kSpans, kSpans, __half>;
-  return bits == 88 ? attend_kernel<D, 8, 8, kSpans, kSpans, __half> : nullptr;
+  if (k == kHalves || v == kHalves)
+    return k == v && f.k.bits == 4 && f.v.bits == 4 && !wide ? attend_kernel<D, 4, 4, kHalves, kHalves, __half>
+                                                             : nullptr;
+  if (f.v.bits == 8) return nullptr;
+  if (f.k.bits == 8) return v == kWhole && !wide ? attend_kernel<D, 8, 4, kSpans, kWhole, __half> : nullptr;
+  if (wide)
+    return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, float> : attend_kernel<D, 4, 4, kSpans, kSpans, float>;
+  return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, __half> : attend_kernel<D, 4, 4, kSpans, kSpans, __half>;
 }
 
 Groups groups_of(const SideFormat& f) { return f.n_groups == 1 ? kWhole : f.group < kSpan ? kHalves : kSpans; }
@@ -92,10 +94,14 @@ Groups groups_of(const SideFormat& f) { return f.n_groups == 1 ? kWhole : f.grou
 AttendKernel kernel_for(const PageFormat& f, int dtype) {
   if (f.k.head_dim != f.v.head_dim || dtype == kFloat32) return nullptr;
   switch (f.k.head_dim) {
-    case 64: return kernel_for<64>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
-    case 128: return kernel_for<128>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
-    case 256: return kernel_for<256>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
-    default: return nullptr;
+    case 64:
+      return kernel_for<64>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+    case 128:
+      return kernel_for<128>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+    case 256:
+      return kernel_for<256>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+    default:
+      return nullptr;
   }
 }
 
@@ -105,9 +111,8 @@ int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 *
 // Sets warps and stages to what fits in shared memory; false if two stages do not.
 bool plan_memory(AttendCall& call) {
   const PageFormat& f = call.shape.format;
-  const int bps = getenv("HB_BPS") ? atoi(getenv("HB_BPS")) : 1, w = getenv("HB_WARPS") ? atoi(getenv("HB_WARPS")) : kMaxWarps;
-  for (call.warps = w; call.warps >= 2; call.warps /= 2) {
-    const int room = (shared_memory_limit() + 1024) / bps - 1024 - 64 - work_floats(f, call.warps) * 4;
+  for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
+    const int room = shared_memory_limit() - 64 - work_floats(f, call.warps) * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -135,7 +140,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   for (int i = 0; i < call.n_raw; i++) {
     const HalfbyteCudaRaw& raw = a.raw[i];
     call.raw[i] = {bytes_of(raw.k.data), bytes_of(raw.v.data), strides_of(raw.k), strides_of(raw.v),
-                   (int)raw.first, (int)raw.begin, (int)raw.end, (int)raw.are_sinks};
+                   (int)raw.first,       (int)raw.begin,       (int)raw.end,      (int)raw.are_sinks};
   }
   return call;
 }
@@ -147,17 +152,38 @@ void packed_range(const AttendShape& s, bool masked, int& begin, int& end) {
   for (int query = 0; query < s.queries; query++) end = std::max(end, sight_of(s, query * s.group, masked).packed_end);
 }
 
+// Tiles that take as long as preparing the queries of one more segment and finishing it.
+constexpr int kSegmentTiles = 100;
+constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
+
+// Whole segments to blocks, or equal parts of one segment, unless that leaves too many multiprocessors idle: then
+// blocks cross from one segment into the next.
+void split_work(AttendCall& call, int all) {
+  const int segments = all / call.n_tiles, processors = multiprocessors();
+  const int most = std::max(1, call.n_tiles / (call.warps * kFewestTiles));
+  call.splits = std::max(1, std::min(most, processors / segments));
+  call.blocks = segments * call.splits;
+  const int rounds = (call.blocks + processors - 1) / processors;
+  if (rounds * (call.n_tiles / call.splits + kSegmentTiles) <= all / processors + 2 * kSegmentTiles ||
+      call.splits == most)
+    return;
+  call.splits = 0;
+  call.blocks = std::min(processors, (all + call.warps - 1) / call.warps);
+  call.share = all / call.blocks, call.larger = all % call.blocks;
+}
+
 // Completes the call; false if it is one for the portable kernels.
 bool plan(AttendCall& call, const HalfbyteCudaAttend& a, int& begin, int& end) {
   packed_range(call.shape, a.mask != nullptr, begin, end);
-  if (a.portable || begin >= end || !kernel_for(call.shape.format, call.shape.dtype) || !plan_memory(call)) return false;
+  if (a.portable || begin >= end || !kernel_for(call.shape.format, call.shape.dtype) || !plan_memory(call))
+    return false;
   call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
   const AttendShape& s = call.shape;
   const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
+  if (all >= 1 << 30) return false;  // items are counted in 32 bits
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
-  call.blocks = (int)std::min<long long>(multiprocessors() * (getenv("HB_BPS") ? atoi(getenv("HB_BPS")) : 1), (all + call.warps - 1) / call.warps);
-  call.share = (int)(all / call.blocks), call.larger = (int)(all % call.blocks);
-  return all < 1 << 30;   // items are counted in 32 bits
+  split_work(call, (int)all);
+  return true;
 }
 
 }  // namespace

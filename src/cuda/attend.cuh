@@ -1,9 +1,9 @@
 // Decode attention on packed codes with tensor cores: split over the tokens, merged by the last block to finish.
 //
-// The format's rows are mma fragments as they are. A 32-bit word of a K row holds four channels of one token, of a V row
-// four tokens of one channel; thread (g, t) takes words 2g and 2g+1 of row t. With tokens (K) or channels (V) as the 16
-// rows of A and query heads as the 8 columns of B, scores leave the first product where the second one, after an 8×8
-// transposition, wants its weights: only the order in which sums run differs from the channels' own.
+// The format's rows are mma fragments as they are. A 32-bit word of a K row holds four channels of one token, of a V
+// row four tokens of one channel; thread (g, t) takes words 2g and 2g+1 of row t. With tokens (K) or channels (V) as
+// the 16 rows of A and query heads as the 8 columns of B, scores leave the first product where the second one, after an
+// 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -11,10 +11,11 @@
 
 namespace halfbyte::gpu {
 
-constexpr int kTileTokens = 32;       // tokens that a warp takes at a time: two blocks
+constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two blocks
 constexpr int kTileBlocks = kTileTokens / kBlockTokens;
-constexpr int kMaxWarps = 8;          // of a thread block
-constexpr int kMaxRaw = 3;            // spans of raw tokens: sinks, the tail before this step, this step's own
+// Warps of a thread block: as many as registers hold.
+HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
+constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
 
 // Weights are held as 2^(score − top + kWeightBias) in fp16; `top` lags behind by up to kSlack, which saves rescaling.
@@ -26,16 +27,16 @@ struct AttendCall {
   AttendBuffers buffers;
   RawTokens raw[kMaxRaw];
   int n_raw;
-  int first_tile, n_tiles;   // packed tokens that any query sees, in tiles of kTileTokens
-  int blocks;                // thread blocks, which share all (sequence, head, row tile, token tile) evenly:
-  int share, larger;         // so many each, and one more for the first `larger` of them
-  int warps, stages;         // stages: tiles of each warp that are under way
-  int k_shift, v_shift;      // a span's group is span >> shift, where groups are whole spans
-  int* arrivals;             // [batch][kv_heads][row tiles], zero between calls
+  int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
+  int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
+  int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
+  int warps, stages;        // stages: tiles of each warp that are under way
+  int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
+  int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
 };
 
 // Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
-HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }   // of one warp
+HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
 HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
   const int finishing = finish_floats(f), merging = warps / 2 * merge_floats(f.v.padded_dim);
   const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
@@ -46,26 +47,39 @@ HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
   return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
 }
 
-// First work item of a thread block; items are numbered (sequence, head, row tile) first.
+// First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
 HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
+  if (call.splits)
+    return block / call.splits * call.n_tiles + (int)((long long)call.n_tiles * (block % call.splits) / call.splits);
   return block * call.share + (block < call.larger ? block : call.larger);
 }
 
-// The thread block that item i belongs to.
+// The thread block that item i belongs to; only where splits is 0.
 HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
   const int in_larger = call.larger * (call.share + 1);
   return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
 }
 
+// The thread blocks that share a segment.
+struct Sharers {
+  int first, n;
+};
+
+HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
+  if (call.splits) return {segment * call.splits, call.splits};
+  const int first = block_of(call, segment * call.n_tiles);
+  return {first, block_of(call, (segment + 1) * call.n_tiles - 1) - first + 1};
+}
+
 // ---- One warp's ring of tiles
 
 struct Ring {
-  uint8_t* memory;        // [stages][stage_bytes]
-  int next, end;          // work items not yet asked for: next, next + warps, …
-  unsigned asked;         // tiles asked for so far
-  int fill, take;         // the slots to fill and to read next
-  int codes, scales;      // bytes of a tile
-  const uint8_t* ahead;   // lane i: address of the i-th tile from asked / 32 · 32
+  uint8_t* memory;       // [stages][stage_bytes]
+  int next, end;         // work items not yet asked for: next, next + warps, …
+  unsigned asked;        // tiles asked for so far
+  int fill, take;        // the slots to fill and to read next
+  int codes, scales;     // bytes of a tile
+  const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
 };
 
 __device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
@@ -74,7 +88,7 @@ __device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, i
   const int row = item / call.n_tiles / row_tiles(s);
   const int token = tile * kTileTokens;
   return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
-         token % kPageTokens / kTileTokens;   // a page is aligned to 16: the low bit tells which half of it
+         token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
 }
 
 // Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
@@ -104,9 +118,9 @@ __device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring,
 
 template <int D>
 struct Running {
-  float acc[D / 16][4];   // Σ weight · scale / unit · code: channels 16i + 2g, + 2g+1 by columns 2t, 2t+1
-  float top[2], sum[2];   // of columns 2t, 2t+1; sums of this thread's tokens alone
-  int unit_exponent;      // of V's scales: all so far are below 2^(unit_exponent + 1)
+  float acc[D / 16][4];  // Σ weight · scale / unit · code: channels 16i + 2g, + 2g+1 by columns 2t, 2t+1
+  float top[2], sum[2];  // of columns 2t, 2t+1; sums of this thread's tokens alone
+  int unit_exponent;     // of V's scales: all so far are below 2^(unit_exponent + 1)
 };
 
 template <int D>
@@ -129,9 +143,9 @@ __device__ __forceinline__ void rescale(Running<D>& r, float column0, float colu
 
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
-  float factor[2], offset[2];   // score = factor · product + offset
-  int lo[2], end[2];            // packed tokens seen
-  int open_from, open_to;       // seen by all columns of the tile
+  float factor[2], offset[2];  // score = factor · product + offset
+  int lo[2], end[2];           // packed tokens seen
+  int open_from, open_to;      // seen by all columns of the tile
 };
 
 // How groups lie: each half of a span has its own, each span (or two, or more) has, or the whole head has one.
@@ -141,13 +155,16 @@ enum Groups { kHalves, kSpans, kWhole };
 template <class Scale>
 __device__ __forceinline__ float2 scale_pair(const uint8_t* scales, int group, int g) {
   const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
-  if constexpr (sizeof(Scale) == 4) return reinterpret_cast<const float2*>(row)[g];
-  else return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
+  if constexpr (sizeof(Scale) == 4)
+    return reinterpret_cast<const float2*>(row)[g];
+  else
+    return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
 }
 
 // Scales of tokens 4t and 4t+2, then 4t+1 and 4t+3, divided by 2^unit_exponent.
 template <class Scale>
-__device__ __forceinline__ void unit_scales(const uint8_t* scales, int group, int t, float unit, __half2& even, __half2& odd) {
+__device__ __forceinline__ void unit_scales(const uint8_t* scales, int group, int t, float unit, __half2& even,
+                                            __half2& odd) {
   const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
   if constexpr (sizeof(Scale) == 4) {
     const float4 four = reinterpret_cast<const float4*>(row)[t];
@@ -193,7 +210,8 @@ __device__ __forceinline__ void score_block(int shift, const uint8_t* codes, con
     mma(part, first, q[2 * span][0], q[2 * span][1]);
     if constexpr (Kind == kHalves) {
       const float2 s = scale_pair<Scale>(scales, 2 * span, g);
-      product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
+      product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y,
+          product[3] += part[3] * s.y;
       for (int j = 0; j < 4; j++) part[j] = 0.0f;
     }
     mma(part, second, q[2 * span + 1][0], q[2 * span + 1][1]);
@@ -238,7 +256,9 @@ __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scale
   return min(max(exponent, -14), 14);
 }
 
-__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((uint32_t)(exponent + 127) << 23); }
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __uint_as_float((uint32_t)(exponent + 127) << 23);
+}
 
 // Raises `top` of both columns to the tile's maxima; all threads of a column hold the same.
 template <int D>
@@ -256,8 +276,9 @@ __device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float hig
 
 // One tile of 32 tokens in shared memory joins the running softmax.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row, int token,
-                                            const uint32_t q[D / 16][2], const Columns& columns, int lane, Running<D>& r) {
+__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row,
+                                            int token, const uint32_t q[D / 16][2], const Columns& columns, int lane,
+                                            Running<D>& r) {
   const AttendShape& s = call.shape;
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
@@ -267,10 +288,11 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   float score[kTileBlocks][4];
 #pragma unroll
   for (int i = 0; i < kTileBlocks; i++) {
-    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q, lane, score[i]);
+    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
+                                          lane, score[i]);
     for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + columns.offset[j & 1];
   }
-  if (s.softcap > 0.0f)   // otherwise factor and offset hold log2(e) already
+  if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
     for (int i = 0; i < kTileBlocks; i++)
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
   if (call.buffers.mask || token < columns.open_from || token + kTileTokens > columns.open_to)
@@ -301,8 +323,8 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
     r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
     const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
     const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
-    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK, scales + i * block_scales + k_scales,
-                               even, odd, unit, lane, r);
+    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK,
+                                        scales + i * block_scales + k_scales, even, odd, unit, lane, r);
   }
 }
 
@@ -337,8 +359,7 @@ __device__ void merge_warps(Running<D>& r, float* memory, int warps, int warp, i
         r.top[j] = top, r.sum[j] = r.sum[j] * keep[j] + slot[(D / 4 + 2 + j) * kSimd] * take[j];
       }
       for (int i = 0; i < D / 16; i++)
-        for (int j = 0; j < 4; j++)
-          r.acc[i][j] = r.acc[i][j] * keep[j & 1] + slot[(i * 4 + j) * kSimd] * take[j & 1];
+        for (int j = 0; j < 4; j++) r.acc[i][j] = r.acc[i][j] * keep[j & 1] + slot[(i * 4 + j) * kSimd] * take[j & 1];
     }
     __syncthreads();
   }
@@ -367,7 +388,8 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
   float* rotated = work + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * D;
   float* offset = largest + kTileRows;
-  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x, call.warps * kSimd);
+  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
+                         call.warps * kSimd);
   const int g = lane / 4, t = lane % 4;
   const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
 #pragma unroll
@@ -381,25 +403,38 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
     const int column = 2 * t + j;
     columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
     const RowSight sight = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
-    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;   // sinks are raw
+    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;  // sinks are raw
   }
   columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));
   columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));
   __syncthreads();
 }
 
-// Brings the table that `finish` needs into the L2 cache while there is other work.
+constexpr int kLine = 128;  // bytes that one prefetch brings
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Brings what `finish` reads for a segment into the L2 cache while there is other work.
 template <int D>
-__device__ __forceinline__ void warm_rotation_back(const AttendCall& call) {
-  const char* table = reinterpret_cast<const char*>(call.buffers.rotation_v.r);
-  constexpr int kLine = 128;
-  if (table)
+__device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
+  const AttendBuffers& in = call.buffers;
+  if (in.rotation_v.r)
     for (int at = threadIdx.x * kLine; at < D * D * 4; at += call.warps * kSimd * kLine)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(table + at));
+      prefetch(reinterpret_cast<const char*>(in.rotation_v.r) + at);
+  if (in.offset_v && threadIdx.x < D * 4 / kLine)
+    prefetch(in.offset_v + ((long long)b * call.shape.kv_heads + head) * D + threadIdx.x * (kLine / 4));
+  for (int i = 0; i < call.n_raw; i++) {
+    const RawTokens& raw = call.raw[i];
+    constexpr int kLines = D * 2 / kLine;  // of a token
+    for (int at = threadIdx.x; at < (raw.end - raw.begin) * kLines; at += call.warps * kSimd) {
+      const int token = raw.begin - raw.first + at / kLines, line = at % kLines * kLine;
+      prefetch(raw.k + 2 * element_at(raw.k_strides, b, head, token) + line);
+      prefetch(raw.v + 2 * element_at(raw.v_strides, b, head, token) + line);
+    }
+  }
 }
 
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
   extern __shared__ __align__(16) float work[];
   __shared__ int arrived;
   const AttendShape& s = call.shape;
@@ -407,19 +442,29 @@ __global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __gri
   const int bytes = stage_bytes(s.format);
   const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
   uint8_t* rings = reinterpret_cast<uint8_t*>(work + work_floats(s.format, call.warps));
-  Ring ring{rings + (size_t)warp * call.stages * bytes, first + warp, last, 0, 0, 0,
-            kTileBlocks * (int)block_code_bytes(s.format), kTileBlocks * (int)block_scale_bytes(s.format), nullptr};
-  for (int i = 0; i + 1 < call.stages; i++) ask_for_tile(call, ring, lane);
+  Ring ring{rings + (size_t)warp * call.stages * bytes,
+            first + warp,
+            last,
+            0,
+            0,
+            0,
+            kTileBlocks * (int)block_code_bytes(s.format),
+            kTileBlocks * (int)block_scale_bytes(s.format),
+            nullptr};
+  // Few tiles before the queries are prepared, whose own loads would queue behind more; the rest after.
+  int ahead = 0;
+  for (; ahead < min(2, call.stages - 1); ahead++) ask_for_tile(call, ring, lane);
 
-  warm_rotation_back<D>(call);
-  int item = first + warp;   // this warp's next tile
+  int item = first + warp;  // this warp's next tile
   for (int begin = first; begin < last;) {
-    const int segment = begin / call.n_tiles;   // (sequence, head, row tile)
+    const int segment = begin / call.n_tiles;  // (sequence, head, row tile)
     const int end = min(last, (segment + 1) * call.n_tiles);
     const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
+    prefetch_for_finish<D>(call, b, head);
     uint32_t q[D / 16][2];
     Columns columns;
     take_queries<D>(call, b, head, tile, work, lane, q, columns);
+    for (; ahead < call.stages - 1; ahead++) ask_for_tile(call, ring, lane);
     Running<D> running;
     clear(running);
     for (; item < end; item += call.warps) {
@@ -427,25 +472,25 @@ __global__ void __launch_bounds__(kMaxWarps* kSimd, 1) attend_kernel(const __gri
       copy_async_wait(call.stages - 1);
       __syncwarp();
       const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
-      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, b, tile * kTileRows, token, q, columns, lane,
-                                          running);
-      __syncwarp();   // before the ring's slot is filled again
+      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, b, tile * kTileRows,
+                                                            token, q, columns, lane, running);
+      __syncwarp();  // before the ring's slot is filled again
       ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
     }
     close(running);
     merge_warps(running, work, call.warps, warp, lane);
-    const int first_block = block_of(call, segment * call.n_tiles);
-    const int sharers = block_of(call, (segment + 1) * call.n_tiles - 1) - first_block + 1;
-    float* partials = call.buffers.partials + (long long)(first_block + segment) * partial_floats(s);
-    if (warp == 0) store_partial(running, partials + (blockIdx.x - first_block) * partial_floats(s), lane);
+    const Sharers sharers = sharers_of(call, segment);
+    float* partials = call.buffers.partials + (long long)(sharers.first + segment) * partial_floats(s);
+    if (warp == 0) store_partial(running, partials + (blockIdx.x - sharers.first) * partial_floats(s), lane);
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) arrived = atomicAdd(&call.arrivals[segment], 1);
     __syncthreads();
-    if (arrived == sharers - 1) {
+    if (arrived == sharers.n - 1) {
       __threadfence();
       if (threadIdx.x == 0) call.arrivals[segment] = 0;
-      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers, b, head, tile, work, threadIdx.x, call.warps * kSimd);
+      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work, threadIdx.x,
+                    call.warps * kSimd);
       __syncthreads();
     }
     begin = end;

@@ -1,4 +1,4 @@
-// Launches encoding, decoding and the storing of raw tokens, and makes the tables they read.
+// Launches encoding and decoding, and makes the tables they read.
 #include "cuda/encode.cuh"
 
 #include <algorithm>
@@ -12,9 +12,11 @@
 namespace halfbyte::gpu {
 namespace {
 
-constexpr int kVectors = 8;   // simdgroups of a portable thread block, one vector each
+constexpr int kVectors = 8;  // simdgroups of a portable thread block, one vector each
 
-HALFBYTE_INLINE int widest(const PageFormat& f) { return f.k.padded_dim > f.v.padded_dim ? f.k.padded_dim : f.v.padded_dim; }
+HALFBYTE_INLINE int widest(const PageFormat& f) {
+  return f.k.padded_dim > f.v.padded_dim ? f.k.padded_dim : f.v.padded_dim;
+}
 
 // The vector of one simdgroup: (side, sequence, head, token) in that order, sides last.
 struct Item {
@@ -51,26 +53,6 @@ __global__ void __launch_bounds__(kVectors* kSimd) decode_kernel(const __grid_co
                 memory + threadIdx.x / kSimd * widest(s.format), threadIdx.x % kSimd);
 }
 
-struct StoreCall {
-  int batch, kv_heads, tokens, slot, capacity, element_bytes;
-  int d[2];
-  const uchar* from[2];
-  Strides3 strides[2];
-  uchar* to[2];
-};
-
-// One thread an element pair of bytes: rows are short, and a decode step has one of each head.
-__global__ void store_kernel(const __grid_constant__ StoreCall call) {
-  const int side = blockIdx.y, d = call.d[side], halves = d * call.element_bytes / 2;
-  const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (long long)call.batch * call.kv_heads * call.tokens * halves) return;
-  const int at = (int)(i % halves), token = (int)(i / halves % call.tokens);
-  const int row = (int)(i / halves / call.tokens), b = row / call.kv_heads, head = row % call.kv_heads;
-  const long long from = element_at(call.strides[side], b, head, token) * call.element_bytes / 2 + at;
-  const long long to = ((long long)row * call.capacity + call.slot + token) * halves + at;
-  reinterpret_cast<ushort*>(call.to[side])[to] = reinterpret_cast<const ushort*>(call.from[side])[from];
-}
-
 EncodeSide side_of(const SideFormat& f, const HalfbyteCudaView& view, const HalfbyteCudaTables& tables) {
   EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}};
   std::copy_n(f.signed_scale ? kSearchSigned : kSearch, kSearchSize, side.factors);
@@ -84,7 +66,7 @@ bool is_aligned(const HalfbyteCudaView& view) {
 
 bool has_fragments(const SideFormat& f, int64_t dtype) {
   const int d = f.head_dim;
-  return (d == 64 || d == 128 || d == 256) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
+  return (d == 64 || d == 128) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
 }
 
 // The largest element up to `limit`, as bits of fp16 or bf16.
@@ -100,11 +82,10 @@ int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
   const size_t bytes = fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
   const int warps = call.shape.batch * call.shape.kv_heads * call.shape.tokens / kBlockTokens;
-  const int each = d == 256 ? 1 : std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));   // blocks a multiprocessor
+  const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
   const int sides = std::min((warps + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
-  if (d == 64) return launch(encode_kernel<T, 64, true>, 2 * sides, kEncodeWarps * kSimd, bytes, stream, call);
-  if (d == 128) return launch(encode_kernel<T, 128, true>, 2 * sides, kEncodeWarps * kSimd, bytes, stream, call);
-  return launch(encode_kernel<T, 256, false>, 2 * sides, kEncodeWarps * kSimd, 0, stream, call);
+  return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>, 2 * sides, kEncodeWarps * kSimd, bytes, stream,
+                call);
 }
 
 int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
@@ -168,8 +149,8 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   call.pages = pages_of(a->pages), call.bad = a->bad;
   call.limit_bits = limit_bits(s.limit, s.dtype);
   const int begin = (int)a->first_token, end = begin + (int)a->tokens;
-  const bool fast = !a->portable && call.fragments[0] && call.fragments[1] && s.format.k.head_dim == s.format.v.head_dim &&
-                    is_aligned(a->k) && is_aligned(a->v);
+  const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
+                    s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v);
   // Whole blocks have kernels of their own; what is before and after them goes vector by vector.
   const int from = std::min(end, (begin + kBlockTokens - 1) / kBlockTokens * kBlockTokens);
   const int to = fast ? std::max(from, end / kBlockTokens * kBlockTokens) : from;
@@ -177,7 +158,8 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   if (int error = encode_portable(call, to, end - to, a->stream)) return error;
   if (from == to) return 0;
   s.first_token = from, s.tokens = to - from;
-  return s.dtype == kBfloat16 ? encode_blocks_with<__nv_bfloat16>(call, a->stream) : encode_blocks_with<__half>(call, a->stream);
+  return s.dtype == kBfloat16 ? encode_blocks_with<__nv_bfloat16>(call, a->stream)
+                              : encode_blocks_with<__half>(call, a->stream);
 }
 
 extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
@@ -185,29 +167,20 @@ extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
   DecodeCall call{};
   DecodeShape& s = call.shape;
   s.format = page_format(a->layer);
-  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.first_token = (int)a->first_token, s.tokens = (int)a->tokens;
+  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.first_token = (int)a->first_token,
+  s.tokens = (int)a->tokens;
   s.out_first = (int)a->out_first, s.out_tokens = (int)a->out_tokens;
   call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda};
   call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda};
   call.pages = pages_of(a->pages);
   const long long vectors = 2ll * s.batch * s.kv_heads * s.tokens;
-  return launch(decode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd, kVectors * widest(s.format) * 4,
-                a->stream, call);
+  return launch(decode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
+                kVectors * widest(s.format) * 4, a->stream, call);
 }
 
-extern "C" int halfbyte_cuda_store(const HalfbyteCudaStore* a) {
-  if (a->tokens <= 0) return 0;
-  const StoreCall call{(int)a->batch, (int)a->layer.kv_heads, (int)a->tokens, (int)a->slot, (int)a->capacity,
-                       a->layer.dtype == kFloat32 ? 4 : 2, {(int)a->layer.head_dim_k, (int)a->layer.head_dim_v},
-                       {bytes_of(a->k.data), bytes_of(a->v.data)}, {strides_of(a->k), strides_of(a->v)},
-                       {bytes_of(a->tail_k), bytes_of(a->tail_v)}};
-  const long long halves = (long long)call.batch * call.kv_heads * call.tokens * std::max(call.d[0], call.d[1]) *
-                           call.element_bytes / 2;
-  store_kernel<<<dim3((unsigned)((halves + 255) / 256), 2), 256, 0, static_cast<cudaStream_t>(a->stream)>>>(call);
-  return (int)cudaGetLastError();
+extern "C" int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer) {
+  return (int64_t)page_head_bytes(page_format(*layer));
 }
-
-extern "C" int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer) { return (int64_t)page_head_bytes(page_format(*layer)); }
 
 extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
   const PageFormat f = page_format(*layer);
@@ -225,14 +198,17 @@ extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t 
   const std::vector<double> r = matrix_of(*layer, is_v);
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
   auto* out = static_cast<ushort*>(fragments);
-  if (layer->dtype == kBfloat16) write_fragments<__nv_bfloat16>(r, d, !is_v, out);
-  else write_fragments<__half>(r, d, !is_v, out);
+  if (layer->dtype == kBfloat16)
+    write_fragments<__nv_bfloat16>(r, d, !is_v, out);
+  else
+    write_fragments<__half>(r, d, !is_v, out);
 }
 
 extern "C" int halfbyte_cuda_probe(int64_t device) {
   cudaFuncAttributes attributes;
   int major = 0;
-  if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, (int)device)) return (int)error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, (int)device))
+    return (int)error;
   // A kernel of ours that the device has no code for says so here, not in the middle of a forward pass.
   return (int)cudaFuncGetAttributes(&attributes, decode_kernel);
 }

@@ -1,4 +1,5 @@
-// Whole blocks of K and V become codes with tensor cores: rotation as a matrix product, then scales, search and packing.
+// Whole blocks of K and V become codes with tensor cores: rotation as a matrix product, then scales, search and
+// packing.
 //
 // The output channels (K) or tokens (V) are dealt to the columns of the product so that each thread ends up with whole
 // words of the format. R is split in two fp16 or three bf16 terms, whose products are exact and summed in float.
@@ -13,18 +14,18 @@ constexpr int kEncodeWarps = 8;
 
 struct EncodeCall {
   EncodeShape shape;
-  EncodeSide side[2];                    // K, V
+  EncodeSide side[2];  // K, V
   Pages pages;
-  gpu_global const uint4* fragments[2];  // R, see fragment_index
-  gpu_global const float* rotated_offset[2];   // R mu [batch][kv_heads][d], or null
-  uint32_t limit_bits;                   // the largest codable element, as bits of its dtype
-  int* bad;                              // set to 1 if a value can not be coded
+  gpu_global const uint4* fragments[2];       // R, see fragment_index
+  gpu_global const float* rotated_offset[2];  // R mu [batch][kv_heads][d], or null
+  uint32_t limit_bits;                        // the largest codable element, as bits of its dtype
+  int* bad;                                   // set to 1 if a value can not be coded
 };
 
 template <class T>
-constexpr int kTerms = 2;   // fp16: 22 bits of R
+constexpr int kTerms = 2;  // fp16: 22 bits of R
 template <>
-constexpr int kTerms<__nv_bfloat16> = 3;   // bf16: 24 bits
+constexpr int kTerms<__nv_bfloat16> = 3;  // bf16: 24 bits
 
 // R in the order in which threads read it: [terms][d / 32 spans][d / 16 steps][2][32 lanes] of 16 bytes.
 HALFBYTE_INLINE size_t fragment_index(int d, int term, int span, int step, int part, int lane) {
@@ -36,8 +37,10 @@ HALFBYTE_INLINE int input_channel(int step, int t, int i) { return step / 2 * 32
 
 template <class T>
 __device__ __forceinline__ void mma_as(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kTerms<T> == 3) mma_bf16(c, a, b0, b1);
-  else mma(c, a, b0, b1);
+  if constexpr (kTerms<T> == 3)
+    mma_bf16(c, a, b0, b1);
+  else
+    mma(c, a, b0, b1);
 }
 
 // Thread-private results of one block: K: tokens 2g, 2g+1 by channels 4t … 4t+3 and 16+4t … of each span; V: tokens
@@ -50,15 +53,17 @@ struct Values {
 template <bool IsK>
 struct DealOf {
   static constexpr int kTokens = IsK ? 2 : 4;
-  static constexpr int kEach = IsK ? 8 : 4;   // channels of a token in a span
-  static constexpr int kFirstMask = IsK ? 1 : 4, kLastMask = IsK ? 2 : 16;   // lanes that share a token
+  static constexpr int kEach = IsK ? 8 : 4;                                 // channels of a token in a span
+  static constexpr int kFirstMask = IsK ? 1 : 4, kLastMask = IsK ? 2 : 16;  // lanes that share a token
 
   template <int D>
   static __device__ __forceinline__ float& at(Values<D>& v, int span, int token, int i) {
     return IsK ? v.y[span][i / 2][token * 2 + i % 2] : v.y[span][i / 2 * 2 + token / 2][i % 2 * 2 + token % 2];
   }
   // Channel of number i of a span, and token of number `token` of a block.
-  static __device__ __forceinline__ int channel(int i, int g, int t) { return IsK ? i / 4 * 16 + 4 * t + i % 4 : i / 2 * 16 + 2 * g + i % 2; }
+  static __device__ __forceinline__ int channel(int i, int g, int t) {
+    return IsK ? i / 4 * 16 + 4 * t + i % 4 : i / 2 * 16 + 2 * g + i % 2;
+  }
   static __device__ __forceinline__ int token(int token, int g, int t) { return IsK ? 2 * g + token : 4 * t + token; }
   static __device__ __forceinline__ float max_over_lanes(float x) {
     for (int mask = kFirstMask; mask <= kLastMask; mask <<= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
@@ -130,7 +135,8 @@ __device__ __forceinline__ void code_group(const SideFormat& f, const float* fac
         y = quantise_fast(y, inverse, low, high) + (zero + kRound);
       }
     if (IsK ? t == 0 : g == 0)
-      store_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + Deal::token(token, g, t), scale);
+      store_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + Deal::token(token, g, t),
+                  scale);
   }
 }
 
@@ -148,7 +154,7 @@ __device__ __forceinline__ void store_words(const SideFormat& f, Values<D>& v, u
   uint8_t* words = codes + t * kRowBytes + g * 8;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++) {
-    uint32_t w[2][2];   // [half of the span][token (K) or channel (V)]
+    uint32_t w[2][2];  // [half of the span][token (K) or channel (V)]
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -175,25 +181,29 @@ __device__ __forceinline__ void note_largest(uint4 x, uint32_t& largest) {
 
 // y = Λ (R x − R mu) of one block.
 template <class T, bool IsK, int D>
-__device__ __forceinline__ void rotate_block(const EncodeCall& call, const EncodeSide& side, const uint4* fragments, int b,
-                                             int head, int first_token, int g, int t, Values<D>& v, uint32_t& largest) {
+__device__ __forceinline__ void rotate_block(const EncodeCall& call, const EncodeSide& side, const uint4* fragments,
+                                             int b, int head, int first_token, int g, int t, Values<D>& v,
+                                             uint32_t& largest) {
   using Deal = DealOf<IsK>;
   const EncodeShape& s = call.shape;
-  const float* offset = call.rotated_offset[IsK ? 0 : 1];
-  const float* lambda = side.lambda ? side.lambda + (long long)head * D : nullptr;
-  if (offset) offset += ((long long)b * s.kv_heads + head) * D;
+  const bool has_offset = call.rotated_offset[IsK ? 0 : 1] != nullptr, has_lambda = side.lambda != nullptr;
+  // Where there is none, some other floats are read and not used: a load that is always valid needs no branch.
+  const float* other = reinterpret_cast<const float*>(call.fragments[IsK ? 0 : 1]);
+  const float* offset = has_offset ? call.rotated_offset[IsK ? 0 : 1] + ((long long)b * s.kv_heads + head) * D : other;
+  const float* lambda = has_lambda ? side.lambda + (long long)head * D : other;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
     for (int i = 0; i < Deal::kEach; i++) {
-      const float start = offset ? -offset[span * kSpan + Deal::channel(i, g, t)] : 0.0f;
+      const float mu = offset[span * kSpan + Deal::channel(i, g, t)], start = has_offset ? -mu : 0.0f;
 #pragma unroll
       for (int token = 0; token < Deal::kTokens; token++) Deal::at(v, span, token, i) = start;
     }
   // Rows of the product: tokens 2g, 2g+1 (K); its columns: tokens 4(g/2) + g%2, and two further (V).
   const int token0 = first_token - s.data_first + (IsK ? 2 * g : 4 * (g / 2) + g % 2);
-  const long long row[2] = {element_at(side.strides, b, head, token0), element_at(side.strides, b, head, token0 + (IsK ? 1 : 2))};
-  constexpr int kPairs = D / 32, kAhead = kPairs < 4 ? kPairs : 4;   // channels 32·pair + 8t … + 7 of both tokens
+  const long long row[2] = {element_at(side.strides, b, head, token0),
+                            element_at(side.strides, b, head, token0 + (IsK ? 1 : 2))};
+  constexpr int kPairs = D / 32, kAhead = kPairs < 4 ? kPairs : 4;  // channels 32·pair + 8t … + 7 of both tokens
   uint4 x[kAhead][2];
 #pragma unroll
   for (int pair = 0; pair < kPairs; pair++) {
@@ -231,7 +241,7 @@ __device__ __forceinline__ void rotate_block(const EncodeCall& call, const Encod
   for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
     for (int i = 0; i < Deal::kEach; i++) {
-      const float factor = lambda ? lambda[span * kSpan + Deal::channel(i, g, t)] : 1.0f;
+      const float given = lambda[span * kSpan + Deal::channel(i, g, t)], factor = has_lambda ? given : 1.0f;
 #pragma unroll
       for (int token = 0; token < Deal::kTokens; token++) Deal::at(v, span, token, i) *= factor;
     }
@@ -246,7 +256,8 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
   const int all = s.batch * s.kv_heads * blocks;
   uint32_t largest = 0;
   for (int i = first; i < all; i += step) {
-    const int token = s.first_token + i % blocks * kBlockTokens, head = i / blocks % s.kv_heads, b = i / blocks / s.kv_heads;
+    const int token = s.first_token + i % blocks * kBlockTokens, head = i / blocks % s.kv_heads,
+              b = i / blocks / s.kv_heads;
     Values<D> v;
     rotate_block<T, IsK, D>(call, side, fragments, b, head, token, g, t, v, largest);
     const BlockSide block = block_side(page_of(call.pages, s.format, b, head, token), s.format, IsK, token);
@@ -262,21 +273,19 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
   if (max(largest & 0xffff, largest >> 16) > call.limit_bits) *call.bad = 1;
 }
 
-// Even thread blocks take K, odd ones V. Shared: the fragments, if InShared.
-template <class T, int D, bool InShared>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd) encode_kernel(const __grid_constant__ EncodeCall call) {
-  extern __shared__ uint4 shared_fragments[];
+// Even thread blocks take K, odd ones V; R's fragments lie in shared memory.
+template <class T, int D>
+__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __grid_constant__ EncodeCall call) {
+  extern __shared__ uint4 fragments[];
   const bool is_k = blockIdx.x % 2 == 0;
-  const uint4* fragments = call.fragments[is_k ? 0 : 1];
-  if constexpr (InShared) {
-    const int n = (int)fragment_index(D, kTerms<T>, 0, 0, 0, 0);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) shared_fragments[i] = fragments[i];
-    __syncthreads();
-    fragments = shared_fragments;
-  }
+  const int n = (int)fragment_index(D, kTerms<T>, 0, 0, 0, 0);
+  for (int i = threadIdx.x; i < n; i += blockDim.x) fragments[i] = call.fragments[is_k ? 0 : 1][i];
+  __syncthreads();
   const int first = blockIdx.x / 2 * kEncodeWarps + threadIdx.x / kSimd, step = gridDim.x / 2 * kEncodeWarps;
-  if (is_k) encode_blocks<T, true, D>(call, fragments, first, step);
-  else encode_blocks<T, false, D>(call, fragments, first, step);
+  if (is_k)
+    encode_blocks<T, true, D>(call, fragments, first, step);
+  else
+    encode_blocks<T, false, D>(call, fragments, first, step);
 }
 
 }  // namespace halfbyte::gpu

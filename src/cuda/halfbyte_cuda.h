@@ -1,7 +1,8 @@
 /* The C interface of libhalfbyte_cuda: launches on memory and streams of the caller, who may be any framework.
  *
- * Addresses are of device memory unless a comment says otherwise. Every function that launches returns 0 or a CUDA error
- * number for halfbyte_cuda_error; none synchronises, and none allocates. Numbers are 64-bit so that bindings need no padding. */
+ * Addresses are of device memory unless a comment says otherwise. Every function that launches returns 0 or a CUDA
+ * error number for halfbyte_cuda_error; none synchronises, and none allocates. Numbers are 64-bit so that bindings need
+ * no padding. */
 #ifndef HALFBYTE_CUDA_H
 #define HALFBYTE_CUDA_H
 
@@ -26,12 +27,12 @@ typedef struct {
 
 /* Tables of a layer's rotation and factors; null where the recipe has none. */
 typedef struct {
-  const float* rotation;        /* [d][d]: y_i = sum of r[i][j] x_j */
-  const float* transposed;      /* [d][d] */
-  const void* fragments;        /* halfbyte_cuda_fragments, or null */
-  const float* offset;          /* [batch][kv_heads][d] */
-  const float* rotated_offset;  /* R mu, alike */
-  const float* lambda;          /* [kv_heads][d] */
+  const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
+  const float* transposed;     /* [d][d] */
+  const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const float* offset;         /* [batch][kv_heads][d] */
+  const float* rotated_offset; /* R mu, alike */
+  const float* lambda;         /* [kv_heads][d] */
   const float* inverse_lambda;
 } HalfbyteCudaTables;
 
@@ -56,14 +57,14 @@ typedef struct {
   double scale, softcap;
   int64_t length, first, sliding_window, sink_tokens, packed_end, raw_window, warm_up, kept;
   HalfbyteCudaView q, out;
-  const void* mask;             /* bytes [batch, queries, mask_tokens], 1 = visible, or null */
+  const void* mask; /* bytes [batch, queries, mask_tokens], 1 = visible, or null */
   int64_t mask_tokens, mask_batch_stride, mask_query_stride;
-  const float* sinks;           /* [heads] or null */
+  const float* sinks; /* [heads] or null */
   HalfbyteCudaRaw raw[3];
   int64_t n_raw;
-  void* space;                  /* halfbyte_cuda_attend_space bytes */
-  int32_t* arrivals;            /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
-  int64_t portable;             /* 1: the kernels for any geometry, whatever the shape */
+  void* space;       /* halfbyte_cuda_attend_space bytes */
+  int32_t* arrivals; /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
+  int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
   void* stream;
 } HalfbyteCudaAttend;
 
@@ -74,14 +75,14 @@ typedef struct {
   HalfbyteCudaPages pages;
   int64_t batch, first_token, tokens, data_first;
   HalfbyteCudaView k, v;
-  double limit;                 /* larger magnitudes can not be coded: *bad becomes 1 */
+  double limit; /* larger magnitudes can not be coded: *bad becomes 1 */
   int32_t* bad;
   int64_t portable;
   void* stream;
 } HalfbyteCudaEncode;
 
-/* Packed tokens [first_token, first_token + tokens) to float32 [batch][kv_heads][out_tokens][head_dim], whose first token
- * is at position out_first. */
+/* Packed tokens [first_token, first_token + tokens) to float32 [batch][kv_heads][out_tokens][head_dim], whose first
+ * token is at position out_first. */
 typedef struct {
   HalfbyteCudaLayer layer;
   HalfbyteCudaTables k_tables, v_tables;
@@ -92,20 +93,9 @@ typedef struct {
   void* stream;
 } HalfbyteCudaDecode;
 
-/* Copies `tokens` tokens of K and V to rows [slot, slot + tokens) of [batch][kv_heads][capacity][head_dim] arrays. */
-typedef struct {
-  HalfbyteCudaLayer layer;
-  int64_t batch, tokens, slot, capacity;
-  HalfbyteCudaView k, v;
-  void* tail_k;
-  void* tail_v;
-  void* stream;
-} HalfbyteCudaStore;
-
 int halfbyte_cuda_attend(const HalfbyteCudaAttend* call);
 int halfbyte_cuda_encode(const HalfbyteCudaEncode* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
-int halfbyte_cuda_store(const HalfbyteCudaStore* call);
 
 /* Bytes of scratch that an attend needs; of one KV head's part of a page; of a side's fragments, 0 if it has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);

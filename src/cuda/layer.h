@@ -18,7 +18,9 @@ inline PageFormat page_format(const HalfbyteCudaLayer& layer) {
   return make_page_format(recipe, (int)layer.head_dim_k, (int)layer.head_dim_v);
 }
 
-inline Strides3 strides_of(const HalfbyteCudaView& view) { return {view.batch_stride, view.head_stride, view.token_stride}; }
+inline Strides3 strides_of(const HalfbyteCudaView& view) {
+  return {view.batch_stride, view.head_stride, view.token_stride};
+}
 inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast<void*>(data)); }
 
 // Table entries are addresses, that is, offsets from null.

@@ -6,22 +6,22 @@
 namespace halfbyte::gpu {
 
 struct DecodeSide {
-  gpu_global float* out;                    // [batch][kv_heads][tokens][d]
+  gpu_global float* out;  // [batch][kv_heads][tokens][d]
   RotationTable rotation;
-  gpu_global const float* offset;           // [batch][kv_heads][d] or null
-  gpu_global const float* inverse_lambda;   // [kv_heads][d] or null
+  gpu_global const float* offset;          // [batch][kv_heads][d] or null
+  gpu_global const float* inverse_lambda;  // [kv_heads][d] or null
 };
 
 struct DecodeShape {
   PageFormat format;
   int batch, kv_heads;
   int first_token, tokens;
-  int out_first, out_tokens;   // position of out's first token, and how many it has
+  int out_first, out_tokens;  // position of out's first token, and how many it has
 };
 
 // One vector. y: [padded_dim] shared by the simdgroup. All simdgroups of the threadgroup must call it together.
-gpu_fn void decode_vector(gpu_const DecodeShape& s, gpu_const Pages& pages, gpu_const DecodeSide& side, bool is_k, int b,
-                          int head, int token, bool active, gpu_shared float* y, int lane) {
+gpu_fn void decode_vector(gpu_const DecodeShape& s, gpu_const Pages& pages, gpu_const DecodeSide& side, bool is_k,
+                          int b, int head, int token, bool active, gpu_shared float* y, int lane) {
   gpu_const SideFormat& f = is_k ? s.format.k : s.format.v;
   const int d = f.head_dim, slot = token % kBlockTokens;
   if (active) {

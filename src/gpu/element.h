@@ -32,8 +32,10 @@ gpu_fn ushort float_to_bf16_bits(float x) {
 }
 
 gpu_fn void store_value(gpu_global uchar* p, int dtype, long long i, float x) {
-  if (dtype == kFloat32) ((gpu_global float*)p)[i] = x;
-  else ((gpu_global ushort*)p)[i] = dtype == kFloat16 ? float_to_half_bits(x) : float_to_bf16_bits(x);
+  if (dtype == kFloat32)
+    ((gpu_global float*)p)[i] = x;
+  else
+    ((gpu_global ushort*)p)[i] = dtype == kFloat16 ? float_to_half_bits(x) : float_to_bf16_bits(x);
 }
 
 gpu_fn float simd_sum(float x) {
@@ -58,7 +60,7 @@ gpu_fn long long element_at(gpu_const Strides3& s, int b, int head, int token) {
 // The pages of a layer. table[b][i] is the byte offset from `pool` of the page with tokens 64·(first_page + i) onwards.
 struct Pages {
   gpu_global uchar* pool;
-  gpu_global const long long* table;   // [batch][table_stride]
+  gpu_global const long long* table;  // [batch][table_stride]
   int table_stride;
   int first_page;
 };
@@ -96,10 +98,10 @@ struct RotationTable {
   gpu_global const float* transposed;  // [d][d]
 };
 
-constexpr int kTileRows = 8;   // vectors that share the reading of a matrix, of codes, of raw tokens
+constexpr int kTileRows = 8;  // vectors that share the reading of a matrix, of codes, of raw tokens
 
-// out[i][row] = Σ_j m[j][i] x[j][row], x and out being [d][kTileRows]: m is the transposed table to rotate, the plain one
-// to rotate back. Four lanes share two channels, a quarter of the sum each. Run by a whole threadgroup; d is even.
+// out[i][row] = Σ_j m[j][i] x[j][row], x and out being [d][kTileRows]: m is the transposed table to rotate, the plain
+// one to rotate back. Four lanes share two channels, a quarter of the sum each. Run by a whole threadgroup; d is even.
 gpu_fn void rotate_tile(gpu_global const float* m, int d, gpu_shared const float* x, gpu_shared float* out, int tid,
                         int threads) {
   const int lane = tid % kSimd, part = lane / 8;
@@ -107,7 +109,7 @@ gpu_fn void rotate_tile(gpu_global const float* m, int d, gpu_shared const float
     const int pair = first + lane % 8;
     float sum[2][kTileRows] = {};
     if (pair < d / 2) {
-#pragma unroll 8   // loads under way
+#pragma unroll 16  // loads under way
       for (int j = part; j < d; j += 4) {
         const float2 r = ((gpu_global const float2*)m)[j * (d / 2) + pair];
         const float4 low = ((gpu_shared const float4*)x)[2 * j], high = ((gpu_shared const float4*)x)[2 * j + 1];

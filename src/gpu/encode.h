@@ -10,18 +10,18 @@ struct EncodeSide {
   gpu_global const uchar* data;
   Strides3 strides;
   RotationTable rotation;
-  gpu_global const float* offset;   // [batch][kv_heads][d] or null
-  gpu_global const float* lambda;   // [kv_heads][d] or null
-  float factors[kSearchSize];       // of the covering scale; the first alone without search
+  gpu_global const float* offset;  // [batch][kv_heads][d] or null
+  gpu_global const float* lambda;  // [kv_heads][d] or null
+  float factors[kSearchSize];      // of the covering scale; the first alone without search
 };
 
 struct EncodeShape {
   PageFormat format;
   int batch, kv_heads, dtype;
-  int first_token;    // position of the first token to pack
-  int tokens;         // of each sequence
-  int data_first;     // position of the token that lies first in `data`
-  float limit;        // larger magnitudes can not be coded
+  int first_token;  // position of the first token to pack
+  int tokens;       // of each sequence
+  int data_first;   // position of the token that lies first in `data`
+  float limit;      // larger magnitudes can not be coded
 };
 
 gpu_fn float round_scale(gpu_const SideFormat& f, float scale) {
@@ -37,8 +37,8 @@ gpu_fn float quantise(float y, float scale, float low, float high) {
 }
 
 // The scale of channels [from, to) of y, the same in every lane.
-gpu_fn float choose_scale(gpu_const SideFormat& f, gpu_const float* factors, gpu_shared const float* y, int from, int to,
-                          int lane) {
+gpu_fn float choose_scale(gpu_const SideFormat& f, gpu_const float* factors, gpu_shared const float* y, int from,
+                          int to, int lane) {
   float high = -1e38f, low = 1e38f;
   for (int c = from + lane; c < to; c += kSimd) high = max(high, y[c]), low = min(low, y[c]);
   high = simd_max(high), low = -simd_max(-low);
@@ -59,8 +59,8 @@ gpu_fn float choose_scale(gpu_const SideFormat& f, gpu_const float* factors, gpu
 }
 
 // Codes of one token's channels [from, to): both nibbles of a byte belong to the token, so lanes never share a byte.
-gpu_fn void store_codes(gpu_const SideFormat& f, bool is_k, gpu_global uchar* codes, gpu_shared const float* codes_of, int token,
-                        int lane) {
+gpu_fn void store_codes(gpu_const SideFormat& f, bool is_k, gpu_global uchar* codes, gpu_shared const float* codes_of,
+                        int token, int lane) {
   const int zero = zero_code(f.bits), pairs = f.bits == 4;
   for (int c = lane; c < f.padded_dim; c += kSimd) {
     if (pairs && c % kSpan >= 16) continue;
@@ -72,9 +72,9 @@ gpu_fn void store_codes(gpu_const SideFormat& f, bool is_k, gpu_global uchar* co
 }
 
 // One vector. x, y: [padded_dim] shared by the simdgroup. All simdgroups of the threadgroup must call it together.
-gpu_fn void encode_vector(gpu_const EncodeShape& s, gpu_const Pages& pages, gpu_const EncodeSide& side, bool is_k, int b,
-                          int head, int token, bool active, gpu_shared float* x, gpu_shared float* y, gpu_global int* bad,
-                          int lane) {
+gpu_fn void encode_vector(gpu_const EncodeShape& s, gpu_const Pages& pages, gpu_const EncodeSide& side, bool is_k,
+                          int b, int head, int token, bool active, gpu_shared float* x, gpu_shared float* y,
+                          gpu_global int* bad, int lane) {
   gpu_const SideFormat& f = is_k ? s.format.k : s.format.v;
   const int d = f.head_dim;
   if (active) {
