@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: env demo test bench format lint clean release asan ubsan tsan
+.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon
 .NOTPARALLEL:
 .DEFAULT_GOAL := env
 
@@ -43,22 +43,39 @@ demo: env
 	@$(BIN)/halfbyte demo $(ARGS)
 
 # The last line printed is pytest's.
-test: release asan ubsan env
+test: release sanitize $(if $(filter x86_64,$(shell uname -m)),neon) env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 # C++ tests, one build folder a preset.
-release asan ubsan tsan: $(DEPENDENCIES)
+release sanitize asan ubsan tsan neon: $(DEPENDENCIES)
 	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
+	@$(if $(filter neon,$@),PYTHON="$(PYTHON)" tools/check_system.sh --neon)
 	@$(WITH_VENV) cmake --preset $@ >/dev/null
 	@$(WITH_VENV) cmake --build --preset $@ -- --quiet
 	@$(WITH_VENV) ctest --preset $@
 
+# Instructions of each kernel against tests/counts.json; counts-update records them anew.
+counts counts-update: $(DEPENDENCIES)
+	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
+	@$(WITH_VENV) cmake --preset release >/dev/null
+	@$(WITH_VENV) cmake --build --preset release --target halfbyte_counts -- --quiet
+	@tools/check_counts.py build/release/halfbyte_counts "$$(sed -n 's/^CMAKE_CXX_COMPILER:.*=//p' build/release/CMakeCache.txt)" \
+	  $(if $(findstring update,$@),--update)
+
 bench: env
-	@mkdir -p build/bench
+	@PYTHON="$(PYTHON)" tools/check_system.sh --bench
+	@$(WITH_VENV) cmake --preset bench >/dev/null
+	@$(WITH_VENV) cmake --build --preset bench -- --quiet
+	build/bench/halfbyte_bench --benchmark_out=build/bench/kernels.json --benchmark_out_format=json
 	$(BIN)/halfbyte bench attend --json build/bench/attend.json
 	$(BIN)/halfbyte bench encode --json build/bench/encode.json
 	$(BIN)/halfbyte bench generate --json build/bench/generate.json
+	$(BIN)/halfbyte bench roofline --json build/bench/roofline.json --plot build/bench/roofline.png
 	$(BIN)/halfbyte bench glue --json build/bench/glue.json
+
+# The files and tables of docs/results/cpu.md, from this machine: about five minutes, and it must be idle.
+results: env
+	tools/measure_cpu.sh
 
 format: $(TOOLS)
 	$(BIN)/clang-format -i $(CPP_FILES)

@@ -16,6 +16,7 @@ namespace {
 // fp16 scales reach 65504 · 8; a vector of 512 channels, offset included, stays under it when each value does this.
 constexpr float kLargestForHalfScales = 1e4f;
 constexpr float kLargestForFloatScales = 1e15f;   // squares of 512 such channels, rotated, stay finite in float
+constexpr float kLargestFloat = 3.4028235e38f;    // vectors kept as floats only have to be finite
 
 using State = Layer::State;
 
@@ -65,6 +66,7 @@ const uint8_t* chunk_row(const State& s, const Chunk& chunk, Side side, int b, i
 }
 
 float largest_codable(const State& s) {
+  if (s.format.k.bits == kPlainBits) return kLargestFloat;
   return s.config.recipe.scale_bits == 16 ? kLargestForHalfScales : kLargestForFloatScales;
 }
 
@@ -120,6 +122,8 @@ Status check_shape(const State& s, const Chunk& chunk) {
                                     std::to_string(s.batch) + " sequences"};
   if (s.config.recipe.lambda && (s.lambda_k.empty() || s.lambda_v.empty()))
     return {Code::bad_argument, "the recipe uses lambda, and set_lambda was not called"};
+  if (s.config.recipe.rotation == Rotation::dense && (s.rotation_k.matrix.empty() || s.rotation_v.matrix.empty()))
+    return {Code::bad_argument, "the recipe's rotation is dense, and set_rotation was not called for K and V"};
   return {};
 }
 
@@ -165,7 +169,11 @@ void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head
   for (int c = 0; c < d; c++) mu[c] = (float)(sum[c] / (double)n);
 }
 
-void fix_offset(State& s, const Chunk& chunk) {
+struct Offset {
+  std::vector<float> k, v;   // [batch][kv_heads][head_dim]
+};
+
+Offset make_offset(const State& s, const Chunk& chunk) {
   auto fill = [&](Side side, const std::vector<float>& given) {
     const size_t d = s.head_dim(side), heads = s.config.kv_heads;
     std::vector<float> mu(chunk.batch * heads * d);
@@ -177,10 +185,16 @@ void fix_offset(State& s, const Chunk& chunk) {
     parallel_for(chunk.batch * heads, std::ref(fill_row));
     return mu;
   };
-  std::vector<float> offset_k = fill(Side::k, s.given_k), offset_v = fill(Side::v, s.given_v);
-  s.offset_k.swap(offset_k), s.offset_v.swap(offset_v);
-  s.offset_ready = true;
-  if (!s.warm_up()) s.tail_counted = {};   // otherwise crop may come back to before the offset
+  return {fill(Side::k, s.given_k), fill(Side::v, s.given_v)};
+}
+
+// Which of the tokens that can ever be raw with nothing packed count for the offset: [batch][counted_tokens].
+std::vector<uint8_t> counted_with(const State& s, const Chunk& chunk) {
+  const size_t tokens = s.counted_tokens(), seen = std::min(s.length + chunk.tokens, s.warm_up() ? s.warm_up() : tokens);
+  std::vector<uint8_t> counted((size_t)chunk.batch * tokens, 1);
+  for (int b = 0; b < chunk.batch; b++)
+    for (size_t t = 0; t < seen; t++) counted[(size_t)b * tokens + t] = is_counted(s, chunk, b, t);
+  return counted;
 }
 
 // ---- packing
@@ -301,14 +315,6 @@ void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t pa
   copy_raw(s, chunk, start, packed_end, undo);
 }
 
-void remember_counted(State& s, const Chunk& chunk, size_t tail_capacity) {
-  std::vector<uint8_t> counted((size_t)chunk.batch * tail_capacity, 1);
-  for (int b = 0; b < chunk.batch; b++)
-    for (size_t t = 0; t < std::min(s.length + chunk.tokens, tail_capacity); t++)
-      counted[(size_t)b * tail_capacity + t] = is_counted(s, chunk, b, t);
-  s.tail_counted = std::move(counted);
-}
-
 void drop_pages_behind_window(State& s) {
   const size_t window = (size_t)s.config.sliding_window;
   if (!window || s.record_past) return;
@@ -350,10 +356,14 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   keep_undo(s, chunk, filled, packed_end, undo, undo_start);
   const std::vector<int> twins = first_twins(s, chunk);
   std::vector<std::vector<Page>> pages = pages_for(s, twins, packed_from, packed_end);
+  std::vector<uint8_t> counted_so_far;
+  if (!s.offset_ready) counted_so_far = counted_with(s, chunk);
   const bool fixes_offset = packed_end != packed_from && !s.offset_ready;
-  if (fixes_offset) fix_offset(s, chunk);
-  if (!s.offset_ready || (fixes_offset && s.warm_up())) remember_counted(s, chunk, capacity + sink);
+  Offset offset;
+  if (fixes_offset) offset = make_offset(s, chunk);
   // Nothing below allocates.
+  if (!s.offset_ready) s.tail_counted.swap(counted_so_far);
+  if (fixes_offset) s.offset_k.swap(offset.k), s.offset_v.swap(offset.v), s.offset_ready = true;
   s.pages.swap(pages);
   pages.clear();
   while (!s.spare.empty() && s.spare.back().use_count() > 1) s.spare.pop_back();   // those that s.pages took

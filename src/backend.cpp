@@ -6,6 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "attend.h"
 #include "decode.h"
 #include "encode.h"
@@ -62,7 +67,7 @@ std::atomic<const Backend*>& chosen() {
 
 }  // namespace
 
-extern const Backend kReferenceBackend = {"reference",      always,           kMaxRows, rotate_rows_reference,
+extern const Backend kReferenceBackend = {"reference",      always,           kMaxRows, nullptr, rotate_rows_reference,
                                           encode_reference, decode_reference, attend_packed_reference,
                                           attend_raw_reference};
 
@@ -103,6 +108,9 @@ std::vector<std::string> cpu_features() {
   HALFBYTE_FEATURE("avx512vnni");
   HALFBYTE_FEATURE("avx512bf16");
 #undef HALFBYTE_FEATURE
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) features.push_back("dotprod");
+  if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) features.push_back("i8mm");
 #endif
   return features;
 }

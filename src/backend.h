@@ -81,10 +81,17 @@ struct AttendRawArgs {
   Visible visible;
 };
 
+// What a machine's limits are measured in; see machine.cpp.
+enum class Peak { read, dot4, fma };
+constexpr size_t kPeakFloats = 1024;   // operands that stay in the first-level cache
+
 struct Backend {
   const char* name;
   bool (*supported)();
   int rows;                            // rows that fill its registers; at most kMaxRows
+  // Reads n floats, or runs n rounds of `chains` independent dot4 or fma over data [kPeakFloats]; null: not timed.
+  // The result only keeps the work from being optimised away.
+  float (*peak)(Peak what, int chains, const float* data, size_t n);
   // Rotates up to 16 vectors [n][stride] in place.
   void (*rotate)(const RotationPlan&, bool inverse, float* x, size_t stride, int n);
   void (*encode)(const EncodeArgs&);

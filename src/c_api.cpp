@@ -126,7 +126,7 @@ halfbyte_status halfbyte_create(const halfbyte_config* config, halfbyte_layer** 
     if (!layer) return null("layer");
     *layer = nullptr;
     if (Status status = check_enum("dtype", config->dtype, HALFBYTE_BFLOAT16); !status.ok()) return status;
-    if (Status status = check_enum("rotation", config->recipe.rotation, HALFBYTE_SRHT); !status.ok()) return status;
+    if (Status status = check_enum("rotation", config->recipe.rotation, HALFBYTE_DENSE); !status.ok()) return status;
     halfbyte::Result<halfbyte::Layer> created = halfbyte::Layer::create(config_of(*config));
     if (created.ok()) *layer = new halfbyte_layer{std::move(created.value())};
     return created.status();
@@ -191,6 +191,10 @@ halfbyte_status halfbyte_set_offset(halfbyte_layer* layer, const float* k, const
 
 halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const float* v) {
   return on_layer(layer, [&](halfbyte::Layer& l) { return l.set_lambda(k, v); });
+}
+
+halfbyte_status halfbyte_set_rotation(halfbyte_layer* layer, const float* k, const float* v) {
+  return on_layer(layer, [&](halfbyte::Layer& l) { return l.set_rotation(k, v); });
 }
 
 halfbyte_status halfbyte_record_past(halfbyte_layer* layer, int on) {

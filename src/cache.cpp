@@ -66,6 +66,16 @@ void restore_raw(Layer::State& s, size_t length) {
   s.packed_end = raw_from;
 }
 
+// With nothing packed, the offset waits again for the first block that is.
+void forget_offset(Layer::State& s) {
+  if (!s.config.recipe.offset) return;
+  s.offset_ready = false;
+  s.offset_k = {}, s.offset_v = {};
+  const size_t each = s.tail_counted.size() / s.batch;
+  for (size_t i = 0; i < s.tail_counted.size(); i++)
+    if (i % each >= s.length) s.tail_counted[i] = 1;
+}
+
 }  // namespace
 
 Status Recipe::check(int head_dim) const {
@@ -159,7 +169,7 @@ Status Layer::crop(size_t length) {
   s.packed_end = std::max(std::min(s.packed_end, length), s.sink_tokens());
   s.chunk_start = length;
   s.before = {}, s.undo = {};
-  if (s.warm_up() && s.packed_end == s.sink_tokens() && length < s.sink_tokens() + s.warm_up()) s.offset_ready = false;
+  if (s.packed_end == s.sink_tokens()) forget_offset(s);
   size_t pages_kept = (s.packed_end + kPageTokens - 1) / kPageTokens;
   const size_t kept = std::max(pages_kept, s.pages_dropped) - s.pages_dropped;
   for (auto& list : s.pages)
@@ -247,6 +257,22 @@ Status Layer::set_lambda(const float* k, const float* v) try {
   return out_of_memory();
 }
 
+Status Layer::set_rotation(const float* k, const float* v) try {
+  State& s = *state_;
+  if (s.config.recipe.rotation != Rotation::dense) return bad("set_rotation on a recipe whose rotation is not dense");
+  if (s.packed_end > s.sink_tokens()) return bad("set_rotation after tokens were packed; set it before");
+  RotationPlan plan_k = s.rotation_k, plan_v = s.rotation_v;
+  for (auto [name, from, plan] : {std::tuple{"k", k, &plan_k}, std::tuple{"v", v, &plan_v}}) {
+    if (!from) continue;
+    if (Status status = check_orthonormal(name, from, plan->head_dim); !status.ok()) return status;
+    *plan = make_rotation(Rotation::dense, plan->head_dim, 0, 0, from);
+  }
+  std::swap(s.rotation_k, plan_k), std::swap(s.rotation_v, plan_v);
+  return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
+}
+
 void decode_tokens(const Layer::State& s, Side side, int b, int head, size_t block, float* out) {
   const bool k = side == Side::k;
   const uint8_t* page = s.page_head(b, block, head);
@@ -293,7 +319,8 @@ size_t Layer::bytes() const {
   }
   total += (unique.size() + s.spare.size()) * s.page_bytes() + s.spare.capacity() * sizeof(Page);
   for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before, &s.undo}) total += raw->k.capacity() + raw->v.capacity();
-  for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v})
+  for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v,
+                              &s.rotation_k.matrix, &s.rotation_v.matrix})
     total += numbers->capacity() * sizeof(float);
   return total + s.tail_counted.capacity();
 }

@@ -54,7 +54,7 @@ struct Layer::State {
   bool offset_ready = false;
   std::vector<float> offset_k, offset_v;       // [batch][kv_heads][head_dim], once ready
   std::vector<float> given_k, given_v;         // [kv_heads][head_dim]: set_offset's, or empty
-  std::vector<uint8_t> tail_counted;           // [batch][capacity], until the offset is fixed
+  std::vector<uint8_t> tail_counted;           // [batch][counted_tokens]: 0 for padding, which the offset leaves out
   std::vector<float> lambda_k, lambda_v, inverse_lambda_k, inverse_lambda_v;   // [kv_heads][head_dim] or empty
 
   size_t sink_tokens() const { return (size_t)config.recipe.sink_tokens; }
@@ -70,6 +70,7 @@ struct Layer::State {
   size_t tail_capacity() const {
     return kBlockTokens + (size_t)std::max(config.recipe.raw_window, config.recipe.offset ? config.recipe.offset_tokens : 0);
   }
+  size_t counted_tokens() const { return tail_capacity() + sink_tokens(); }
   // First token, behind the sinks, that a query at `position` sees raw when raw values still exist.
   size_t raw_start(size_t position) const {
     if (position < warm_up()) return sink_tokens();

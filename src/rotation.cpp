@@ -1,8 +1,13 @@
-// Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv 2605.05699).
+// Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv
+// 2605.05699).
 #include "rotation.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <string>
+
+#include "format.h"
 
 namespace halfbyte {
 namespace {
@@ -29,11 +34,11 @@ void push_root(std::vector<float>& table, double turns) {
 }
 
 int next_radix(int length) {
-  for (int radix : {4, 2, 3, 5})
+  for (int radix : {8, 4, 2, 3, 5, 7})
     if (length % radix == 0) return radix;
-  for (int radix = 7; radix * radix <= length; radix += 2)
+  for (int radix = 11; radix * radix <= length; radix += 2)
     if (length % radix == 0) return radix;
-  return length;   // prime
+  return length;  // prime
 }
 
 void plan_fft(RotationPlan& plan, int n) {
@@ -42,7 +47,7 @@ void plan_fft(RotationPlan& plan, int n) {
     pass.rest = length / pass.radix;
     for (int p = 0; p < pass.rest; p++)
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)p * k / length);
-    if (pass.radix > 5) {   // a prime radix: its own roots follow its twiddles
+    if (pass.radix > 8) {  // a prime radix: its own roots follow its twiddles
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)k / pass.radix);
     }
     plan.passes.push_back(pass);
@@ -68,25 +73,59 @@ double srht_entry(int d, int i, int j) {
   return __builtin_parity((unsigned)(i & j)) ? -norm : norm;
 }
 
+double entry_of(const RotationPlan& plan, int i, int j) {
+  if (plan.kind == Rotation::dense) return plan.matrix[plan.dense_at(i, j)];
+  return plan.signs[j] * (plan.kind == Rotation::srft ? srft_entry : srht_entry)(plan.head_dim, i, j);
+}
+
 }  // namespace
 
-RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index) {
+RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index, const float* matrix) {
   RotationPlan plan;
   plan.kind = kind;
   plan.head_dim = head_dim;
   for (int j = 0; j < head_dim; j++) plan.signs.push_back(sign_of_channel(seed, layer_index, j));
   if (kind == Rotation::srft) plan_fft(plan, head_dim / 2);
+  if (kind == Rotation::srft || kind == Rotation::srht) {
+    const double norm = std::sqrt((kind == Rotation::srft ? 0.5 : 1.0) / head_dim);
+    for (float sign : plan.signs) plan.factors.push_back(sign * (float)norm);
+  }
+  if (kind == Rotation::dense && matrix) {
+    plan.matrix.resize(plan.dense_at((head_dim - 1) / kDenseTile * kDenseTile + kDenseTile, 0));
+    for (int i = 0; i < head_dim; i++)
+      for (int j = 0; j < head_dim; j++) plan.matrix[plan.dense_at(i, j)] = matrix[(size_t)i * head_dim + j];
+  }
   return plan;
+}
+
+std::vector<float> matrix_of(const RotationPlan& plan) {
+  std::vector<float> matrix;
+  for (int i = 0; !plan.matrix.empty() && i < plan.head_dim; i++)
+    for (int j = 0; j < plan.head_dim; j++) matrix.push_back(plan.matrix[plan.dense_at(i, j)]);
+  return matrix;
+}
+
+Status check_orthonormal(const char* name, const float* matrix, int head_dim) {
+  constexpr double kLargest = 1e-3;  // scores and outputs are off by as much, which 4-bit codes drown
+  double worst = 0.0;
+  for (int i = 0; i < head_dim; i++) {
+    double dots[kMaxHeadDim] = {};  // of column i with those up to it: RᵀR = I as well when R is square
+    for (int row = 0; row < head_dim; row++)
+      for (int j = 0; j <= i; j++)
+        dots[j] += (double)matrix[(size_t)row * head_dim + i] * matrix[(size_t)row * head_dim + j];
+    for (int j = 0; j <= i; j++)
+      worst = std::max(worst, std::isnan(dots[j]) ? INFINITY : std::fabs(dots[j] - (i == j)));
+  }
+  if (worst <= kLargest) return {};
+  return {Code::bad_argument, std::string(name) + " is not orthonormal: an entry of R R^T is " + std::to_string(worst) +
+                                  " away from the identity's; it takes a matrix [head_dim, head_dim] within 0.001"};
 }
 
 std::vector<double> rotation_matrix(const RotationPlan& plan) {
   const int d = plan.head_dim;
   std::vector<double> r((size_t)d * d);
   for (int i = 0; i < d; i++)
-    for (int j = 0; j < d; j++) {
-      if (plan.kind == Rotation::identity) r[(size_t)i * d + j] = i == j;
-      else r[(size_t)i * d + j] = (plan.kind == Rotation::srft ? srft_entry : srht_entry)(d, i, j) * plan.signs[j];
-    }
+    for (int j = 0; j < d; j++) r[(size_t)i * d + j] = plan.kind == Rotation::identity ? i == j : entry_of(plan, i, j);
   return r;
 }
 
@@ -96,13 +135,14 @@ void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, d
     for (int j = 0; j < d; j++) out[j] = x[j];
     return;
   }
-  auto entry = plan.kind == Rotation::srft ? srft_entry : srht_entry;
   for (int i = 0; i < d; i++) out[i] = 0.0;
   for (int i = 0; i < d; i++)
     for (int j = 0; j < d; j++) {
-      double r = entry(d, i, j) * plan.signs[j];
-      if (inverse) out[j] += r * x[i];
-      else out[i] += r * x[j];
+      const double r = entry_of(plan, i, j);
+      if (inverse)
+        out[j] += r * x[i];
+      else
+        out[i] += r * x[j];
     }
 }
 

@@ -16,17 +16,33 @@ struct FftPass {
   int twiddle_at = 0;   // into RotationPlan::twiddles: [rest][radix] pairs (cos, sin) of −2π·p·k / length
 };
 
+constexpr int kDenseTile = 8;   // rows of a dense R that a kernel finds side by side
+
 // R and its inverse for vectors of head_dim channels, as tables for the kernels.
 struct RotationPlan {
   Rotation kind = Rotation::identity;
   int head_dim = 0;
   std::vector<float> signs;      // [head_dim] ±1
+  std::vector<float> factors;    // SRFT, SRHT: [head_dim] signs times the norm that the kernels' transform leaves out
   std::vector<FftPass> passes;   // SRFT: complex FFT of length head_dim / 2
   std::vector<float> twiddles;   // pairs (cos, sin)
   std::vector<float> unpack;     // SRFT: [head_dim / 2] pairs (cos, sin) of −2πk / head_dim
+  std::vector<float> matrix;     // dense: R as [rows / kDenseTile][columns][kDenseTile rows], zeros around it
+
+  __attribute__((always_inline)) size_t dense_at(int row, int column) const {
+    const int padded = (head_dim + kDenseTile - 1) / kDenseTile * kDenseTile;
+    return (size_t)(row / kDenseTile * padded + column) * kDenseTile + row % kDenseTile;
+  }
 };
 
-RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index);
+// dense: `matrix` is R, row-major, or null for one that comes later.
+RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index, const float* matrix = nullptr);
+
+// R of a dense rotation, row-major; empty when there is none.
+std::vector<float> matrix_of(const RotationPlan& plan);
+
+// Ok when every entry of R Rᵀ is within 1e-3 of the identity's. `name` is the argument's, for the message.
+Status check_orthonormal(const char* name, const float* matrix, int head_dim);
 
 // Reference: out = R x, or Rᵀ x when inverse, straight from the definition. x, out: [head_dim], may not overlap.
 void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out);

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <tuple>
 
 #include "cache.h"
 
@@ -12,7 +13,9 @@ namespace {
 
 using State = Layer::State;
 
-constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens; far above any real one, far below overflow
+// Far above any real ones; the products of counts up to these do not overflow.
+constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens
+constexpr int kMostSequences = 1 << 20;
 
 Status damaged(const std::string& what) { return {Code::bad_value, "the saved layer is damaged: " + what}; }
 
@@ -69,14 +72,14 @@ void save_pages(const State& s, LayerParts& out) {
 
 Status check_counts(const State& s, const LayerParts& parts) {
   const uint64_t sink = s.sink_tokens(), window = (uint64_t)s.config.sliding_window;
-  if (parts.batch < 1) return damaged("batch is " + std::to_string(parts.batch));
+  if (parts.batch < 1 || parts.batch > kMostSequences) return damaged("batch is " + std::to_string(parts.batch));
   if (parts.length < 1 || parts.length > kLongest) return damaged("length is " + std::to_string(parts.length));
   const uint64_t newest = std::max<uint64_t>(parts.length, sink);
   if (parts.packed_end < sink || parts.packed_end > newest || newest - parts.packed_end > s.tail_capacity())
     return damaged("packed_end is " + std::to_string(parts.packed_end) + " of " + std::to_string(parts.length) + " tokens");
   const uint64_t oldest_needed = window && parts.length > window - 1 ? parts.length - (window - 1) : 0;
   if (parts.first > oldest_needed) return damaged("first is " + std::to_string(parts.first));
-  if (parts.pages_dropped > std::max<uint64_t>(sink, parts.first) / kPageTokens || (parts.pages_dropped && !window))
+  if (parts.pages_dropped > std::min(parts.first, parts.packed_end) / kPageTokens || (parts.pages_dropped && !window))
     return damaged("pages_dropped is " + std::to_string(parts.pages_dropped));
   if (s.config.recipe.offset ? parts.packed_end > sink && !parts.offset_ready : !parts.offset_ready)
     return damaged("offset_ready does not fit the packed tokens");
@@ -101,8 +104,10 @@ Status check_sizes(const State& s, const LayerParts& parts) {
                     Size{"given_offset_v", optional(parts.given_offset_v, heads * dv)},
                     Size{"lambda_k", optional(parts.lambda_k, heads * dk)},
                     Size{"lambda_v", optional(parts.lambda_v, heads * dv)},
+                    Size{"rotation_k", optional(parts.rotation_k, dk * dk)},
+                    Size{"rotation_v", optional(parts.rotation_v, dv * dv)},
                     Size{"counted", parts.counted.empty() ||
-                                        parts.counted.size() == s.batch * (s.tail_capacity() + s.sink_tokens())}})
+                                        parts.counted.size() == s.batch * s.counted_tokens()}})
     if (!size.fits) return damaged(std::string(size.name) + " has another size than the layer");
   const size_t pages = parts.pages.size() / s.page_bytes();
   for (int32_t page : parts.page_table)
@@ -140,6 +145,17 @@ Status check_values(const State& s, const LayerParts& parts) {
   for (const auto* x : {&parts.lambda_k, &parts.lambda_v})
     for (float v : *x)
       if (!(v >= 1e-6f) || std::isinf(v)) return damaged("lambda holds a value below 1e-6 or not finite");
+  return {};
+}
+
+Status load_rotations(State& s, const LayerParts& parts) {
+  for (auto [name, matrix, plan] : {std::tuple{"rotation_k", &parts.rotation_k, &s.rotation_k},
+                                    std::tuple{"rotation_v", &parts.rotation_v, &s.rotation_v}}) {
+    if (matrix->empty()) return damaged(std::string(name) + " is missing");
+    if (Status status = check_orthonormal(name, matrix->data(), plan->head_dim); !status.ok())
+      return damaged(status.message());
+    *plan = make_rotation(Rotation::dense, plan->head_dim, 0, 0, matrix->data());
+  }
   return {};
 }
 
@@ -183,6 +199,7 @@ Status Layer::save(LayerParts& parts) const try {
   });
   out.offset_k = s.offset_k, out.offset_v = s.offset_v, out.given_offset_k = s.given_k, out.given_offset_v = s.given_v;
   out.lambda_k = s.lambda_k, out.lambda_v = s.lambda_v, out.counted = s.tail_counted;
+  out.rotation_k = matrix_of(s.rotation_k), out.rotation_v = matrix_of(s.rotation_v);
   parts = std::move(out);
   return {};
 } catch (const std::bad_alloc&) {
@@ -203,6 +220,8 @@ Result<Layer> Layer::load(const LayerConfig& config, const LayerParts& parts) tr
     s.lambda_k = parts.lambda_k, s.lambda_v = parts.lambda_v;
     s.inverse_lambda_k = inverse_of(s.lambda_k), s.inverse_lambda_v = inverse_of(s.lambda_v);
   }
+  if (config.recipe.rotation == Rotation::dense)
+    if (Status status = load_rotations(s, parts); !status.ok()) return status;
   if (config.recipe.offset) {
     s.offset_k = parts.offset_k, s.offset_v = parts.offset_v;
     s.given_k = parts.given_offset_k, s.given_v = parts.given_offset_v;

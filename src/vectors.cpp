@@ -1,8 +1,5 @@
-// Codes for loose vectors, outside any cache: round trips for evaluation, encode and bandwidth timing, rotation.
+// Codes for loose vectors, outside any cache: round trips for evaluation, encode timing, rotation.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <numeric>
 
 #include "decode.h"
 #include "encode.h"
@@ -32,13 +29,26 @@ EncodeArgs encode_args(const SideFormat& format, const RotationPlan& rotation, S
   return args;
 }
 
+// The recipe's rotation, once recipe and matrix are known to fit.
+Result<RotationPlan> plan_of(const Recipe& recipe, int head_dim, int layer_index, const float* matrix) {
+  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+  const bool dense = recipe.rotation == Rotation::dense;
+  if (dense != (matrix != nullptr))
+    return Status(Code::bad_argument, dense ? "the recipe's rotation is dense, and no matrix was given"
+                                            : "a matrix was given, and the recipe's rotation is not dense");
+  if (dense)
+    if (Status status = check_orthonormal("matrix", matrix, head_dim); !status.ok()) return status;
+  return make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index, matrix);
+}
+
 }  // namespace
 
 Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, Side side, const float* mu,
-                 const float* lambda, int layer_index) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+                 const float* lambda, int layer_index, const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, layer_index, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   const SideFormat format = make_side_format(recipe, side, head_dim);
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
   std::vector<float> inverse_lambda;
   for (int c = 0; lambda && c < head_dim; c++) inverse_lambda.push_back(1.0f / lambda[c]);
   for_runs(n, [&](size_t from, size_t to) {
@@ -57,10 +67,11 @@ Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recip
   return {};
 }
 
-Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
+Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side, const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, 0, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   const SideFormat format = make_side_format(recipe, side, head_dim);
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, 0);
   for_runs(n, [&](size_t from, size_t to) {
     Block block(format);
     for (size_t i = from; i < to; i += kBlockTokens)
@@ -69,35 +80,17 @@ Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe,
   return {};
 }
 
-Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse) {
-  if (Status status = recipe.check(head_dim); !status.ok()) return status;
-  const RotationPlan rotation = make_rotation(recipe.rotation, head_dim, recipe.seed, layer_index);
+Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
+              const float* matrix) {
+  Result<RotationPlan> plan = plan_of(recipe, head_dim, layer_index, matrix);
+  if (!plan.ok()) return plan.status();
+  const RotationPlan& rotation = plan.value();
   for_runs(n, [&](size_t from, size_t to) {
     std::copy_n(x + from * head_dim, (to - from) * head_dim, out + from * head_dim);
     for (size_t i = from; i < to; i += kBlockTokens)
       current_backend().rotate(rotation, inverse, out + i * head_dim, head_dim, (int)std::min<size_t>(kBlockTokens, to - i));
   });
   return {};
-}
-
-double read_bandwidth(size_t bytes, int threads, int repeats) {
-  const size_t words = bytes / sizeof(uint64_t), part = words / threads;
-  std::vector<uint64_t> data(words, 1);
-  std::atomic<uint64_t> sink = 0;   // so that the reads are not optimised away
-  std::vector<double> seconds;
-  const int before = num_threads();
-  set_num_threads(threads);
-  for (int i = 0; i < repeats; i++) {
-    auto start = std::chrono::steady_clock::now();
-    parallel_for(threads, [&](size_t t) {
-      const uint64_t* from = data.data() + t * part;
-      sink += std::accumulate(from, from + part, (uint64_t)0);
-    });
-    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  set_num_threads(before);
-  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
-  return (double)(part * threads * sizeof(uint64_t)) / seconds[repeats / 2];
 }
 
 }  // namespace halfbyte

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Checks that the machine has what a build needs, and installs it on Debian-like machines when run as root.
-# usage: tools/check_system.sh [--tests]    (--tests: GoogleTest too; environment: CXX, PYTHON)
+# usage: tools/check_system.sh [--tests|--bench|--neon]
+# --tests: GoogleTest and Valgrind too; --bench: Google Benchmark; --neon: a compiler and an emulator for 64-bit Arm.
+# Environment: CXX, PYTHON
 set -eu
 
 python=${PYTHON:-python3}
-with_tests=${1:-}
+for_what=${1:-}
 
 compiler() {
     for name in ${CXX:-c++ g++ clang++}; do
@@ -24,6 +26,7 @@ has_headers() {
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' >/dev/null 2>&1
 }
 has_gtest() { compiles '#include <gtest/gtest.h>'; }
+has_benchmark() { compiles '#include <benchmark/benchmark.h>'; }
 
 find_missing() {
     missing=""
@@ -32,7 +35,14 @@ find_missing() {
     has_venv || missing="$missing python3-venv"
     has_headers || missing="$missing python3-dev"
     command -v git >/dev/null 2>&1 || missing="$missing git"
-    if [ "$with_tests" = --tests ] && ! has_gtest; then missing="$missing libgtest-dev"; fi
+    if [ "$for_what" = --tests ] && ! has_gtest; then missing="$missing libgtest-dev"; fi
+    if [ "$for_what" = --tests ] && ! command -v valgrind >/dev/null 2>&1; then missing="$missing valgrind"; fi
+    if [ "$for_what" = --neon ]; then
+        command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || missing="$missing g++-aarch64-linux-gnu"
+        command -v qemu-aarch64 >/dev/null 2>&1 || missing="$missing qemu-user"
+        [ -f /usr/src/googletest/CMakeLists.txt ] || missing="$missing googletest"
+    fi
+    if [ "$for_what" = --bench ] && ! has_benchmark; then missing="$missing libbenchmark-dev"; fi
 }
 
 find_missing

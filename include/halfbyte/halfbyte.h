@@ -27,7 +27,8 @@ typedef enum halfbyte_dtype { HALFBYTE_FLOAT32 = 0, HALFBYTE_FLOAT16 = 1, HALFBY
 typedef enum halfbyte_rotation {
   HALFBYTE_IDENTITY = 0,
   HALFBYTE_SRFT = 1, /* any even head size */
-  HALFBYTE_SRHT = 2  /* head sizes that are powers of two */
+  HALFBYTE_SRHT = 2, /* head sizes that are powers of two */
+  HALFBYTE_DENSE = 3 /* given by halfbyte_set_rotation */
 } halfbyte_rotation;
 
 /* How K and V become codes; docs/format.md defines each field to the bit. Flags are 0 or 1. */
@@ -113,11 +114,14 @@ halfbyte_status halfbyte_decode(const halfbyte_layer* layer, float* k_out, float
 halfbyte_status halfbyte_crop(halfbyte_layer* layer, size_t length); /* forgets tokens at positions >= length */
 halfbyte_status halfbyte_select(halfbyte_layer* layer, const size_t* rows, size_t n); /* sequence i := old rows[i] */
 halfbyte_status halfbyte_copy(const halfbyte_layer* layer, halfbyte_layer** copy);    /* pages are shared */
-halfbyte_status halfbyte_reset(halfbyte_layer* layer); /* forgets all tokens; keeps what set_offset and set_lambda gave */
+halfbyte_status halfbyte_reset(halfbyte_layer* layer); /* forgets all tokens; keeps what the set_ calls gave */
 
 /* float32 [kv_heads, head_dim] each; NULL leaves that side alone. Only while nothing is packed. */
 halfbyte_status halfbyte_set_offset(halfbyte_layer* layer, const float* k, const float* v);
 halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const float* v);
+/* R of a dense recipe: float32 [head_dim, head_dim] each, row-major, y = R (x - mu), orthonormal within 1e-3. NULL leaves
+   that side alone. Only while nothing is packed; halfbyte_append needs both. */
+halfbyte_status halfbyte_set_rotation(halfbyte_layer* layer, const float* k, const float* v);
 halfbyte_status halfbyte_record_past(halfbyte_layer* layer, int on); /* sliding: keep tokens behind the window while on */
 
 /* 0 for a NULL layer. */

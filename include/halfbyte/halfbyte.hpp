@@ -43,7 +43,7 @@ class [[nodiscard]] Result {
 };
 
 enum class Dtype { float32, float16, bfloat16 };
-enum class Rotation { identity, srft, srht };
+enum class Rotation { identity, srft, srht, dense };   // dense: given by set_rotation
 
 // How K, or V, becomes codes. `bits`: 4, 8, or 32 for no code at all: lossless, to tell bookkeeping from rounding.
 // `group`: channels that share a scale: 16, 32, 64, or 0 for the whole vector.
@@ -130,6 +130,7 @@ struct LayerParts {
   std::vector<float> offset_k, offset_v;               // [batch, kv_heads, head_dim]
   std::vector<float> given_offset_k, given_offset_v;   // [kv_heads, head_dim]: set_offset's
   std::vector<float> lambda_k, lambda_v;               // [kv_heads, head_dim]
+  std::vector<float> rotation_k, rotation_v;           // [head_dim, head_dim]: set_rotation's
   std::vector<uint8_t> counted;                        // [batch, tokens]: 0 for padding, while the offset waits
 };
 
@@ -167,6 +168,9 @@ class Layer {
   // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. Only while nothing is packed.
   Status set_offset(const float* k, const float* v);
   Status set_lambda(const float* k, const float* v);
+  // R of a dense recipe, for all heads: float32 [head_dim, head_dim] row-major, y = R (x − mu), orthonormal within 1e-3.
+  // Null leaves that side alone. Only while nothing is packed; append needs both.
+  Status set_rotation(const float* k, const float* v);
   // While on, a crop finds what the newest append changed: tokens behind a sliding window, and raw values of its last 64
   // tokens, which are exact again.
   void record_past(bool on);
@@ -205,14 +209,16 @@ class RawCache {
 enum class Side { k, v };
 
 // Vectors [n, head_dim] → codes → vectors [n, head_dim], as the cache would give them back. mu, lambda: [head_dim] or null.
+// matrix, here and below: R of a dense recipe as for Layer::set_rotation, null for all others.
 Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, Side side, const float* mu,
-                 const float* lambda, int layer_index);
+                 const float* lambda, int layer_index, const float* matrix = nullptr);
 
 // Codes the vectors into blocks and drops them; what `bench encode` times.
-Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side);
+Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe, Side side, const float* matrix = nullptr);
 
 // R x (or Rᵀ x) for n vectors.
-Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse);
+Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
+              const float* matrix = nullptr);
 
 struct BackendInfo {
   std::string name;
@@ -226,8 +232,13 @@ std::vector<std::string> cpu_features();
 void set_num_threads(int n);
 int num_threads();
 
-// Median read bandwidth over `bytes` with `threads` threads, in bytes per second.
+// Median read bandwidth over `bytes` with `threads` threads, in bytes per second: the most the backend in use can read.
 double read_bandwidth(size_t bytes, int threads, int repeats);
+
+// The most that the backend in use computes with `threads` threads, in operations per second, a product and a sum being
+// two: signed bytes times 4-bit codes, and float32. 0 for the reference, which is not made for speed.
+double dot_peak(int threads);
+double fma_peak(int threads);
 
 const char* version();
 const char* commit();

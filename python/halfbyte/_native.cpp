@@ -50,12 +50,12 @@ Dtype dtype_of(const std::string& name) {
   throw nb::value_error(("dtype is '" + name + "'; it takes float32, float16 or bfloat16").c_str());
 }
 
-const char* const kRotations[] = {"identity", "srft", "srht"};
+const char* const kRotations[] = {"identity", "srft", "srht", "dense"};
 
 Rotation rotation_of(const std::string& name) {
-  for (int i = 0; i < 3; i++)
+  for (int i = 0; i < 4; i++)
     if (name == kRotations[i]) return (Rotation)i;
-  throw nb::value_error(("rotation is '" + name + "'; it takes srft, srht or identity").c_str());
+  throw nb::value_error(("rotation is '" + name + "'; it takes srft, srht, dense or identity").c_str());
 }
 
 Side side_of(const std::string& name) {
@@ -105,6 +105,7 @@ nb::dict save(const Layer& layer) {
   parts["given_offset_k"] = as_array(std::move(p.given_offset_k));
   parts["given_offset_v"] = as_array(std::move(p.given_offset_v));
   parts["lambda_k"] = as_array(std::move(p.lambda_k)), parts["lambda_v"] = as_array(std::move(p.lambda_v));
+  parts["rotation_k"] = as_array(std::move(p.rotation_k)), parts["rotation_v"] = as_array(std::move(p.rotation_v));
   parts["counted"] = as_array(std::move(p.counted));
   return parts;
 }
@@ -120,6 +121,7 @@ Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dty
   p.offset_k = from_array<float>(parts, "offset_k"), p.offset_v = from_array<float>(parts, "offset_v");
   p.given_offset_k = from_array<float>(parts, "given_offset_k"), p.given_offset_v = from_array<float>(parts, "given_offset_v");
   p.lambda_k = from_array<float>(parts, "lambda_k"), p.lambda_v = from_array<float>(parts, "lambda_v");
+  p.rotation_k = from_array<float>(parts, "rotation_k"), p.rotation_v = from_array<float>(parts, "rotation_v");
   p.counted = from_array<uint8_t>(parts, "counted");
   Result<Layer> layer = Layer::load(
       {kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window}, p);
@@ -222,6 +224,8 @@ void bind_layer(nb::module_& m) {
            "k"_a, "v"_a)
       .def("set_lambda", [](Layer& l, Address k, Address v) { check(l.set_lambda(pointer<float>(k), pointer<float>(v))); },
            "k"_a, "v"_a)
+      .def("set_rotation", [](Layer& l, Address k, Address v) { check(l.set_rotation(pointer<float>(k), pointer<float>(v))); },
+           "k"_a, "v"_a, "R of a dense recipe: float32 [head_dim, head_dim] row-major, y = R (x - mu).")
       .def("record_past", &Layer::record_past, "on"_a)
       .def_prop_ro("length", &Layer::length)
       .def_prop_ro("first", &Layer::first)
@@ -253,14 +257,14 @@ void bind_raw_cache(nb::module_& m) {
       .def_prop_ro("nbytes", &RawCache::bytes);
 }
 
-double encode_seconds(Address x, size_t vectors, int head_dim, const Recipe& recipe, int repeats) {
+double encode_seconds(Address x, size_t vectors, int head_dim, const Recipe& recipe, int repeats, Address matrix) {
   const int threads = num_threads();
   set_num_threads(1);
   std::vector<double> seconds;
   Status status;
   for (int i = 0; i < repeats && status.ok(); i++) {
     auto start = std::chrono::steady_clock::now();
-    status = encode_only(pointer<const float>(x), vectors, head_dim, recipe, Side::k);
+    status = encode_only(pointer<const float>(x), vectors, head_dim, recipe, Side::k, pointer<const float>(matrix));
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   set_num_threads(threads);
@@ -271,18 +275,26 @@ double encode_seconds(Address x, size_t vectors, int head_dim, const Recipe& rec
 
 void bind_vectors(nb::module_& m) {
   m.def("roundtrip", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, const std::string& which,
-                        Address mu, Address lambda, int layer_index) {
+                        Address mu, Address lambda, int layer_index, Address matrix) {
           check(roundtrip(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, side_of(which),
-                          pointer<const float>(mu), pointer<const float>(lambda), layer_index));
+                          pointer<const float>(mu), pointer<const float>(lambda), layer_index, pointer<const float>(matrix)));
         }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "which"_a, "mu"_a = 0, "lambda_"_a = 0, "layer_index"_a = 0,
-        "Codes float32 [vectors, head_dim] and decodes them again. mu, lambda_: float32 [head_dim], or 0.");
-  m.def("rotate", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, int layer_index, bool inverse) {
-          check(rotate(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, layer_index, inverse));
-        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "layer_index"_a = 0, "inverse"_a = false);
+        "matrix"_a = 0,
+        "Codes float32 [vectors, head_dim] and decodes them again. mu, lambda_: float32 [head_dim], or 0; matrix: R of a "
+        "dense recipe, float32 [head_dim, head_dim].");
+  m.def("rotate", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
+                     Address matrix) {
+          check(rotate(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, layer_index, inverse,
+                       pointer<const float>(matrix)));
+        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "layer_index"_a = 0, "inverse"_a = false, "matrix"_a = 0);
   m.def("encode_bench", &encode_seconds, "x"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "repeats"_a = 5,
-        "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
+        "matrix"_a = 0, "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
   m.def("read_bandwidth", [](size_t bytes, int threads, int repeats) { return read_bandwidth(bytes, threads, repeats) * 1e-9; },
         "bytes"_a, "threads"_a, "repeats"_a = 5, "Median read bandwidth in GB/s (1e9 bytes).");
+  m.def("dot_peak", [](int threads) { return dot_peak(threads) * 1e-9; }, "threads"_a,
+        "The most the backend in use computes in bytes times 4-bit codes, in 1e9 operations a second; 0 for reference.");
+  m.def("fma_peak", [](int threads) { return fma_peak(threads) * 1e-9; }, "threads"_a,
+        "The same in float32, in GFLOP/s.");
 }
 
 }  // namespace

@@ -2,73 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from . import _native
+from .codecs import rotate
 from .files import read_safetensors
-from .recipes import get_recipe
+from .recipes import Recipe, get_recipe
+from .watch import watch_attention
 
 FORMAT = "halfbyte-calibration"
 VERSION = "1"
-WATCH = "halfbyte_watch"
 LAMBDA_CLAMP = 1e-6
 # The recipe fields that lambda depends on: a calibration made with others would divide the wrong channels.
 RECIPE_FIELDS = ("rotation", "seed", "offset")
 PARTS = ("lambda_k", "lambda_v", "offset_k", "offset_v")
-
-_hook = None  # the function that sees keys and values; set by watch_attention for the time of its block
-
-
-def _watching_attention(module, query, key, value, attention_mask, **kwargs):
-    if _hook is not None:
-        key, value = _hook(module.layer_idx, key, value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(WATCH, _watching_attention)
-AttentionMaskInterface.register(WATCH, sdpa_mask)
-
-
-@contextlib.contextmanager
-def attention_set_to(model, implementation: str):
-    """Within the block, `model` attends with `implementation`; afterwards with what it had."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(implementation)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def watch_attention(model, hook):
-    """Within the block, every layer's keys (after RoPE) and values pass through `hook` before they are attended.
-
-    hook(layer_index, key, value) -> (key, value), each [batch, kv_heads, tokens, head_dim]. RuntimeError when nested.
-    """
-    global _hook
-    if _hook is not None:
-        raise RuntimeError("watch_attention: another one is active in this process")
-    _hook = hook
-    try:
-        with attention_set_to(model, WATCH):
-            yield
-    finally:
-        _hook = None
+ROTATIONS = ("rotation_k", "rotation_v")  # only for recipes with a dense rotation
 
 
 @dataclasses.dataclass
 class Calibration:
     """Per layer and KV head, float32 [kv_heads, head_dim]: lambda in the rotated domain, offsets in the original one.
 
+    rotation_k, rotation_v: for recipes with rotation="dense", R of each layer, float32 [head_dim, head_dim].
     recipe holds the fields lambda depends on; model is fingerprint(model); text_sha256 is of the token ids.
     """
 
@@ -81,13 +39,18 @@ class Calibration:
     text_sha256: str = ""
     tokens: int = 0
     seed: int | None = None  # of the sampled text; None when the text was given
+    rotation_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    rotation_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    learned: dict = dataclasses.field(default_factory=dict)  # how, when lambda or rotations were learned
 
     def save(self, path) -> None:
         """Writes one safetensors file: a tensor a layer and part, the rest as metadata."""
         from safetensors.torch import save_file
 
         tensors = {
-            f"layers.{i}.{part}": tensor.contiguous() for part in PARTS for i, tensor in enumerate(getattr(self, part))
+            f"layers.{i}.{part}": tensor.contiguous()
+            for part in PARTS + ROTATIONS
+            for i, tensor in enumerate(getattr(self, part))
         }
         facts = {
             "recipe": self.recipe,
@@ -95,6 +58,7 @@ class Calibration:
             "text_sha256": self.text_sha256,
             "tokens": self.tokens,
             "seed": self.seed,
+            "learned": self.learned,
         }
         try:
             save_file(tensors, str(path), {"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
@@ -111,8 +75,9 @@ class Calibration:
             raise ValueError(f"path: {str(path)!r} has format version {metadata.get('version')!r}; takes {VERSION!r}")
         try:
             facts = json.loads(metadata["facts"])
-            layers = range(len(tensors) // len(PARTS))
-            parts = {part: [tensors[f"layers.{i}.{part}"] for i in layers] for part in PARTS}
+            held = PARTS + ROTATIONS if "layers.0.rotation_k" in tensors else PARTS
+            layers = range(len(tensors) // len(held))
+            parts = {part: [tensors[f"layers.{i}.{part}"] for i in layers] for part in held}
             calibration = cls(**parts, **facts)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: this {FORMAT} file is damaged, {str(path)!r}: {error}") from error
@@ -122,6 +87,12 @@ class Calibration:
                 f"{fingerprint(model)})"
             )
         return calibration
+
+    def learned_recipe(self):
+        """The recipe that learned lambda and rotations were made for."""
+        if not self.learned:
+            raise ValueError("calibration: nothing in it was learned; takes one of `halfbyte calibrate --learn`")
+        return Recipe(**self.learned["recipe"])
 
     def check_recipe(self, recipe) -> None:
         """ValueError unless lambda was collected under this recipe's rotation, seed and offset."""
@@ -166,15 +137,6 @@ class _Range:
         return 1.0 / widest.clamp_min(LAMBDA_CLAMP)
 
 
-def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> torch.Tensor:
-    """R x (or its inverse) for float32 x [..., head_dim], with the recipe's rotation for this layer."""
-    x = x.float().contiguous()
-    out = torch.empty_like(x)
-    head_dim = x.shape[-1]
-    _native.rotate(x.data_ptr(), out.data_ptr(), x.numel() // head_dim, head_dim, recipe, layer_index, inverse)
-    return out
-
-
 @torch.inference_mode()
 def calibrate(
     model, input_ids, window: int = 2048, progress: bool = True, recipe="paper-g32-lambda", seed: int | None = None
@@ -190,7 +152,7 @@ def calibrate(
         raise ValueError(f"input_ids: got {ids.numel()} tokens; a calibration takes at least 16")
     ranges: dict[tuple[int, str], _Range] = {}
 
-    def observe(layer, key, value):
+    def observe(layer, query, key, value):
         for which, x in (("k", key), ("v", value)):
             raw = x[0].float()
             ranges.setdefault((layer, which), _Range()).add(rotate(raw, recipe, layer), raw)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .bench import DecodeArm, check_room, generate_row, load_in_dtypes, make_arm
-from .calibrate import attention_set_to, sample_text
+from .bench_generate import DecodeArm, check_room, generate_row, load_in_dtypes, make_arm
+from .calibrate import sample_text
 from .evaluate import Score
 from .models import encode_text, read_text
+from .watch import attention_set_to
 
 PREFIXES = (256, 1024, 4096)
 MODELS = ("tiny-qwen", "tiny-gemma")

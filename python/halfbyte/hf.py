@@ -8,8 +8,10 @@ import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
 
 from . import _native
+from .auto import choose_recipe, explain
+from .drift import DriftMonitor
 from .layer import Int4Layer, Shared, tensor_bytes
-from .recipes import get_recipe
+from .recipes import get_recipe, layer_recipes, needs_calibration
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
 CONSISTENT_OFFSET_TOKENS = 64  # the mean of so few costs a tenth more KL than that of a long prompt
@@ -27,7 +29,10 @@ class Int4Cache(DynamicCache):
     """KV cache in 4 bits, for generate(past_key_values=...) after model.set_attn_implementation("halfbyte").
 
     config: the model's config; model.config itself, not a copy. recipe: a name from halfbyte.recipes.RECIPES or a
-    Recipe; overrides: its fields, such as sink_tokens=16. calibration: a halfbyte.calibrate.Calibration, for recipes
+    Recipe, or "auto": chosen from the config and, given `model`, from its weights; explain() says why. overrides: its
+    fields, such as sink_tokens=16. layers: {layer: recipe or dict of fields} for layers that differ, -1 the last one,
+    such as {0: "k8v4", -1: {"v_group": 32}}. drift_every: every so many tokens compare packed attention with raw on one
+    layer, and warn when they part (halfbyte.drift). calibration: a halfbyte.calibrate.Calibration, for recipes
     with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill.
 
     Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
@@ -42,42 +47,74 @@ class Int4Cache(DynamicCache):
     breaks the graph: Int4StaticCache does not.
     """
 
-    def __init__(self, config, recipe="default", calibration=None, prefill="exact", **overrides):
+    def __init__(
+        self,
+        config,
+        recipe="default",
+        calibration=None,
+        prefill="exact",
+        layers=None,
+        model=None,
+        drift_every=0,
+        **overrides,
+    ):
         if not hasattr(config, "get_text_config"):
             raise ValueError(f"config: got {type(config).__name__}, takes a model's config: Int4Cache(model.config)")
         if prefill not in ("exact", "consistent"):
             raise ValueError(f"prefill: got {prefill!r}, takes 'exact' or 'consistent'")
         self.prefill = prefill
         consistent = prefill == "consistent"
+        text_config = config.get_text_config(decoder=True)
+        kinds, options = get_layer_types_and_kwargs(text_config)
+        self._reasons = None
+        if recipe == "auto":
+            recipe, self._reasons = choose_recipe(text_config, kinds, model)
         self.recipe = get_recipe(recipe, **overrides)
         if consistent and self.recipe.offset and not self.recipe.offset_tokens:
             self.recipe = get_recipe(self.recipe, offset_tokens=CONSISTENT_OFFSET_TOKENS)
-        if self.recipe.lambda_ and calibration is None:
-            raise ValueError("calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses lambda")
-        text_config = config.get_text_config(decoder=True)
+        self.layer_recipes = layer_recipes(self.recipe, layers, len(kinds))
+        needs = next((need for need in map(needs_calibration, self.layer_recipes) if need), None)
+        if needs and calibration is None:
+            raise ValueError(
+                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
+            )
         self._shared = Shared(text_config)
-        layers = []
-        for index, (kind, options) in enumerate(zip(*get_layer_types_and_kwargs(text_config), strict=True)):
-            if kind in PACKED_LAYERS:
-                window = options.get("sliding_window") or 0
-                layers.append(
-                    self._make_packed_layer(self.recipe, index, self._shared, window, calibration, consistent)
-                )
-            elif kind in DYNAMIC_LAYER_TYPE_MAPPING:
-                layers.append(self._make_library_layer(kind, options))
-            else:
-                known = ", ".join(sorted(DYNAMIC_LAYER_TYPE_MAPPING))
-                raise ValueError(f"config: layer {index} is of type {kind!r}, takes one of {known}")
-        Cache.__init__(self, layers=layers)
+        made = [
+            self._make_layer(index, kind, of_kind, calibration)
+            for index, (kind, of_kind) in enumerate(zip(kinds, options, strict=True))
+        ]
+        Cache.__init__(self, layers=made)
         if not self._shared.layers:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-            warnings.warn(f"Int4Cache: nothing is packed: the layers of this model are {kinds}", stacklevel=2)
+            names = ", ".join(sorted({type(layer).__name__ for layer in made}))
+            warnings.warn(f"Int4Cache: nothing is packed: the layers of this model are {names}", stacklevel=2)
+        if drift_every and self._shared.layers:
+            full = [layer for layer in self._shared.layers if not layer.is_sliding]
+            (full or self._shared.layers)[-1].drift = DriftMonitor(drift_every)
+
+    @property
+    def drift(self):
+        """The DriftMonitor that drift_every asked for, with the errors it has seen; None without."""
+        return next((layer.drift for layer in self._shared.layers if layer.drift is not None), None)
+
+    def _make_layer(self, index, kind, options, calibration):
+        if kind in PACKED_LAYERS:
+            window, consistent = options.get("sliding_window") or 0, self.prefill == "consistent"
+            recipe = self.layer_recipes[index]
+            return self._make_packed_layer(recipe, index, self._shared, window, calibration, consistent)
+        if kind in DYNAMIC_LAYER_TYPE_MAPPING:
+            return self._make_library_layer(kind, options)
+        known = ", ".join(sorted(DYNAMIC_LAYER_TYPE_MAPPING))
+        raise ValueError(f"config: layer {index} is of type {kind!r}, takes one of {known}")
 
     def _make_packed_layer(self, *args):
         return Int4Layer(*args)
 
     def _make_library_layer(self, kind, options):
         return DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+
+    def explain(self):
+        """Three lines: what is packed how, what keeps its error small, and why recipe="auto" chose it (or who did)."""
+        return explain(self._shared.config, self.recipe, self.layer_recipes, self.layers, self._reasons)
 
     @property
     def _own_options(self):

@@ -65,6 +65,7 @@ class Int4Layer(CacheLayerMixin):
         self.calibration = calibration
         self.consistent = consistent  # every token is treated by its position alone: see Int4Cache, prefill
         self.record_past = False
+        self.drift = None  # a DriftMonitor, on the layer that has one
         self._shared = shared
         shared.layers.append(self)
         self._clear()
@@ -105,8 +106,12 @@ class Int4Layer(CacheLayerMixin):
     def _calibrate(self, native, kv_heads, dim_k, dim_v):
         if self.calibration is None:
             return
-        for name, setter in (("offset", native.set_offset), ("lambda", native.set_lambda)):
-            if not (self.recipe.offset if name == "offset" else self.recipe.lambda_):
+        for name, wanted, setter in (
+            ("offset", self.recipe.offset, native.set_offset),
+            ("lambda", self.recipe.lambda_, native.set_lambda),
+            ("rotation", self.recipe.rotation == "dense", native.set_rotation),
+        ):
+            if not wanted:
                 continue
             addresses, kept = [], []
             for part, dim in (("k", dim_k), ("v", dim_v)):
@@ -117,10 +122,11 @@ class Int4Layer(CacheLayerMixin):
                 if len(tensors) <= self.layer_idx:
                     raise ValueError(f"calibration: got {len(tensors)} layers, takes those of the model")
                 tensor = torch.as_tensor(tensors[self.layer_idx], dtype=torch.float32).contiguous()
-                if tensor.shape != (kv_heads, dim):
+                shape = [dim if name == "rotation" else kv_heads, dim]
+                if list(tensor.shape) != shape:
                     raise ValueError(
                         f"calibration: {name}_{part} of layer {self.layer_idx} has shape {list(tensor.shape)}, "
-                        f"takes [{kv_heads}, {dim}]"
+                        f"takes {shape}"
                     )
                 kept.append(tensor)
                 addresses.append(tensor.data_ptr())
@@ -310,6 +316,8 @@ class Int4Layer(CacheLayerMixin):
                     f"[{self.batch}, a multiple of {self.kv_heads}, queries, {self.head_dim_k}] and {self.dtype}"
                 )
             self._q_shape = shape
+        if self.drift is not None:
+            self.drift.observe(self, query, step, scaling)
         query, query_strides = _rows(query)
         dim_v = self.head_dim_v
         out = query.new_empty(batch, queries, heads, dim_v)
@@ -472,6 +480,7 @@ class Int4Layer(CacheLayerMixin):
         other._shared = shared
         shared.layers.append(other)
         other._assigned = dict(self._assigned)
+        other.drift = copy.deepcopy(self.drift)
         if self.native is not None:
             other.native = self.native.copy()
         if self._staged is not None:

@@ -42,8 +42,11 @@ def _own_bias(linear):
     return bias
 
 
-def _rope_mean(config, kind, head_dim):
-    """Mean cos and sin over positions 0..2047, [rotated channels] each, or None for an unknown kind of RoPE."""
+def rope_frequencies(config, kind, head_dim):
+    """(radians a position for each pair of channels [rotated / 2], factor on the waves) of a layer's RoPE.
+
+    kind: its layer type, for configs with a RoPE for each. None for an unknown kind of RoPE.
+    """
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return None
@@ -52,11 +55,17 @@ def _rope_mean(config, kind, head_dim):
     name = rope.get("rope_type", "default")
     if name == "default":
         rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated)
-        factor = 1.0
-    elif name in ROPE_INIT_FUNCTIONS:
-        frequency, factor = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=kind if nested else None)
-    else:
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated), 1.0
+    if name in ROPE_INIT_FUNCTIONS:
+        return ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=kind if nested else None)
+    return None
+
+
+def _rope_mean(config, kind, head_dim):
+    """Mean cos and sin over positions 0..2047, [rotated channels] each, or None for an unknown kind of RoPE."""
+    found = rope_frequencies(config, kind, head_dim)
+    if found is None:
         return None
+    frequency, factor = found
     angle = torch.arange(ROPE_POSITIONS).float()[:, None] * frequency
     return [(wave.mean(0) * factor).repeat(2) for wave in (angle.cos(), angle.sin())]

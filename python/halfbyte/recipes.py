@@ -13,6 +13,7 @@ RECIPES: dict[str, Recipe] = {
     "paper-per-token": Recipe(k_group=0, v_group=0, **_PAPER),
     "paper-g32": Recipe(k_group=32, v_group=32, **_PAPER),
     "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),
+    "g32": Recipe(k_group=32, v_group=32),
     "g16": Recipe(k_group=16, v_group=16),
     "k8v4": Recipe(k_bits=8, v_bits=4),
     # No code at all: what is wrong with it is bookkeeping, not rounding.
@@ -59,6 +60,32 @@ def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
     if not overrides:
         return recipe
     return Recipe(**({field: getattr(recipe, field) for field in FIELDS} | overrides))
+
+
+def needs_calibration(recipe: Recipe) -> str | None:
+    """What of a recipe a cache can not find by itself, or None."""
+    return "lambda" if recipe.lambda_ else "a dense rotation" if recipe.rotation == "dense" else None
+
+
+def layer_recipes(base: Recipe, layers: dict | None, count: int) -> list[Recipe]:
+    """The recipe of each of `count` layers.
+
+    Args:
+        base: of every layer that is not named.
+        layers: {layer: a name, a ``Recipe``, or a dict of fields that replace the base's}; -1 is the last layer.
+
+    Raises:
+        ValueError: a layer that is not there, or what ``get_recipe`` raises for.
+    """
+    recipes = [base] * count
+    for layer, own in (layers or {}).items():
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise ValueError(f"layers: got layer {layer!r}; takes {-count} to {count - 1}")
+        try:
+            recipes[layer] = get_recipe(base, **own) if isinstance(own, dict) else get_recipe(own)
+        except ValueError as error:
+            raise ValueError(f"layers: layer {layer}: {error}") from None
+    return recipes
 
 
 def bits_per_value(recipe: Recipe, head_dim: int) -> float:

@@ -60,7 +60,7 @@ def warn_if_busy() -> None:
 
 
 def machine_facts() -> dict:
-    """What a number depends on: processor, cores, memory, system, versions and read bandwidth (GB/s, all cores)."""
+    """What a number depends on: processor, cores, memory, system, versions, and the roofs of one core and of all."""
     from . import _native
 
     cores = usable_cores()
@@ -74,6 +74,8 @@ def machine_facts() -> dict:
         "backend": _native.backend(),
         "cpu_features": list(_native.cpu_features()),
         "read_gb_per_s": {str(n): round(_native.read_bandwidth(BANDWIDTH_BYTES, n, 3), 2) for n in sorted({1, cores})},
+        "dot_gops": {str(n): round(_native.dot_peak(n), 1) for n in sorted({1, cores})},
+        "fma_gflops": {str(n): round(_native.fma_peak(n), 1) for n in sorted({1, cores})},
     }
     return facts | {name: version_of(name) for name in ("torch", "transformers")}
 
@@ -134,6 +136,14 @@ HEADINGS = {
     "delta_ppl": "delta ppl",
     "read_bandwidth_share": "share of read bandwidth",
     "ns_per_vector": "ns per vector",
+    "over_no_search": "over no-search",
+    "int4_over_fp": "time ratio",
+    "fp16_over_int4": "fp16/ int4",
+    "sdpa_over_int4": "sdpa/ int4",
+    "sdpa_folded_over_int4": "sdpa folded/ int4",
+    "sdpa_folded_ns": "sdpa folded ns",
+    "unpack_over_int4": "unpack/ int4",
+    "operations_per_byte": "operations per byte",
 }
 
 
@@ -150,20 +160,32 @@ def render(value) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def cells(row: dict) -> dict[str, str]:
+    """{heading: cell}. A "…_spread" [lower, upper] joins its value; other lists and dicts are for the file alone."""
+    shown = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+    out = {}
+    for key, value in shown.items():
+        spread = row.get(f"{key}_spread")
+        text = render(value) if spread is None else f"{render(value)} ({render(spread[0])}–{render(spread[1])})"
+        out[HEADINGS.get(key, key)] = text
+    return out
+
+
 def print_table(title: str, rows: list[dict], caption: str | None = None) -> None:
-    """Prints rows (dicts with the same keys) as one table on stdout."""
+    """Prints rows (dicts with the same keys) as one table on stdout; see cells for what is left out."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for key in rows[0]:
-        table.add_column(HEADINGS.get(key, key), justify="left" if isinstance(rows[0][key], str) else "right")
+    words = {HEADINGS.get(key, key) for key, value in rows[0].items() if isinstance(value, str)}
+    for heading in cells(rows[0]):
+        table.add_column(heading, justify="left" if heading in words else "right")
     for row in rows:
-        table.add_row(*(render(value) for value in row.values()))
+        table.add_row(*cells(row).values())
     # A pipe has no width of its own: keep lines whole there instead of folding them to 80.
     console = Console()
-    console = console if console.is_terminal else Console(width=140)
+    console = console if console.is_terminal else Console(width=220)
     for part in (f"\n{title}", table, caption):
         if part is not None:
             console.print(part, highlight=False, markup=False)

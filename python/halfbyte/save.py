@@ -15,7 +15,7 @@ from . import _native
 from .calibrate import Calibration, fingerprint
 from .files import read_safetensors
 from .layer import DTYPES, Int4Layer
-from .recipes import FIELDS, Recipe
+from .recipes import FIELDS, Recipe, needs_calibration
 
 FORMAT = "halfbyte-cache"
 VERSION = 1
@@ -37,6 +37,8 @@ ARRAYS = {
     "given_offset_v": torch.float32,
     "lambda_k": torch.float32,
     "lambda_v": torch.float32,
+    "rotation_k": torch.float32,
+    "rotation_v": torch.float32,
     "counted": torch.uint8,
 }
 
@@ -83,7 +85,13 @@ def _to_tensors(cache, model):
         tensors.update({f"layers.{index}.{name}": array for name, array in arrays.items()})
     facts = {
         "halfbyte": _native.version,
-        "recipe": {field: getattr(cache.recipe, field) for field in FIELDS},
+        "recipe": _fields(cache.recipe),
+        # Those of layers that have their own.
+        "layer_recipes": {
+            index: _fields(recipe)
+            for index, recipe in enumerate(cache.layer_recipes)
+            if _fields(recipe) != _fields(cache.recipe)
+        },
         "prefill": cache.prefill,
         "model": _model_facts(cache._shared.config),
         "weights": "" if model is None else fingerprint(model),
@@ -93,6 +101,10 @@ def _to_tensors(cache, model):
     text = json.dumps(facts)
     # One entry: safetensors writes several in random order, and equal caches are to give equal files.
     return tensors, {FORMAT: json.dumps({"version": VERSION, "crc32": zlib.crc32(text.encode()), "facts": text})}
+
+
+def _fields(recipe):
+    return {field: getattr(recipe, field) for field in FIELDS}
 
 
 def _packed_layer(layer):
@@ -115,6 +127,7 @@ def _packed_layer(layer):
         shapes[f"raw_{side}"] = (batch, heads, -1, dim)
         shapes[f"offset_{side}"] = (batch, heads, dim)
         shapes[f"given_offset_{side}"] = shapes[f"lambda_{side}"] = (heads, dim)
+        shapes[f"rotation_{side}"] = (dim, dim)
     shapes["counted"] = (batch, -1)
     arrays = {}
     for name, dtype in ARRAYS.items():
@@ -168,8 +181,12 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     _check_model(facts, config, path, model)
     try:
         recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
-        calibration = _calibration(layers, tensors) if recipe.lambda_ else None
-        cache = cache_class(config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], **options)
+        own = {int(index): Recipe(**fields) for index, fields in facts["layer_recipes"].items()}
+        calibrated = any(map(needs_calibration, [recipe, *own.values()]))
+        calibration = _calibration(layers, tensors) if calibrated else None
+        cache = cache_class(
+            config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], layers=own, **options
+        )
         if len(layers) != len(cache.layers):
             raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
         for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):
@@ -219,8 +236,9 @@ def _check_model(facts, config, path, model):
 
 
 def _calibration(layers, tensors):
-    """Lambda, and offsets if they were given: what the cache needs again after a reset."""
-    parts = {"lambda_k": "lambda_k", "lambda_v": "lambda_v", "given_offset_k": "offset_k", "given_offset_v": "offset_v"}
+    """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
+    parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
+    parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }

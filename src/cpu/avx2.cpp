@@ -9,9 +9,13 @@ namespace {
 
 #include "simd.h"
 
+#include "rotate.h"
+
 #include "kernels.h"
 
 #include "attend.h"
+
+#include "peak.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");   // F16C came before both
@@ -22,7 +26,7 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx2Backend = {"avx2",          avx2::supported, avx2::kRegisterRows, avx2::rotate,
+extern const Backend kAvx2Backend = {"avx2",          avx2::supported, avx2::kRegisterRows, avx2::peak, avx2::rotate,
                                      avx2::encode, avx2::decode, avx2::attend_packed, avx2::attend_raw};
 
 }  // namespace halfbyte

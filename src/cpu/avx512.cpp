@@ -9,9 +9,13 @@ namespace {
 
 #include "simd.h"
 
+#include "rotate.h"
+
 #include "kernels.h"
 
 #include "attend.h"
+
+#include "peak.h"
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -23,7 +27,7 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx512Backend = {"avx512",          avx512::supported, avx512::kRegisterRows, avx512::rotate,
+extern const Backend kAvx512Backend = {"avx512",          avx512::supported, avx512::kRegisterRows, avx512::peak, avx512::rotate,
                                      avx512::encode, avx512::decode, avx512::attend_packed, avx512::attend_raw};
 
 }  // namespace halfbyte

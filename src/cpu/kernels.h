@@ -1,341 +1,111 @@
-// The CPU kernels, written once over simd.h: rotate, encode, decode, attend. Included inside the target's namespace.
-//
-// Vectors are worked on sixteen at a time, lane = token: a channel of sixteen tokens is one register, so rotations,
-// maxima and packing need no horizontal steps. A buffer of that kind is float [channels][16].
+// Encode and decode over simd.h and rotate.h, once for every CPU. Included inside the target's namespace.
 
-constexpr int kLanes = kBlockTokens;
-constexpr float kNothing = -1e30f;   // attend.h's, which a kernel does not include
-
-// ---------------------------------------------------------------------------------------------- loading vectors
-
-HALFBYTE_INLINE f32x16 load_channels(const void* p, Dtype dtype, ptrdiff_t at) {
-  if (dtype == Dtype::float32) return load((const float*)p + at);
-  const uint16_t* bits = (const uint16_t*)p + at;
-  return dtype == Dtype::float16 ? load_f16(bits) : load_bf16(bits);
-}
-
-// The first n < 16 channels; zeros behind them, and nothing read behind them.
-static f32x16 load_some_channels(const void* p, Dtype dtype, ptrdiff_t at, int n) {
-  alignas(64) float wide[kLanes] = {};
-  uint16_t narrow[kLanes] = {};
-  if (dtype == Dtype::float32) {
-    memcpy(wide, (const float*)p + at, n * sizeof(float));
-    return load(wide);
-  }
-  memcpy(narrow, (const uint16_t*)p + at, n * sizeof(uint16_t));
-  return load_channels(narrow, dtype, 0);
-}
-
-// Sixteen rows of d channels → y [d][16]. Rows behind n repeat row 0, so that every lane holds numbers.
-static void load_transposed(const void* const* rows, int n, Dtype dtype, int d, float* y) {
-  for (int c = 0; c < d; c += kLanes) {
-    int width = d - c < kLanes ? d - c : kLanes;
-    f32x16 tile[kLanes];
-    for (int t = 0; t < kLanes; t++) {
-      const void* row = rows[t < n ? t : 0];
-      tile[t] = width == kLanes ? load_channels(row, dtype, c) : load_some_channels(row, dtype, c, width);
-    }
-    transpose16(tile);
-    for (int i = 0; i < width; i++) store(y + (c + i) * kLanes, tile[i]);
-  }
-}
-
-// y [d][16] → n rows of d floats, `stride` apart.
-static void store_transposed(const float* y, int d, float* rows, size_t stride, int n) {
-  for (int c = 0; c < d; c += kLanes) {
-    int width = d - c < kLanes ? d - c : kLanes;
-    f32x16 tile[kLanes];
-    for (int i = 0; i < kLanes; i++) tile[i] = i < width ? load(y + (c + i) * kLanes) : set1(0.0f);
-    transpose16(tile);
-    for (int t = 0; t < n; t++) {
-      if (width == kLanes) {
-        store(rows + t * stride + c, tile[t]);
-      } else {
-        alignas(64) float some[kLanes];
-        store(some, tile[t]);
-        memcpy(rows + t * stride + c, some, width * sizeof(float));
-      }
-    }
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- rotation
-
-struct Complex {
-  f32x16 re, im;
-};
-
-HALFBYTE_INLINE Complex load_complex(const float* p) { return {load(p), load(p + kLanes)}; }
-HALFBYTE_INLINE void store_complex(float* p, Complex z) { store(p, z.re), store(p + kLanes, z.im); }
-HALFBYTE_INLINE Complex add(Complex a, Complex b) { return {add(a.re, b.re), add(a.im, b.im)}; }
-HALFBYTE_INLINE Complex sub(Complex a, Complex b) { return {sub(a.re, b.re), sub(a.im, b.im)}; }
-HALFBYTE_INLINE Complex times_minus_i(Complex a) { return {a.im, sub(set1(0.0f), a.re)}; }
-HALFBYTE_INLINE Complex times(Complex a, float cos, float sin) {
-  f32x16 c = set1(cos), s = set1(sin);
-  return {fnma(a.im, s, mul(a.re, c)), fma(a.im, c, mul(a.re, s))};
-}
-
-// Short DFTs in registers: b_k = Σ_j a_j e^(−2πi jk / radix).
-template <int kRadix>
-HALFBYTE_INLINE void short_dft(Complex* a) {
-  if constexpr (kRadix == 2) {
-    Complex sum = add(a[0], a[1]);
-    a[1] = sub(a[0], a[1]), a[0] = sum;
-  } else if constexpr (kRadix == 3) {
-    constexpr float kSin = 0.866025404f;   // sin(2π/3)
-    Complex sum = add(a[1], a[2]), turn = times_minus_i(sub(a[1], a[2]));
-    Complex mid = {fnma(sum.re, set1(0.5f), a[0].re), fnma(sum.im, set1(0.5f), a[0].im)};
-    turn = {mul(turn.re, set1(kSin)), mul(turn.im, set1(kSin))};
-    a[0] = add(a[0], sum), a[1] = add(mid, turn), a[2] = sub(mid, turn);
-  } else if constexpr (kRadix == 4) {
-    Complex s02 = add(a[0], a[2]), d02 = sub(a[0], a[2]);
-    Complex s13 = add(a[1], a[3]), d13 = times_minus_i(sub(a[1], a[3]));
-    a[0] = add(s02, s13), a[1] = add(d02, d13), a[2] = sub(s02, s13), a[3] = sub(d02, d13);
-  } else {
-    constexpr float kCos1 = 0.309016994f, kCos2 = -0.809016994f, kSin1 = 0.951056516f, kSin2 = 0.587785252f;
-    Complex s14 = add(a[1], a[4]), s23 = add(a[2], a[3]);
-    Complex d14 = times_minus_i(sub(a[1], a[4])), d23 = times_minus_i(sub(a[2], a[3]));
-    auto even = [&](float c14, float c23) {
-      return Complex{fma(s14.re, set1(c14), fma(s23.re, set1(c23), a[0].re)),
-                     fma(s14.im, set1(c14), fma(s23.im, set1(c23), a[0].im))};
-    };
-    auto odd = [&](float c14, float c23) {
-      return Complex{fma(d14.re, set1(c14), mul(d23.re, set1(c23))), fma(d14.im, set1(c14), mul(d23.im, set1(c23)))};
-    };
-    Complex e1 = even(kCos1, kCos2), e2 = even(kCos2, kCos1), o1 = odd(kSin1, kSin2), o2 = odd(kSin2, -kSin1);
-    a[0] = add(a[0], add(s14, s23));
-    a[1] = add(e1, o1), a[4] = sub(e1, o1), a[2] = add(e2, o2), a[3] = sub(e2, o2);
-  }
-}
-
-// One Stockham pass, from [n complex][16] to another such buffer.
-template <int kRadix>
-static void fft_pass(const FftPass& pass, const float* twiddles, const float* from, float* to) {
-  constexpr int kStep = 2 * kLanes;
-  const int stride = pass.stride, rest = pass.rest;
-  for (int p = 0; p < rest; p++) {
-    const float* twiddle = twiddles + 2 * kRadix * p;
-    for (int q = 0; q < stride; q++) {
-      Complex a[kRadix];
-      for (int j = 0; j < kRadix; j++) a[j] = load_complex(from + kStep * (q + stride * (p + rest * j)));
-      short_dft<kRadix>(a);
-      float* out = to + kStep * (q + stride * kRadix * p);
-      store_complex(out, a[0]);
-      for (int k = 1; k < kRadix; k++)
-        store_complex(out + kStep * stride * k, p ? times(a[k], twiddle[2 * k], twiddle[2 * k + 1]) : a[k]);
-    }
-  }
-}
-
-// A prime radix over five: the plain sum, with the roots that follow the pass's twiddles.
-static void fft_pass_prime(const FftPass& pass, const float* twiddles, const float* from, float* to) {
-  constexpr int kStep = 2 * kLanes;
-  const int radix = pass.radix, stride = pass.stride, rest = pass.rest;
-  const float* roots = twiddles + 2 * radix * rest;
-  for (int p = 0; p < rest; p++)
-    for (int q = 0; q < stride; q++)
-      for (int k = 0; k < radix; k++) {
-        Complex sum = load_complex(from + kStep * (q + stride * p));
-        for (int j = 1; j < radix; j++) {
-          const float* root = roots + 2 * (j * k % radix);
-          sum = add(sum, times(load_complex(from + kStep * (q + stride * (p + rest * j))), root[0], root[1]));
-        }
-        const float* twiddle = twiddles + 2 * (radix * p + k);
-        store_complex(to + kStep * (q + stride * (radix * p + k)), times(sum, twiddle[0], twiddle[1]));
-      }
-}
-
-// Complex FFT of length n; the result is in the returned buffer, `a` or `b`.
-static float* fft(const RotationPlan& plan, float* a, float* b) {
-  for (const FftPass& pass : plan.passes) {
-    const float* twiddles = &plan.twiddles[pass.twiddle_at];
-    switch (pass.radix) {
-      case 2: fft_pass<2>(pass, twiddles, a, b); break;
-      case 3: fft_pass<3>(pass, twiddles, a, b); break;
-      case 4: fft_pass<4>(pass, twiddles, a, b); break;
-      case 5: fft_pass<5>(pass, twiddles, a, b); break;
-      default: fft_pass_prime(pass, twiddles, a, b);
-    }
-    float* swap = a;
-    a = b, b = swap;
-  }
-  return a;
-}
-
-HALFBYTE_INLINE void flip_signs(const RotationPlan& plan, float* y) {
-  const float* signs = &plan.signs[0];
-  for (int c = 0; c < plan.head_dim; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(signs[c])));
-}
-
-// Forward SRFT of y [d][16]: real FFT by the half-length complex one, then the paper's packing of real and imaginary
-// parts. `scratch` is as large as y; the result is in the returned one of the two.
-static float* srft_forward(const RotationPlan& plan, float* y, float* scratch) {
-  const int d = plan.head_dim, n = d / 2;
-  flip_signs(plan, y);
-  float* z = fft(plan, y, scratch);
-  float* out = z == y ? scratch : y;
-  const f32x16 unit = set1(1.0f / __builtin_sqrtf((float)d)), half = set1(__builtin_sqrtf(0.5f / (float)d));
-  Complex z0 = load_complex(z);
-  store(out, mul(add(z0.re, z0.im), unit));
-  store(out + n * kLanes, mul(sub(z0.re, z0.im), unit));
-  for (int k = 1; k <= n / 2 + n % 2 && k < n; k++) {
-    Complex a = load_complex(z + 2 * kLanes * k), b = load_complex(z + 2 * kLanes * (n - k));
-    Complex even = {add(a.re, b.re), sub(a.im, b.im)}, odd = {add(a.im, b.im), sub(b.re, a.re)};   // twice E, O
-    Complex turned = times(odd, plan.unpack[2 * k], plan.unpack[2 * k + 1]);
-    store(out + k * kLanes, mul(add(even.re, turned.re), half));
-    store(out + (n + k) * kLanes, mul(add(even.im, turned.im), half));
-    store(out + (n - k) * kLanes, mul(sub(even.re, turned.re), half));
-    store(out + (d - k) * kLanes, mul(sub(turned.im, even.im), half));
-  }
-  return out;
-}
-
-static float* srft_inverse(const RotationPlan& plan, float* y, float* scratch) {
-  const int d = plan.head_dim, n = d / 2;
-  const f32x16 unit = set1(0.5f * __builtin_sqrtf((float)d) / (float)n), half = mul(unit, set1(0.707106781f));
-  f32x16 first = mul(load(y), unit), last = mul(load(y + n * kLanes), unit);
-  // Real and imaginary parts change places here and at the end: a forward FFT then does the inverse.
-  store_complex(scratch, {sub(first, last), add(first, last)});
-  for (int k = 1; k <= n / 2 + n % 2 && k < n; k++) {
-    Complex a = {mul(load(y + k * kLanes), half), mul(load(y + (n + k) * kLanes), half)};
-    Complex b = {mul(load(y + (n - k) * kLanes), half), mul(load(y + (d - k) * kLanes), half)};
-    Complex even = {add(a.re, b.re), sub(a.im, b.im)};
-    Complex odd = times({sub(a.re, b.re), add(a.im, b.im)}, plan.unpack[2 * k], -plan.unpack[2 * k + 1]);
-    store_complex(scratch + 2 * kLanes * k, {add(even.im, odd.re), sub(even.re, odd.im)});
-    store_complex(scratch + 2 * kLanes * (n - k), {sub(odd.re, even.im), add(even.re, odd.im)});
-  }
-  float* z = fft(plan, scratch, y);
-  for (int m = 0; m < n; m++) {
-    Complex w = load_complex(z + 2 * kLanes * m);
-    store_complex(z + 2 * kLanes * m, {w.im, w.re});
-  }
-  flip_signs(plan, z);
-  return z;
-}
-
-static float* srht(const RotationPlan& plan, bool inverse, float* y) {
-  const int d = plan.head_dim;
-  if (!inverse) flip_signs(plan, y);
-  for (int h = 1; h < d; h *= 2)
-    for (int i = 0; i < d; i += 2 * h)
-      for (int j = i; j < i + h; j++) {
-        f32x16 a = load(y + j * kLanes), b = load(y + (j + h) * kLanes);
-        store(y + j * kLanes, add(a, b));
-        store(y + (j + h) * kLanes, sub(a, b));
-      }
-  const f32x16 unit = set1(1.0f / __builtin_sqrtf((float)d));
-  for (int c = 0; c < d; c++) store(y + c * kLanes, mul(load(y + c * kLanes), unit));
-  if (inverse) flip_signs(plan, y);
-  return y;
-}
-
-static float* rotate_lanes(const RotationPlan& plan, bool inverse, float* y, float* scratch) {
-  if (plan.kind == Rotation::identity) return y;
-  if (plan.kind == Rotation::srht) return srht(plan, inverse, y);
-  return inverse ? srft_inverse(plan, y, scratch) : srft_forward(plan, y, scratch);
-}
-
-static void rotate(const RotationPlan& plan, bool inverse, float* x, size_t stride, int n) {
-  alignas(64) float y[kMaxHeadDim * kLanes], scratch[kMaxHeadDim * kLanes];
-  const void* rows[kLanes];
-  for (int i = 0; i < n; i++) rows[i] = x + i * stride;
-  load_transposed(rows, n, Dtype::float32, plan.head_dim, y);
-  store_transposed(rotate_lanes(plan, inverse, y, scratch), plan.head_dim, x, stride, n);
-}
-
-// ---------------------------------------------------------------------------------------------- encode
+// ---------------------------------------------------------------------------------------------- scales
 
 HALFBYTE_INLINE f32x16 stored_scale(const SideFormat& format, f32x16 scale) {
   return format.scale_bytes == 4 ? scale : round_f16(scale);
 }
 
-HALFBYTE_INLINE f32x16 inverse_scale(f32x16 scale) {   // a group of zeros has scale 0, and codes 0
+// A group of zeros has scale 0, and codes 0; the inverse of the least scales stays finite, so that 0 times it is 0.
+HALFBYTE_INLINE f32x16 inverse_scale(f32x16 scale) {
+  constexpr float kLargest = 3.4e38f;
   mask16 used = greater(abs(scale), set1(0.0f));
-  return select(used, div(set1(1.0f), select(used, scale, set1(1.0f))), set1(0.0f));
+  f32x16 inverse = div(set1(1.0f), select(used, scale, set1(1.0f)));
+  return select(used, max(min(inverse, set1(kLargest)), set1(-kLargest)), set1(0.0f));
 }
 
-// Scale of one group in each lane; y: its channels [channels][16]. The rule is choose_scale's in encode.cpp.
-static f32x16 choose_scale(const SideFormat& format, const float* y, int channels) {
-  f32x16 high = load(y), low = high;
-  for (int c = 1; c < channels; c++) high = max(high, load(y + c * kLanes)), low = min(low, load(y + c * kLanes));
-  f32x16 depth = sub(set1(0.0f), low);
+// Adding it to |x| < 2^22 rounds x to even and leaves it as an integer in the low bits.
+constexpr float kRounder = 12582912.0f;   // 1.5 · 2^23
+
+// The scale of least squared error among the candidates; y: the group's channels [channels][16].
+static f32x16 search_scale(const SideFormat& format, const float* y, int channels, f32x16 covering) {
   const float half = (float)zero_code(format.bits);
-  f32x16 covering = format.signed_scale ? mul(select(greater_equal(high, depth), high, low), set1(-1.0f / half))
-                                        : mul(max(high, depth), set1(1.0f / (half - 1.0f)));
   const float* factors = format.signed_scale ? kSearchSigned : kSearch;
-  f32x16 best = stored_scale(format, mul(covering, set1(factors[0])));
-  if (!format.search) return best;
-  f32x16 best_error = set1(0.0f), lowest = set1(-half), highest = set1(half - 1.0f);
-  for (int i = 0; i < kSearchSize; i++) {
-    f32x16 scale = stored_scale(format, mul(covering, set1(factors[i]))), inverse = inverse_scale(scale);
-    f32x16 error = set1(0.0f);
-    for (int c = 0; c < channels; c++) {
-      f32x16 value = load(y + c * kLanes);
-      f32x16 code = min(max(round(mul(value, inverse)), lowest), highest), left = fnma(code, scale, value);
-      error = fma(left, left, error);
+  const f32x16 rounder = set1(kRounder), lowest = set1(kRounder - half), highest = set1(kRounder + half - 1.0f);
+  f32x16 best = covering, best_error = covering;
+  for (int first = 0; first < kSearchSize; first += kSearchAbreast) {
+    f32x16 scales[kSearchAbreast], inverses[kSearchAbreast], errors[kSearchAbreast];
+    for (int i = 0; i < kSearchAbreast; i++) {
+      scales[i] = stored_scale(format, mul(covering, set1(factors[first + i])));
+      inverses[i] = inverse_scale(scales[i]), errors[i] = set1(0.0f);
     }
-    mask16 better = i ? greater(best_error, error) : (mask16)0xffff;
-    best = select(better, scale, best), best_error = select(better, error, best_error);
+    for (int c = 0; c < channels; c++) {
+      const f32x16 value = load(y + c * kLanes);
+      for (int i = 0; i < kSearchAbreast; i++) {
+        f32x16 code = sub(min(max(fma(value, inverses[i], rounder), lowest), highest), rounder);
+        f32x16 left = fnma(code, scales[i], value);
+        errors[i] = fma(left, left, errors[i]);
+      }
+    }
+    for (int i = 0; i < kSearchAbreast; i++) {
+      mask16 better = first + i ? greater(best_error, errors[i]) : (mask16)0xffff;
+      best = select(better, scales[i], best), best_error = select(better, errors[i], best_error);
+    }
   }
   return best;
 }
+
+// Scale of one group in each lane. The rule is choose_scale's in encode.cpp.
+static f32x16 choose_scale(const SideFormat& format, const float* y, int channels) {
+  Extreme extreme = extreme_of(load(y));
+  for (int c = 1; c < channels; c++) extreme = widen(extreme, load(y + c * kLanes));
+  const float half = (float)zero_code(format.bits);
+  const f32x16 covering = format.signed_scale ? mul(value_of(extreme), set1(-1.0f / half))
+                                              : mul(abs(value_of(extreme)), set1(1.0f / (half - 1.0f)));
+  return format.search ? search_scale(format, y, channels, covering) : stored_scale(format, covering);
+}
+
+// ---------------------------------------------------------------------------------------------- codes
+
+template <int kValue> struct Constant { static constexpr int value = kValue; };
 
 // Rotated vectors and what turns them into codes.
 struct Quantiser {
   const float* y;              // [padded_dim][16]
   const float* inverse;        // [padded_dim / 16][16]: 1 / scale of each 16 channels
-  f32x16 lowest, highest, zero;
+  int lowest;                  // unsigned code: 0, or 1 for the paper's symmetric ones
 };
 
-// Unsigned codes of one channel.
-HALFBYTE_INLINE i32x16 code_of(const Quantiser& from, int channel) {
-  f32x16 steps = round(mul(load(from.y + channel * kLanes), load(from.inverse + channel / 16 * kLanes)));
-  return to_i32(add(min(max(steps, from.lowest), from.highest), from.zero));
+// Codes of channels [c, c + 4) as the four bytes of each lane.
+template <int kBits>
+HALFBYTE_INLINE i32x16 code_word(const Quantiser& from, int c) {
+  // Integers add up without carries as long as each is a byte: 4-bit codes, at most 8 too far out, get 32 more until
+  // they are limited; 8-bit ones are limited before.
+  constexpr int kSpare = kBits == 4 ? 32 : 0;
+  constexpr float kOrigin = kRounder + kSpare + (1 << (kBits - 1));
+  const f32x16 inverse = load(from.inverse + c / 16 * kLanes);
+  i32x16 word;
+  auto add_byte = [&](auto place) {
+    f32x16 code = fma(load(from.y + (c + place.value) * kLanes), inverse, set1(kOrigin));
+    if constexpr (kBits == 8) code = min(max(code, set1(kRounder + (float)from.lowest)), set1(kRounder + 255.0f));
+    if constexpr (place.value == 0) word = bits_of(code);
+    else word = add(word, shift_left<8 * place.value>(bits_of(code)));
+  };
+  add_byte(Constant<0>{}), add_byte(Constant<1>{}), add_byte(Constant<2>{}), add_byte(Constant<3>{});
+  constexpr uint32_t kRounderBits = 0x4b400000u * 0x01010101u;   // kRounder's share in the sum
+  word = sub(word, set1((int)kRounderBits));
+  if constexpr (kBits == 4) word = add(limit_bytes(word, kSpare + from.lowest, 15 - from.lowest), set1(from.lowest * 0x01010101));
+  return word;
 }
 
-// K rows: the four bytes of a lane are four channels, so shifting registers packs them.
+// Rows of 16 tokens × 4 channels: K's layout.
 template <int kBits>
-static void pack_k(const Quantiser& from, int padded_dim, uint8_t* codes) {
-  for (int span = 0; span < padded_dim; span += kSpan)
-    for (int row = 0; row < (kBits == 4 ? 4 : 8); row++, codes += kRowBytes) {
-      int c = span + 4 * row;
-      i32x16 word = bit_or(bit_or(code_of(from, c), shift_left<8>(code_of(from, c + 1))),
-                           bit_or(shift_left<16>(code_of(from, c + 2)), shift_left<24>(code_of(from, c + 3))));
-      if constexpr (kBits == 4) {
-        i32x16 high = bit_or(bit_or(code_of(from, c + 16), shift_left<8>(code_of(from, c + 17))),
-                             bit_or(shift_left<16>(code_of(from, c + 18)), shift_left<24>(code_of(from, c + 19))));
-        word = bit_or(word, shift_left<4>(high));
-      }
-      store((int32_t*)codes, word);
-    }
-}
-
-// V rows: the four bytes of a lane are four tokens of one channel, so words of channels change places.
-template <int kBits>
-static void pack_v(const Quantiser& from, int padded_dim, uint8_t* codes) {
-  alignas(64) uint32_t words[kLanes][4];   // [channel][four tokens each]
-  for (int c = 0; c < padded_dim; c += kBits == 4 ? kSpan : kLanes) {
-    for (int i = 0; i < kLanes; i++) {
-      i32x16 byte = code_of(from, c + i);
-      if constexpr (kBits == 4) byte = bit_or(byte, shift_left<4>(code_of(from, c + 16 + i)));
-      store_low_bytes(words[i], byte);
-    }
-    for (int row = 0; row < 4; row++, codes += kRowBytes) {
-      alignas(64) uint32_t out[kLanes];
-      for (int i = 0; i < kLanes; i++) out[i] = words[i][row];
-      memcpy(codes, out, kRowBytes);
-    }
+static void pack_rows(const Quantiser& from, int span, i32x16* rows) {
+  for (int row = 0; row < (kBits == 4 ? 4 : 8); row++) {
+    rows[row] = code_word<kBits>(from, span + 4 * row);
+    if constexpr (kBits == 4) rows[row] = bit_or(rows[row], shift_left<4>(code_word<kBits>(from, span + 16 + 4 * row)));
   }
 }
 
+template <int kBits>
 static void pack(const EncodeArgs& args, const Quantiser& from, uint8_t* codes) {
-  const int padded_dim = args.format->padded_dim;
-  if (args.side == Side::k) {
-    if (args.format->bits == 4) pack_k<4>(from, padded_dim, codes);
-    else pack_k<8>(from, padded_dim, codes);
-  } else {
-    if (args.format->bits == 4) pack_v<4>(from, padded_dim, codes);
-    else pack_v<8>(from, padded_dim, codes);
+  constexpr int kRows = kBits == 4 ? 4 : 8;   // of a span
+  for (int span = 0; span < args.format->padded_dim; span += kSpan, codes += kRows * kRowBytes) {
+    i32x16 rows[kRows];
+    pack_rows<kBits>(from, span, rows);
+    // V's rows are 16 channels × 4 tokens: the same sixteen by sixteen bytes, the other way round.
+    for (int i = 0; i < kRows && args.side == Side::v; i += 4) transpose_bytes(rows + i);
+    for (int i = 0; i < kRows; i++) store((int32_t*)(codes + i * kRowBytes), rows[i]);
   }
 }
 
@@ -362,14 +132,32 @@ static void store_scales(const EncodeArgs& args, int group, const float* lanes) 
 // y [d][16] of the given vectors, rotated, scaled by λ, zero up to padded_dim; in one of the two buffers.
 static float* load_rotated(const EncodeArgs& args, float* a, float* b) {
   const int d = args.format->head_dim;
-  load_transposed(args.rows, args.n, args.dtype, d, a);
-  if (args.offset)
-    for (int c = 0; c < d; c++) store(a + c * kLanes, sub(load(a + c * kLanes), set1(args.offset[c])));
-  float* y = rotate_lanes(*args.rotation, false, a, b);
+  load_transposed({args.rows, args.n, args.dtype, d}, args.offset, load_factors(*args.rotation), a);
+  float* y = rotate_forward(*args.rotation, a, b);
   if (args.lambda)
     for (int c = 0; c < d; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(args.lambda[c])));
   for (int c = d; c < args.format->padded_dim; c++) store(y + c * kLanes, set1(0.0f));
   return y;
+}
+
+// Part of a block: shifts the lanes to their tokens, packs aside, and takes just those.
+template <int kBits>
+static void pack_some(const EncodeArgs& args, Quantiser from) {
+  const int padded_dim = args.format->padded_dim;
+  alignas(64) float moved[kMaxHeadDim * kLanes] = {}, inverse[kMaxHeadDim / 16 * kLanes] = {};
+  alignas(64) uint8_t aside[kMaxHeadDim * kLanes];
+  for (int c = 0; c < padded_dim; c++) memcpy(moved + c * kLanes + args.first_lane, from.y + c * kLanes, args.n * sizeof(float));
+  for (int g = 0; g < padded_dim / 16; g++)
+    memcpy(inverse + g * kLanes + args.first_lane, from.inverse + g * kLanes, args.n * sizeof(float));
+  from.y = moved, from.inverse = inverse;
+  pack<kBits>(args, from, aside);
+  copy_tokens(args, aside, args.codes);
+}
+
+template <int kBits>
+static void pack_block(const EncodeArgs& args, const Quantiser& from) {
+  if (args.n == kLanes) pack<kBits>(args, from, args.codes);
+  else pack_some<kBits>(args, from);
 }
 
 static void encode(const EncodeArgs& args) {
@@ -379,30 +167,14 @@ static void encode(const EncodeArgs& args) {
   const float* y = load_rotated(args, a, b);
   for (int g = 0; g < format.n_groups; g++) {
     int from = g * format.group, to = from + format.group < format.padded_dim ? from + format.group : format.padded_dim;
-    f32x16 scale = choose_scale(format, y + from * kLanes, to - from);
-    for (int c = from; c < to; c += 16) store(inverse + c / 16 * kLanes, inverse_scale(scale));
+    f32x16 scale = choose_scale(format, y + from * kLanes, to - from), one_over = inverse_scale(scale);
+    for (int c = from; c < to; c += 16) store(inverse + c / 16 * kLanes, one_over);
     store(scales, scale);
     store_scales(args, g, scales);
   }
-  const float half = (float)zero_code(format.bits);
-  const bool whole_range = format.signed_scale || format.search;
-  Quantiser from = {y, inverse, set1(whole_range ? -half : 1.0f - half), set1(half - 1.0f), set1(half)};
-  if (args.n == kLanes) {
-    pack(args, from, args.codes);
-    return;
-  }
-  // Part of a block: shift the lanes to their tokens, pack aside, and take just those.
-  alignas(64) float moved[kMaxHeadDim * kLanes], moved_inverse[kMaxHeadDim / 16 * kLanes] = {};
-  alignas(64) uint8_t aside[kMaxHeadDim * kLanes];
-  for (int c = 0; c < format.padded_dim; c++) {
-    for (int i = 0; i < kLanes; i++) moved[c * kLanes + i] = 0.0f;
-    for (int i = 0; i < args.n; i++) moved[c * kLanes + args.first_lane + i] = y[c * kLanes + i];
-  }
-  for (int g = 0; g < format.padded_dim / 16; g++)
-    for (int i = 0; i < args.n; i++) moved_inverse[g * kLanes + args.first_lane + i] = inverse[g * kLanes + i];
-  from.y = moved, from.inverse = moved_inverse;
-  pack(args, from, aside);
-  copy_tokens(args, aside, args.codes);
+  const Quantiser from = {y, inverse, format.signed_scale || format.search ? 0 : 1};
+  if (format.bits == 4) pack_block<4>(args, from);
+  else pack_block<8>(args, from);
 }
 
 // ---------------------------------------------------------------------------------------------- decode
@@ -425,7 +197,7 @@ static void decode(const DecodeArgs& args) {
     f32x16 scaled = mul(load(value), load_scales(format, args.scales, c / format.group));
     store(y + c * kLanes, args.inverse_lambda ? mul(scaled, set1(args.inverse_lambda[c])) : scaled);
   }
-  float* x = rotate_lanes(*args.rotation, true, y, scratch);
+  float* x = rotate_back(*args.rotation, y, scratch);
   if (args.offset)
     for (int c = 0; c < d; c++) store(x + c * kLanes, add(load(x + c * kLanes), set1(args.offset[c])));
   store_transposed(x, d, args.out, d, kLanes);

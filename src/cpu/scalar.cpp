@@ -8,9 +8,13 @@ namespace {
 
 #include "simd.h"
 
+#include "rotate.h"
+
 #include "kernels.h"
 
 #include "attend.h"
+
+#include "peak.h"
 
 bool supported() { return true; }
 
@@ -19,7 +23,7 @@ bool supported() { return true; }
 
 namespace halfbyte {
 
-extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::rotate,
+extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::peak, scalar::rotate,
                                      scalar::encode, scalar::decode, scalar::attend_packed, scalar::attend_raw};
 
 }  // namespace halfbyte

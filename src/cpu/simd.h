@@ -1,17 +1,28 @@
 // Sixteen 32-bit lanes on any CPU: the words that kernels.h is written in. Included inside the target's namespace;
-// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, or neither: plain arrays).
+// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, _NEON, or none: plain arrays).
 //
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put back
+//   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two equals
+//   limit_bytes      each byte b of the lanes → min(max(b − less, 0), most)
+//   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
 //   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
 //                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
 
 using mask16 = uint16_t;
 
+// For loops over a fixed array of registers: left to itself the compiler may keep the array in memory.
+#define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
+
+HALFBYTE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }   // any address will do
+
 #if HALFBYTE_TARGET_AVX512
 
 constexpr int kRegisterRows = 6;   // query rows whose accumulators fit the 32 registers
+constexpr int kRegisterSums = 8;   // sums that keep its multipliers busy; divides kDenseTile
+constexpr int kSearchAbreast = 6;  // scales tried at once; divides kSearchSize
 
 using f32x16 = __m512;
 using i32x16 = __m512i;
@@ -46,7 +57,13 @@ HALFBYTE_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a); }
 HALFBYTE_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a); }
 HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return _mm512_scalef_ps(x, n); }
 
+using Extreme = f32x16;
+HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return x; }
+HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return _mm512_range_ps(e, x, 7); }   // larger magnitude, its own sign
+HALFBYTE_INLINE f32x16 value_of(Extreme e) { return e; }
+
 HALFBYTE_INLINE i32x16 set1(int x) { return _mm512_set1_epi32(x); }
+HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return _mm512_or_si512(a, b); }
 template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return _mm512_slli_epi32(a, kBits); }
@@ -54,6 +71,20 @@ HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return _mm512_cvtps_epi32(a); }
 HALFBYTE_INLINE void store(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a); }
 HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+HALFBYTE_INLINE i32x16 bits_of(f32x16 a) { return _mm512_castps_si512(a); }
+HALFBYTE_INLINE i32x16 limit_bytes(i32x16 a, int less, int most) {
+  return _mm512_min_epu8(_mm512_subs_epu8(a, _mm512_set1_epi8((char)less)), _mm512_set1_epi8((char)most));
+}
+HALFBYTE_INLINE void transpose_bytes(i32x16 r[4]) {
+  const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i a = _mm512_shuffle_epi8(r[0], turn), b = _mm512_shuffle_epi8(r[1], turn);
+  __m512i c = _mm512_shuffle_epi8(r[2], turn), d = _mm512_shuffle_epi8(r[3], turn);
+  // Now 128-bit pieces change places: piece j of row i becomes piece i of row j.
+  __m512i ab = _mm512_shuffle_i32x4(a, b, 0x44), cd = _mm512_shuffle_i32x4(c, d, 0x44);
+  __m512i ab_high = _mm512_shuffle_i32x4(a, b, 0xee), cd_high = _mm512_shuffle_i32x4(c, d, 0xee);
+  r[0] = _mm512_shuffle_i32x4(ab, cd, 0x88), r[1] = _mm512_shuffle_i32x4(ab, cd, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(ab_high, cd_high, 0x88), r[3] = _mm512_shuffle_i32x4(ab_high, cd_high, 0xdd);
+}
 
 HALFBYTE_INLINE u8x64 load_row(const uint8_t* p) { return _mm512_loadu_si512(p); }
 HALFBYTE_INLINE u8x64 row_of(int code) { return _mm512_set1_epi8((char)code); }
@@ -86,6 +117,8 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 #elif HALFBYTE_TARGET_AVX2
 
 constexpr int kRegisterRows = 2;   // sixteen registers, two to a vector
+constexpr int kRegisterSums = 4;
+constexpr int kSearchAbreast = 1;
 
 struct f32x16 { __m256 lo, hi; };
 struct i32x16 { __m256i lo, hi; };
@@ -164,7 +197,15 @@ HALFBYTE_INLINE __m256 scale_by_power(__m256 x, __m256 n) {   // n in [−126, 1
 }
 HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {scale_by_power(x.lo, n.lo), scale_by_power(x.hi, n.hi)}; }
 
+struct Extreme { f32x16 high, low; };
+HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return {x, x}; }
+HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return {max(e.high, x), min(e.low, x)}; }
+HALFBYTE_INLINE f32x16 value_of(Extreme e) {
+  return select(greater_equal(e.high, sub(set1(0.0f), e.low)), e.high, e.low);
+}
+
 HALFBYTE_INLINE i32x16 set1(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
@@ -174,6 +215,22 @@ HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm2
 HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 HALFBYTE_INLINE void store(int32_t* p, i32x16 a) {
   _mm256_storeu_si256((__m256i*)p, a.lo), _mm256_storeu_si256((__m256i*)(p + 8), a.hi);
+}
+HALFBYTE_INLINE i32x16 bits_of(f32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+HALFBYTE_INLINE i32x16 limit_bytes(i32x16 a, int less, int most) {
+  __m256i down = _mm256_set1_epi8((char)less), top = _mm256_set1_epi8((char)most);
+  return {_mm256_min_epu8(_mm256_subs_epu8(a.lo, down), top), _mm256_min_epu8(_mm256_subs_epu8(a.hi, down), top)};
+}
+HALFBYTE_INLINE void transpose_bytes(i32x16 r[4]) {
+  const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
+                                        0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m256i lo[4], hi[4];
+  for (int i = 0; i < 4; i++) lo[i] = _mm256_shuffle_epi8(r[i].lo, turn), hi[i] = _mm256_shuffle_epi8(r[i].hi, turn);
+  // Now 128-bit pieces change places: piece j of row i becomes piece i of row j.
+  r[0] = {_mm256_permute2x128_si256(lo[0], lo[1], 0x20), _mm256_permute2x128_si256(lo[2], lo[3], 0x20)};
+  r[1] = {_mm256_permute2x128_si256(lo[0], lo[1], 0x31), _mm256_permute2x128_si256(lo[2], lo[3], 0x31)};
+  r[2] = {_mm256_permute2x128_si256(hi[0], hi[1], 0x20), _mm256_permute2x128_si256(hi[2], hi[3], 0x20)};
+  r[3] = {_mm256_permute2x128_si256(hi[0], hi[1], 0x31), _mm256_permute2x128_si256(hi[2], hi[3], 0x31)};
 }
 HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) {
   __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1,
@@ -235,12 +292,19 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
   for (int i = 0; i < 8; i++) r[i] = {quarter[0][i], quarter[2][i]}, r[i + 8] = {quarter[1][i], quarter[3][i]};
 }
 
+#elif HALFBYTE_TARGET_NEON
+
+#include "simd_neon.h"
+
 #else   // plain C++: the compiler's own vectors, correct on any CPU
 
 constexpr int kRegisterRows = 1;
+constexpr int kRegisterSums = 2;
+constexpr int kSearchAbreast = 1;
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 HALFBYTE_INLINE f32x16 set1(float x) { return x - f32x16{}; }
@@ -293,23 +357,43 @@ HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) {
   return ((each & (int)m) != 0) ? yes : no;
 }
 static float reduce_add(f32x16 a) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += a[i];
-  return s;
+  for (int n = 8; n; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return a[0];
 }
 static float reduce_max(f32x16 a) {
   float s = a[0];
   for (int i = 1; i < 16; i++) s = a[i] > s ? a[i] : s;
   return s;
 }
+struct Extreme { f32x16 high, low; };
+HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return {x, x}; }
+HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return {max(e.high, x), min(e.low, x)}; }
+HALFBYTE_INLINE f32x16 value_of(Extreme e) {
+  return select(greater_equal(e.high, sub(set1(0.0f), e.low)), e.high, e.low);
+}
 HALFBYTE_INLINE i32x16 set1(int x) { return x - i32x16{}; }
-HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return a - b; }
+HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return (i32x16)((u32x16)a + (u32x16)b); }
+HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return (i32x16)((u32x16)a - (u32x16)b); }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return a | b; }
-template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return a << kBits; }
+template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return (i32x16)((u32x16)a << kBits); }
 HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return __builtin_convertvector(a, f32x16); }
 HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return __builtin_convertvector(round(a), i32x16); }
 HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return x * (f32x16)((to_i32(n) + 127) << 23); }
 HALFBYTE_INLINE void store(int32_t* p, i32x16 a) { memcpy(p, &a, sizeof a); }
+HALFBYTE_INLINE i32x16 bits_of(f32x16 a) { return (i32x16)a; }
+static i32x16 limit_bytes(i32x16 a, int less, int most) {
+  u8x64 down = (uint8_t)less - u8x64{}, top = (uint8_t)most - u8x64{}, bytes = (u8x64)a;
+  bytes = bytes > down ? bytes - down : u8x64{};
+  return (i32x16)(bytes < top ? bytes : top);
+}
+static void transpose_bytes(i32x16 r[4]) {
+  uint8_t from[4][16][4], to[4][16][4];
+  memcpy(from, r, sizeof from);
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[i / 4][j][i % 4] = from[j / 4][i][j % 4];
+  memcpy(r, to, sizeof to);
+}
 static void store_low_bytes(void* p, i32x16 a) {
   for (int i = 0; i < 16; i++) static_cast<uint8_t*>(p)[i] = (uint8_t)a[i];
 }

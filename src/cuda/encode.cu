@@ -96,7 +96,7 @@ int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) 
                 kVectors * 2 * widest(call.shape.format) * 4, stream, call);
 }
 
-std::vector<double> matrix_of(const HalfbyteCudaLayer& layer, int64_t is_v) {
+std::vector<double> layer_rotation(const HalfbyteCudaLayer& layer, int64_t is_v) {
   return rotation_matrix(make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k),
                                        (uint64_t)layer.seed, (int)layer.layer_index));
 }
@@ -190,12 +190,12 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
-  const std::vector<double> r = matrix_of(*layer, is_v);
+  const std::vector<double> r = layer_rotation(*layer, is_v);
   std::copy(r.begin(), r.end(), rotation);
 }
 
 extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments) {
-  const std::vector<double> r = matrix_of(*layer, is_v);
+  const std::vector<double> r = layer_rotation(*layer, is_v);
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
   auto* out = static_cast<ushort*>(fragments);
   if (layer->dtype == kBfloat16)

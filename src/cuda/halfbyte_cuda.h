@@ -12,7 +12,8 @@
 extern "C" {
 #endif
 
-/* What never changes in a layer. dtype: 0 float32, 1 float16, 2 bfloat16. rotation: 0 identity, 1 srft, 2 srht. */
+/* What never changes in a layer. dtype: 0 float32, 1 float16, 2 bfloat16. rotation: 0 identity, 1 srft, 2 srht; a dense
+ * one needs no number here: its tables are the caller's. */
 typedef struct {
   int64_t kv_heads, head_dim_k, head_dim_v, dtype;
   int64_t k_bits, v_bits, k_group, v_group, scale_bits, search, signed_scale;

@@ -183,6 +183,168 @@ TEST(Append, GivenOffsetHoldsForOneSideAndUntilPacking) {
   EXPECT_FALSE(bare.has_offset());
 }
 
+// ---- offset_tokens
+
+struct Given {
+  Array k, v;
+  std::vector<uint8_t> counted;   // [batch, tokens]
+};
+
+Given given(Random& random, size_t tokens, Dtype dtype = Dtype::float32) {
+  Given x{random_array(random, 2, 2, tokens, 32, dtype, 3.0f), random_array(random, 2, 2, tokens, 48, dtype, 3.0f),
+          std::vector<uint8_t>(2 * tokens)};
+  for (uint8_t& byte : x.counted) byte = random.below(3) > 0;
+  return x;
+}
+
+LayerConfig warm_up_config(int offset_tokens, int sinks = 0, int window = 0, Dtype dtype = Dtype::float32) {
+  Recipe recipe;
+  recipe.offset_tokens = offset_tokens, recipe.sink_tokens = sinks, recipe.raw_window = window;
+  LayerConfig config = config_of(2, 32, dtype, recipe);
+  config.head_dim_v = 48;
+  return config;
+}
+
+void append_given(Layer& layer, const Given& x, size_t from, size_t to) {
+  std::vector<uint8_t> counted;
+  for (size_t b = 0; b < 2; b++)
+    counted.insert(counted.end(), &x.counted[b * x.k.tokens + from], &x.counted[b * x.k.tokens] + to);
+  must(layer.append(x.k.view(from), x.v.view(from), 2, to - from, counted.data()));
+}
+
+TEST(OffsetTokens, MuIsTheMeanOverThatManyTokensWithoutPadding) {
+  Random random;
+  for (int n : {16, 48, 64})
+    for (auto [sinks, window] : {std::pair{0, 0}, std::pair{32, 0}, std::pair{0, 32}, std::pair{16, 80}})
+      for (Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {
+        const Given x = given(random, 200, dtype);
+        Layer layer = make_layer(warm_up_config(n, sinks, window, dtype));
+        std::vector<size_t> at = cuts(random, 200);
+        for (size_t i = 1; i < at.size(); i++) append_given(layer, x, at[i - 1], at[i]);
+        const LayerParts parts = save(layer);
+        for (int b = 0; b < 2; b++)
+          for (int h = 0; h < 2; h++)
+            for (int c = 0; c < 48; c++) {
+              double k = 0.0, v = 0.0, counted = 0.0;
+              for (int t = 0; t < n; t++) {
+                if (!x.counted[b * 200 + t]) continue;
+                counted++, v += x.v.get(b, h, t, c);
+                if (c < 32) k += x.k.get(b, h, t, c);
+              }
+              if (c < 32) {
+                EXPECT_NEAR(parts.offset_k[(b * 2 + h) * 32 + c], k / counted, 1e-5);
+              }
+              EXPECT_NEAR(parts.offset_v[(b * 2 + h) * 48 + c], v / counted, 1e-5);
+            }
+      }
+}
+
+TEST(OffsetTokens, EverythingIsRawUntilThen) {
+  Random random;
+  for (int n : {16, 48})
+    for (int sinks : {0, 16, 64}) {
+      const Given x = given(random, 130);
+      Layer layer = make_layer(warm_up_config(n, sinks));
+      for (size_t length = 1; length <= 130; length++) {
+        append_given(layer, x, length - 1, length);
+        const int block = ((int)length - 1) / 16 * 16, packed = (int)length <= n ? 0 : std::max(0, block - sinks);
+        ASSERT_EQ(layer.packed_tokens(), (size_t)packed) << n << " " << sinks << " " << length;
+        ASSERT_EQ(layer.has_offset(), packed > 0) << n << " " << sinks << " " << length;
+      }
+    }
+}
+
+TEST(OffsetTokens, AnyChunkingGivesTheSameBytes) {
+  Random random;
+  for (const std::string& name : fast_backends())
+    for (int form = 0; form < 8; form++) {
+      UseBackend use(name);
+      const LayerConfig config = warm_up_config(16 * (1 + random.below(4)), 16 * random.below(3), 16 * random.below(3));
+      const size_t tokens = 1 + random.below(150);
+      const Given x = given(random, tokens);
+      auto build = [&](const std::vector<size_t>& at) {
+        Layer layer = make_layer(config);
+        for (size_t i = 1; i < at.size(); i++) append_given(layer, x, at[i - 1], at[i]);
+        return save(layer);
+      };
+      std::vector<size_t> singly(tokens + 1);
+      std::iota(singly.begin(), singly.end(), 0);
+      const LayerParts whole = build({0, tokens});
+      for (const std::vector<size_t>& at : {singly, cuts(random, tokens), cuts(random, tokens)})
+        EXPECT_EQ(difference(build(at), whole), "") << name << ", " << tokens << " tokens";
+    }
+}
+
+// What was the offset of tokens that are no longer there must not outlive them.
+TEST(OffsetTokens, CropBelowThemForgetsTheOffset) {
+  Random random;
+  for (size_t tokens : {50, 60, 64, 65, 100, 112})
+    for (size_t left : {1, 16, 20, 33, 47}) {
+      if (tokens - left > 64) continue;
+      for (int sinks : {0, 16}) {
+        const Given x = given(random, tokens), other = given(random, 130);
+        Layer layer = make_layer(warm_up_config(48, sinks)), never = make_layer(warm_up_config(48, sinks));
+        layer.record_past(true);
+        append_given(layer, x, 0, tokens);
+        ASSERT_TRUE(layer.has_offset());
+        must(layer.crop(left));
+        EXPECT_FALSE(layer.has_offset()) << tokens << " " << left;
+        append_given(never, x, 0, left);
+        EXPECT_EQ(difference(save(layer), save(never)), "") << tokens << " " << left << ", cropped";
+        append_given(layer, other, left, 130), append_given(never, other, left, 130);
+        EXPECT_EQ(difference(save(layer), save(never)), "") << tokens << " " << left << ", gone on";
+      }
+    }
+}
+
+TEST(OffsetTokens, CodesThatStayKeepTheirOffset) {
+  Random random;
+  const Given x = given(random, 120);
+  Layer layer = make_layer(warm_up_config(48));
+  for (size_t t = 0; t < 100; t++) append_given(layer, x, t, t + 1);
+  const LayerParts before = save(layer);
+  must(layer.crop(20));
+  EXPECT_TRUE(layer.has_offset());
+  EXPECT_EQ(layer.packed_tokens(), 20u);
+  append_given(layer, x, 20, 120);
+  EXPECT_EQ(save(layer).offset_k, before.offset_k);
+}
+
+TEST(OffsetTokens, AGivenOffsetNeedsNoWaiting) {
+  Random random;
+  const Given x = given(random, 100);
+  const std::vector<float> mu_k = random.normals(2 * 32), mu_v = random.normals(2 * 48);
+  Layer both = make_layer(warm_up_config(64)), never = make_layer(warm_up_config(0)), one = make_layer(warm_up_config(64));
+  must(both.set_offset(mu_k.data(), mu_v.data())), must(never.set_offset(mu_k.data(), mu_v.data()));
+  must(one.set_offset(mu_k.data(), nullptr));
+  for (size_t t = 0; t < 40; t++) {
+    for (Layer* layer : {&both, &never, &one}) append_given(*layer, x, t, t + 1);
+    ASSERT_EQ(both.packed_tokens(), t / 16 * 16);
+    ASSERT_EQ(one.packed_tokens(), 0u);
+  }
+  EXPECT_TRUE(same_bits(decode(both), decode(never)));
+  append_given(one, x, 40, 100);
+  const LayerParts parts = save(one);
+  for (int b = 0; b < 2; b++) EXPECT_TRUE(std::equal(mu_k.begin(), mu_k.end(), &parts.offset_k[b * 2 * 32])) << b;
+  EXPECT_NE(std::vector<float>(parts.offset_v.begin(), parts.offset_v.begin() + 2 * 48), mu_v);
+}
+
+TEST(OffsetTokens, AnOffsetGivenAfterACropIsUsed) {
+  Random random;
+  const Given x = given(random, 100);
+  const std::vector<float> mu(2 * 48, 0.5f);
+  for (int n : {0, 48}) {
+    Layer layer = make_layer(warm_up_config(n));
+    layer.record_past(true);
+    append_given(layer, x, 0, 60);
+    must(layer.crop(10));
+    ASSERT_EQ(layer.packed_tokens(), 0u);
+    must(layer.set_offset(mu.data(), mu.data()));
+    append_given(layer, x, 10, 100);
+    EXPECT_EQ(save(layer).offset_v, std::vector<float>(2 * 2 * 48, 0.5f)) << n;
+  }
+}
+
 // ---- refused input
 
 // The layer must be as if the refused append had never been: same tokens, same attention, same bytes later.
@@ -260,14 +422,15 @@ TEST(Append, NamesValuesTooLargeForTheirScales) {
   }
 }
 
+void expect_bad(const Status& status, const std::string& part) {
+  EXPECT_EQ(status.code(), Code::bad_argument);
+  EXPECT_NE(status.message().find(part), std::string::npos) << status.message();
+}
+
 TEST(Append, NamesBadShapes) {
   Random random;
   Layer layer = make_layer(config_of(1, 32));
   const Array x = random_array(random, 3, 1, 20, 32);
-  auto expect_bad = [&](const Status& status, const std::string& part) {
-    EXPECT_EQ(status.code(), Code::bad_argument);
-    EXPECT_NE(status.message().find(part), std::string::npos) << status.message();
-  };
   expect_bad(layer.append(x.view(), x.view(), 0, 1), "batch is 0");
   expect_bad(layer.append({}, x.view(), 1, 1), "addresses");
   expect_bad(layer.append(x.view(), {}, 1, 1), "addresses");
@@ -280,6 +443,65 @@ TEST(Append, NamesBadShapes) {
   recipe.lambda = true;
   Layer needs = make_layer(config_of(1, 32, Dtype::float32, recipe));
   expect_bad(needs.append(x.view(), x.view(), 1, 20), "set_lambda");
+}
+
+TEST(Append, DenseRotationIsNeededCheckedAndKept) {
+  Random random;
+  Recipe recipe;
+  recipe.rotation = Rotation::dense;
+  const int d = 34;
+  Layer layer = make_layer(config_of(2, d, Dtype::float32, recipe));
+  const Array x = random_array(random, 1, 2, 100, d);
+  const std::vector<float> k = random_rotation(random, d), v = random_rotation(random, d);
+  must(layer.set_rotation(k.data(), nullptr));
+  expect_bad(append(layer, x, x), "set_rotation was not called");
+  std::vector<float> skewed = v;
+  skewed[1] += 0.1f;
+  expect_bad(layer.set_rotation(nullptr, skewed.data()), "v is not orthonormal");
+  must(layer.set_rotation(nullptr, v.data()));
+  must(append(layer, x, x));
+  expect_bad(layer.set_rotation(k.data(), v.data()), "after tokens were packed");
+  expect_bad(make_layer(config_of(1, d)).set_rotation(k.data(), v.data()), "not dense");
+
+  Layer copy;
+  must(copy.copy_from(layer));
+  LayerParts parts;
+  must(layer.save(parts));
+  EXPECT_EQ(parts.rotation_k, k);
+  EXPECT_EQ(parts.rotation_v, v);
+  Result<Layer> loaded = Layer::load(layer.config(), parts);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  const Decoded held = decode(layer);
+  must(layer.crop(0));   // as reset does
+  must(append(layer, x, x));
+  for (Layer* other : {&layer, &copy, &loaded.value()}) EXPECT_TRUE(same_bits(decode(*other), held));
+  must(copy.crop(40)), must(loaded.value().crop(40)), must(layer.crop(40));
+  for (Layer* other : {&copy, &loaded.value(), &layer}) must(append(*other, x, x));
+  EXPECT_TRUE(same_bits(decode(copy), decode(layer)));
+  EXPECT_TRUE(same_bits(decode(loaded.value()), decode(layer)));
+}
+
+TEST(Append, SavedRotationsAreChecked) {
+  Random random;
+  Recipe recipe;
+  recipe.rotation = Rotation::dense;
+  Layer layer = make_layer(config_of(1, 32, Dtype::float32, recipe));
+  const std::vector<float> r = random_rotation(random, 32);
+  must(layer.set_rotation(r.data(), r.data()));
+  const Array x = random_array(random, 1, 1, 40, 32);
+  must(append(layer, x, x));
+  LayerParts good;
+  must(layer.save(good));
+  auto refusal = [&](auto change) {
+    LayerParts parts = good;
+    change(parts);
+    return Layer::load(layer.config(), parts).status().message();
+  };
+  EXPECT_EQ(refusal([](LayerParts&) {}), "");
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k.clear(); }).find("rotation_k is missing"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v.pop_back(); }).find("rotation_v has another size"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k[5] = NAN; }).find("rotation_k is not orthonormal"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v[0] += 1.0f; }).find("rotation_v is not orthonormal"), std::string::npos);
 }
 
 TEST(Append, NamesBadLambda) {

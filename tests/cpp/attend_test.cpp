@@ -112,6 +112,26 @@ TEST(Attend, LambdaCancels) {
   attend_everywhere(layer, random_array(random, 1, 4, 1, 96)).check("lambda", 2 * kByteRounding);
 }
 
+// The codes are those of vectors rotated by hand, so scores and outputs are too.
+TEST(Attend, DenseRotationCancels) {
+  Random random;
+  for (auto [d_k, d_v] : {std::pair{64, 90}, std::pair{18, 128}}) {
+    Recipe recipe;
+    recipe.rotation = Rotation::dense;
+    LayerConfig config = config_of(2, d_k, Dtype::float32, recipe);
+    config.head_dim_v = d_v;
+    Layer layer = make_layer(config);
+    must(layer.set_rotation(random_rotation(random, d_k).data(), random_rotation(random, d_v).data()));
+    const Array k = random_array(random, 1, 2, 100, d_k), v = random_array(random, 1, 2, 100, d_v);
+    must(append(layer, k, v));
+    const Array q = random_array(random, 1, 6, 1, d_k);
+    attend_everywhere(layer, q).check("dense " + std::to_string(d_k));
+    const Decoded held = decode(layer);
+    for (size_t i = 0; i < k.size(); i++) ASSERT_NEAR(held.k.flat(i), k.flat(i), 0.7f) << d_k;   // a few 4-bit steps
+    for (size_t i = 0; i < v.size(); i++) ASSERT_NEAR(held.v.flat(i), v.flat(i), 0.9f) << d_v;
+  }
+}
+
 // ---- exact: inputs whose bytes and codes round nothing, so that even byte kernels must be right to float precision
 
 Recipe exact_recipe(int bits) {

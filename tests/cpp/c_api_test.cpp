@@ -43,19 +43,21 @@ TEST(CApi, DefaultsAreThoseOfCpp) {
   EXPECT_EQ((int)recipe.rotation, HALFBYTE_SRFT);
   EXPECT_EQ((int)Rotation::identity, HALFBYTE_IDENTITY);
   EXPECT_EQ((int)Rotation::srht, HALFBYTE_SRHT);
+  EXPECT_EQ((int)Rotation::dense, HALFBYTE_DENSE);
   EXPECT_EQ((int)Dtype::float32, HALFBYTE_FLOAT32);
   EXPECT_EQ((int)Dtype::float16, HALFBYTE_FLOAT16);
   EXPECT_EQ((int)Dtype::bfloat16, HALFBYTE_BFLOAT16);
   const std::vector<int> got = {c.k_bits, c.k_group, c.v_bits, c.v_group, c.scale_bits, c.offset, c.search,
-                                c.signed_scale, c.lambda, c.sink_tokens, c.raw_window, (int)c.seed};
+                                c.signed_scale, c.lambda, c.sink_tokens, c.raw_window, c.offset_tokens, (int)c.seed};
   const std::vector<int> want = {recipe.k.bits, recipe.k.group, recipe.v.bits, recipe.v.group, recipe.scale_bits,
                                  recipe.offset, recipe.search, recipe.signed_scale, recipe.lambda, recipe.sink_tokens,
-                                 recipe.raw_window, (int)recipe.seed};
+                                 recipe.raw_window, recipe.offset_tokens, (int)recipe.seed};
   EXPECT_EQ(got, want);
   const halfbyte_attend_args args = halfbyte_default_attend_args();
   EXPECT_EQ(args.queries, 1);
   EXPECT_EQ(args.scale, 1.0f);
   EXPECT_EQ(args.causal, 1);
+  EXPECT_EQ(args.exact, 0);
   EXPECT_EQ(args.mask, nullptr);
 }
 
@@ -70,6 +72,10 @@ TEST(CApi, EveryRecipeFieldArrives) {
     if (config.recipe.lambda) {
       EXPECT_EQ(halfbyte_set_lambda(layer, ones.data(), ones.data()), HALFBYTE_OK);
     }
+    const std::vector<float> dense = random_rotation(random, 64);
+    if (config.recipe.rotation == HALFBYTE_DENSE) {
+      EXPECT_EQ(halfbyte_set_rotation(layer, dense.data(), dense.data()), HALFBYTE_OK) << halfbyte_last_error();
+    }
     const halfbyte_view view = c_view(x);
     EXPECT_EQ(halfbyte_append(layer, &view, &view, 1, 100, nullptr), HALFBYTE_OK) << halfbyte_last_error();
     std::vector<float> k(6400, NAN), v(6400, NAN);
@@ -81,6 +87,7 @@ TEST(CApi, EveryRecipeFieldArrives) {
   const std::vector<float> standard = through_c([](halfbyte_recipe&) {});
   auto differs = [&](const char* field, auto change) { EXPECT_NE(through_c(change), standard) << field; };
   differs("rotation", [](halfbyte_recipe& r) { r.rotation = HALFBYTE_SRHT; });
+  differs("rotation", [](halfbyte_recipe& r) { r.rotation = HALFBYTE_DENSE; });
   differs("seed", [](halfbyte_recipe& r) { r.seed = 1; });
   differs("offset", [](halfbyte_recipe& r) { r.offset = 0; });
   differs("k_bits", [](halfbyte_recipe& r) { r.k_bits = 8; });
@@ -93,11 +100,12 @@ TEST(CApi, EveryRecipeFieldArrives) {
   differs("lambda", [](halfbyte_recipe& r) { r.lambda = 1; });
   differs("sink_tokens", [](halfbyte_recipe& r) { r.sink_tokens = 16; });
   differs("raw_window", [](halfbyte_recipe& r) { r.raw_window = 16; });
+  differs("offset_tokens", [](halfbyte_recipe& r) { r.offset_tokens = 48; });
 }
 
 TEST(CApi, AttendsAsCppDoes) {
   Random random;
-  for (size_t chunk : {1, 7}) {
+  for (auto [chunk, exact] : {std::pair<size_t, bool>{1, false}, {7, false}, {1, true}, {7, true}}) {
     const Array k = random_array(random, 2, 2, 90 + chunk, 64), v = random_array(random, 2, 2, 90 + chunk, 64);
     const Array q = random_array(random, 2, 4, chunk, 64);
     const std::vector<float> sinks = random.normals(4);
@@ -111,6 +119,7 @@ TEST(CApi, AttendsAsCppDoes) {
     must(append(layer, k, v, 90, 90 + chunk));
     AttendArgs args = args_of(q, want);
     args.chunk_k = k.view(90), args.chunk_v = v.view(90), args.softcap = 5.0f, args.sinks = sinks.data();
+    args.exact = exact;
     args.mask = mask.data(), args.mask_tokens = 90 + chunk;
     args.mask_query_stride = (ptrdiff_t)args.mask_tokens, args.mask_batch_stride = (ptrdiff_t)(chunk * args.mask_tokens);
     must(layer.attend(args));
@@ -124,12 +133,16 @@ TEST(CApi, AttendsAsCppDoes) {
     const MutableView out = got.out();
     c_args.q = c_view(q), c_args.out = {out.data, out.batch_stride, out.head_stride, out.token_stride};
     c_args.heads = 4, c_args.queries = (int)chunk, c_args.scale = args.scale;
+    c_args.exact = exact;
     c_args.chunk_k = k_view, c_args.chunk_v = v_view, c_args.softcap = 5.0f, c_args.sinks = sinks.data();
     c_args.mask = mask.data(), c_args.mask_tokens = args.mask_tokens;
     c_args.mask_query_stride = args.mask_query_stride, c_args.mask_batch_stride = args.mask_batch_stride;
     ASSERT_EQ(halfbyte_attend(c, &c_args), HALFBYTE_OK) << halfbyte_last_error();
     EXPECT_TRUE(same_bits(got, want));
     EXPECT_TRUE(all_finite(got));
+    args.exact = !exact;   // which makes a difference that must have arrived
+    must(layer.attend(args));
+    EXPECT_FALSE(same_bits(got, want));
     EXPECT_EQ(halfbyte_length(c), layer.length());
     EXPECT_EQ(halfbyte_visible(c), layer.visible());
     EXPECT_EQ(halfbyte_packed_tokens(c), layer.packed_tokens());
@@ -187,6 +200,7 @@ TEST(CApi, EveryErrorHasACodeAndAMessage) {
   expect_failed(halfbyte_decode(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "k_out is NULL");
   expect_failed(halfbyte_select(good, nullptr, 0), HALFBYTE_BAD_ARGUMENT, "rows is NULL");
   expect_failed(halfbyte_copy(good, nullptr), HALFBYTE_BAD_ARGUMENT, "copy is NULL");
+  expect_failed(halfbyte_set_rotation(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "not dense");
   expect_failed(halfbyte_set_lambda(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "without lambda");
   expect_failed(halfbyte_set_backend("mmx"), HALFBYTE_BAD_ARGUMENT, "scalar");
   expect_failed(halfbyte_set_backend(nullptr), HALFBYTE_BAD_ARGUMENT, "name is NULL");

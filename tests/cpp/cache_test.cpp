@@ -72,19 +72,20 @@ TEST(Cache, CropThenAppend) {
       for (size_t length : {1, 15, 16, 31, 33, 64, 70, 96, 127, 128, 129, 143, 149, 150, 400}) {
         Layer layer = make_layer(config_of(2, 64, Dtype::float32, recipe));
         must(layer.set_offset(mu.data(), mu.data()));
+        layer.record_past(length % 2);
         must(append(layer, k, v));
         must(layer.crop(length));
         ASSERT_EQ(layer.length(), std::min<size_t>(length, 150));
-        ASSERT_TRUE(same_tokens(decode(layer).k, whole.k, 0, layer.length())) << name << " " << length;
-        const size_t still = layer.length();
+        // Codes stay codes; what the last append had packed and the rule now wants raw is as it was given.
+        const size_t sinks = recipe.sink_tokens, codes = std::max(sinks, sinks + layer.packed_tokens());
+        ASSERT_TRUE(same_tokens(decode(layer).k, whole.k, 0, std::min(codes, layer.length()))) << name << " " << length;
+        ASSERT_TRUE(same_tokens(decode(layer).k, k, codes, layer.length())) << name << " " << length;
         while (layer.length() < 150) {
           const size_t to = std::min<size_t>(150, layer.length() + 1 + random.below(20));
           must(append(layer, k, v, layer.length(), to));
         }
         // The rule looks at positions alone, so the same tokens are codes as if nothing had been cropped.
         const Decoded held = decode(layer);
-        EXPECT_TRUE(same_tokens(held.k, whole.k, 0, still)) << name << " " << length;
-        EXPECT_TRUE(same_tokens(held.v, whole.v, 0, still)) << name << " " << length;
         EXPECT_EQ(layer.packed_tokens(), never.packed_tokens()) << name << " " << length;
         EXPECT_TRUE(same_bits(held, whole)) << name << " " << length;
         const Array q = random_array(random, 2, 4, 1, 64);
@@ -105,6 +106,109 @@ TEST(Cache, ABlockThatCropHalvedIsFilledPacked) {
     must(append(layer, k, v, t, t + 1));
     ASSERT_EQ(layer.packed_tokens(), std::min<size_t>(t + 1, 80)) << t;
     ASSERT_TRUE(same_tokens(decode(layer).k, whole.k, 0, std::min<size_t>(t + 1, 80))) << t;
+  }
+}
+
+// ---- crop into the newest append
+
+// Outputs of the newest `tokens` tokens of k, v, appended as one step.
+Array attend_step(Layer& layer, const Array& q, const Array& k, const Array& v) {
+  Array out = poisoned(q.batch, q.heads, q.tokens, v.d, q.dtype);
+  AttendArgs args = args_of(q, out);
+  args.chunk_k = k.view(), args.chunk_v = v.view(), args.exact = true;
+  must(layer.attend(args));
+  return out;
+}
+
+struct Rejection {
+  Recipe recipe;
+  int sliding_window = 0;
+  size_t before = 0, accepted = 0, rejected = 0, after = 0;   // tokens; the last append holds `accepted` + `rejected`
+};
+
+void check_rejection(Random& random, const Rejection& c) {
+  const size_t kept = c.before + c.accepted, drafted = kept + c.rejected;
+  const Array k = random_array(random, 2, 2, drafted, 32), v = random_array(random, 2, 2, drafted, 32);
+  const Array other_k = random_array(random, 2, 2, c.after, 32), other_v = random_array(random, 2, 2, c.after, 32);
+  const Array q = random_array(random, 2, 4, c.after, 32), one = random_array(random, 2, 4, 1, 32);
+  const std::vector<float> mu = random.normals(2 * 32, 0.3f);
+  LayerConfig config = config_of(2, 32, Dtype::float32, c.recipe);
+  config.sliding_window = c.sliding_window;
+  Layer layer = make_layer(config), never = make_layer(config);
+  for (Layer* each : {&layer, &never}) {
+    each->record_past(true);
+    if (c.recipe.offset) must(each->set_offset(mu.data(), mu.data()));
+    if (c.before) must(append(*each, k, v, 0, c.before));
+  }
+  must(append(layer, k, v, c.before, drafted));
+  must(layer.crop(kept));
+  if (c.accepted) must(append(never, k, v, c.before, kept));
+  const std::string what = backend() + ": " + std::to_string(c.before) + " + " + std::to_string(c.accepted) + " + " +
+                           std::to_string(c.rejected) + ", then " + std::to_string(c.after) + "; sinks " +
+                           std::to_string(c.recipe.sink_tokens) + ", window " + std::to_string(c.recipe.raw_window) +
+                           ", sliding " + std::to_string(c.sliding_window) + ", bits " + std::to_string(c.recipe.k.bits);
+  EXPECT_EQ(difference(save(layer), save(never)), "") << what << ", cropped";
+  EXPECT_TRUE(same_bits(attend(layer, one), attend(never, one))) << what << ", cropped";
+  must(append(layer, other_k, other_v)), must(append(never, other_k, other_v));
+  EXPECT_EQ(difference(save(layer), save(never)), "") << what;
+  EXPECT_TRUE(same_bits(attend_step(layer, q, other_k, other_v), attend_step(never, q, other_k, other_v))) << what;
+  EXPECT_TRUE(same_bits(attend(layer, one), attend(never, one))) << what;
+}
+
+TEST(Undo, RejectedTokensLeaveNoTrace) {
+  Random random;
+  for (const std::string& name : fast_backends())
+    for (int i = 0; i < 150; i++) {
+      UseBackend use(name);
+      Rejection c;
+      if (i % 5 == 0) c.recipe = plain_recipe();
+      c.recipe.sink_tokens = 16 * random.below(3), c.recipe.raw_window = 16 * random.below(4);
+      c.before = 1 + random.below(100), c.rejected = 1 + random.below(64);
+      c.accepted = std::max<size_t>(c.rejected == 1, random.below(30));   // the last append is of several tokens
+      c.after = 1 + random.below(40);
+      if (c.accepted && i % 3 == 0) c.sliding_window = 2 + random.below(80);
+      check_rejection(random, c);
+    }
+}
+
+TEST(Undo, EveryLengthOfADraftCanBeRejected) {
+  Random random;
+  for (size_t before : {1, 15, 16, 17, 31, 32, 64, 70})
+    for (size_t rejected = 2; rejected <= 64; rejected += 1 + before % 3) check_rejection(random, {{}, 0, before, 0, rejected, 3});
+}
+
+TEST(Undo, AFirstPromptCanBeRejectedInPart) {
+  Random random;
+  for (size_t accepted : {1, 10, 16, 17, 40, 200})
+    for (size_t rejected : {1, 5, 20, 64}) check_rejection(random, {{}, 0, 0, accepted, rejected, 20});
+}
+
+TEST(Undo, DeeperCropsKeepCodes) {
+  Random random;
+  const Array k = random_array(random, 1, 1, 300, 64), v = random_array(random, 1, 1, 300, 64);
+  for (size_t length : {1, 100, 201, 220}) {
+    Layer layer = make_layer(config_of(1, 64));
+    layer.record_past(true);
+    must(append(layer, k, v));
+    const Decoded whole = decode(layer);
+    must(layer.crop(length));
+    EXPECT_EQ(layer.packed_tokens(), length);
+    EXPECT_TRUE(same_tokens(decode(layer).k, whole.k, 0, length));
+  }
+}
+
+TEST(Undo, OnlySeveralTokensAtOnceAreKeptForItAndOnlyIfAskedFor) {
+  Random random;
+  const Array k = random_array(random, 1, 1, 101, 64), v = random_array(random, 1, 1, 101, 64);
+  Layer layer = make_layer(config_of(1, 64)), singly = make_layer(config_of(1, 64)), unasked = make_layer(config_of(1, 64));
+  layer.record_past(true), singly.record_past(true);
+  must(append(layer, k, v, 0, 100)), must(append(unasked, k, v, 0, 100));
+  EXPECT_GE(layer.bytes(), unasked.bytes() + 2 * 64 * 64 * sizeof(float));   // the newest 64 tokens that it packed, raw
+  must(append(layer, k, v, 100, 101));
+  for (size_t t = 0; t < 101; t++) must(append(singly, k, v, t, t + 1));
+  for (Layer* each : {&layer, &singly, &unasked}) {
+    must(each->crop(90));
+    EXPECT_EQ(each->packed_tokens(), 90u);
   }
 }
 

@@ -75,6 +75,21 @@ TEST(Format, DefaultRecipeTakes138BytesATokenAtHeadSize128) {
   EXPECT_EQ(page_head_bytes(page), 138u * kPageTokens);   // 4.31 bits a value
 }
 
+TEST(Format, PlainBlocksHoldFloatsAndNoScales) {
+  for (auto [d_k, d_v] : {std::pair{16, 16}, std::pair{80, 48}, std::pair{510, 18}}) {
+    const PageFormat page = make_page_format(plain_recipe(), d_k, d_v);
+    EXPECT_EQ(code_bytes(page.k), 16u * d_k * 4);
+    EXPECT_EQ(code_bytes(page.v), 16u * d_v * 4);
+    EXPECT_EQ(scales_bytes(page.k) + scales_bytes(page.v), 0u);
+    EXPECT_EQ(page_head_bytes(page), 64u * (d_k + d_v) * 4);
+    for (int block = 0; block < kPageBlocks; block++) {
+      EXPECT_EQ(k_codes_at(page, block), block * 16u * (d_k + d_v) * 4);
+      EXPECT_EQ(v_codes_at(page, block), block * 16u * (d_k + d_v) * 4 + 16u * d_k * 4);
+      EXPECT_EQ(k_codes_at(page, block) % 64 + v_codes_at(page, block) % 64, 0u);
+    }
+  }
+}
+
 TEST(Format, GroupsCoverThePaddedHead) {
   struct Case {
     int d, group, padded, resolved, groups;

@@ -90,22 +90,28 @@ struct Case {
   Recipe recipe;
   int rows;              // sequences made by select after the first append
   int sliding_window;
+  bool recorded = false;
 };
 
 std::vector<Case> cases() {
-  Recipe sinks, no_offset;
+  Recipe sinks, no_offset, warm_up;
   sinks.sink_tokens = 32, sinks.raw_window = 16;
   no_offset.offset = false;
+  warm_up.offset_tokens = 32;
   return {{"empty", 0, 100, {}, 1, 0},         {"empty and short", 0, 5, {}, 1, 0},    {"empty with sinks", 0, 100, sinks, 1, 0},
           {"before the offset", 9, 3, {}, 1, 0}, {"offset is fixed", 9, 60, {}, 1, 0}, {"in place", 70, 3, {}, 1, 0},
           {"in the page", 70, 30, {}, 1, 0},   {"new pages", 70, 300, {}, 1, 0},       {"shared pages", 70, 40, {}, 3, 0},
-          {"sinks", 20, 40, sinks, 1, 0},      {"no offset", 10, 90, no_offset, 1, 0}, {"sliding", 300, 70, {}, 2, 100}};
+          {"sinks", 20, 40, sinks, 1, 0},      {"no offset", 10, 90, no_offset, 1, 0}, {"sliding", 300, 70, {}, 2, 100},
+          {"warm up goes on", 9, 20, warm_up, 1, 0}, {"warm up ends", 20, 40, warm_up, 1, 0},
+          {"warm up at once", 0, 100, warm_up, 1, 0}, {"recorded", 70, 40, {}, 1, 0, true},
+          {"recorded from the start", 0, 200, sinks, 1, 0, true}};
 }
 
 Layer layer_of(const Case& c, const Array& k) {
   LayerConfig config = config_of(2, 64, Dtype::float32, c.recipe);
   config.sliding_window = c.sliding_window;
   Layer layer = make_layer(config);
+  layer.record_past(c.recorded);
   if (c.held) {
     must(append(layer, k, k, 0, c.held));
     if (c.rows > 1) must(layer.select(std::vector<size_t>(c.rows, 0)));
@@ -131,8 +137,9 @@ TEST(Memory, AppendFailsWithoutATrace) {
             EXPECT_EQ(layer.packed_tokens(), untouched.packed_tokens());
             EXPECT_EQ(layer.batch(), untouched.batch());
             EXPECT_EQ(layer.bytes(), bytes);
+            EXPECT_EQ(layer.has_offset(), untouched.has_offset());
             if (c.held) {
-              EXPECT_TRUE(same_bits(decode(layer), decode(untouched)));
+              EXPECT_EQ(difference(save(layer), save(untouched)), "");
             }
           });
       if (c.more > 20) {
@@ -176,6 +183,12 @@ TEST(Memory, OtherCallsFailWithoutATrace) {
   EXPECT_GT(fail_everywhere([&] { return layer.set_offset(twos.data(), twos.data()); }, unchanged), 1);
   EXPECT_GT(fail_everywhere([&] { return layer.set_lambda(twos.data(), ones.data()); }, [] {}), 3);
 
+  Recipe rotated;
+  rotated.rotation = Rotation::dense;
+  Layer dense = make_layer(config_of(1, 64, Dtype::float32, rotated));
+  const std::vector<float> r = random_rotation(random, 64);
+  EXPECT_GT(fail_everywhere([&] { return dense.set_rotation(r.data(), r.data()); }, [] {}), 2);
+
   const Array k = random_array(random, 3, 2, 100, 64);
   must(append(layer, k, k));
   Decoded held = decode(layer);
@@ -191,6 +204,49 @@ TEST(Memory, OtherCallsFailWithoutATrace) {
   fail_everywhere([&] { return copy.crop(50); }, as_before);
   fail_everywhere([&] { return layer.reset(), Status{}; }, [] {});
   EXPECT_EQ(layer.length(), 0u);
+}
+
+TEST(Memory, CropIntoTheNewestAppendFailsWithoutATrace) {
+  Random random;
+  const Array k = random_array(random, 2, 2, 100, 64), more = random_array(random, 2, 2, 20, 64);
+  for (size_t length : {70, 80}) {
+    Layer layer = make_layer(config_of(2, 64)), untouched = make_layer(config_of(2, 64));
+    layer.record_past(true), untouched.record_past(true);
+    must(append(layer, k, k)), must(append(untouched, k, k));
+    const LayerParts before = save(layer);
+    const size_t bytes = layer.bytes();
+    EXPECT_GT(fail_everywhere([&] { return layer.crop(length); },
+                              [&] {
+                                EXPECT_EQ(layer.bytes(), bytes);
+                                EXPECT_EQ(difference(save(layer), before), "");
+                              }),
+              1);
+    must(untouched.crop(length));
+    must(append(layer, more, more)), must(append(untouched, more, more));
+    EXPECT_EQ(difference(save(layer), save(untouched)), "");
+  }
+}
+
+TEST(Memory, SaveAndLoadFailWithoutATrace) {
+  Random random;
+  for (const Case& c : cases()) {
+    if (!c.held) continue;
+    SCOPED_TRACE(c.name);
+    const Array k = random_array(random, 1, 2, c.held, 64);
+    Layer layer = layer_of(c, k);
+    const LayerParts want = save(layer), other = save(layer_of(cases()[3], random_array(random, 1, 2, 9, 64)));
+    LayerParts parts = other;
+    const size_t bytes = layer.bytes();
+    EXPECT_GT(fail_everywhere([&] { return layer.save(parts); },
+                              [&] {
+                                EXPECT_EQ(difference(parts, other), "");   // not half of a layer
+                                EXPECT_EQ(layer.bytes(), bytes);
+                              }),
+              1);
+    EXPECT_EQ(difference(parts, want), "");
+    EXPECT_GT(fail_everywhere([&] { return Layer::load(layer.config(), parts).status(); }, [] {}), 4);
+    EXPECT_EQ(difference(save(load(layer.config(), parts)), want), "");
+  }
 }
 
 TEST(Memory, CCallsReportItToo) {

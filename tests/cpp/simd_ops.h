@@ -23,6 +23,10 @@ struct SimdOps {
   float (*reduce_max)(const float* x);
   void (*transpose16)(float* x);                         // [16][16]
   void (*store_low_bytes)(const float* x, uint8_t* out); // of x rounded to ints
+  void (*extreme)(const float* x, int n, float* out);     // x [n][16]
+  void (*limit_bytes)(const int32_t* x, int less, int most, int32_t* out);
+  void (*transpose_bytes)(int32_t* rows);                // [4][16]
+  void (*sums)(const int32_t* a, const int32_t* b, int32_t* sum, int32_t* gap, int32_t* shifted);
   uint16_t (*load_mask)(const uint8_t* x);
   void (*nibbles)(const uint8_t* row, int four, int32_t* low, int32_t* high);   // row [64]: dot products of both halves
   void (*bytes)(const uint8_t* row, int four, int32_t* out, int32_t* zero);     // of row and of a row of zero codes

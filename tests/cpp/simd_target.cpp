@@ -17,6 +17,12 @@ namespace {
 
 #include "cpu/simd.h"
 
+i32x16 load_ints(const int32_t* x) {
+  i32x16 ints;
+  memcpy(&ints, x, sizeof ints);
+  return ints;
+}
+
 const testing::SimdOps kOps = {
     HALFBYTE_TEXT(HALFBYTE_SIMD),
     [](const float* x, float* out) { store(out, round(load(x))); },
@@ -44,6 +50,22 @@ const testing::SimdOps kOps = {
       for (int i = 0; i < 16; i++) store(x + 16 * i, rows[i]);
     },
     [](const float* x, uint8_t* out) { store_low_bytes(out, to_i32(load(x))); },
+    [](const float* x, int n, float* out) {
+      Extreme e = extreme_of(load(x));
+      for (int i = 1; i < n; i++) e = widen(e, load(x + 16 * i));
+      store(out, value_of(e));
+    },
+    [](const int32_t* x, int less, int most, int32_t* out) { store(out, limit_bytes(load_ints(x), less, most)); },
+    [](int32_t* rows) {
+      i32x16 r[4];
+      for (int i = 0; i < 4; i++) r[i] = load_ints(rows + 16 * i);
+      transpose_bytes(r);
+      for (int i = 0; i < 4; i++) store(rows + 16 * i, r[i]);
+    },
+    [](const int32_t* a, const int32_t* b, int32_t* sum, int32_t* gap, int32_t* shifted) {
+      store(sum, add(load_ints(a), load_ints(b))), store(gap, sub(load_ints(a), load_ints(b)));
+      store(shifted, bit_or(shift_left<8>(load_ints(a)), load_ints(b)));
+    },
     [](const uint8_t* x) -> uint16_t { return load_mask(x); },
     [](const uint8_t* row, int four, int32_t* low, int32_t* high) {
       store(low, dot4_nibble(set1(0), low_nibbles(load_row(row)), four));

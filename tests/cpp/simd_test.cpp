@@ -141,6 +141,9 @@ TEST(Simd, AcrossLanes) {
       for (float value : x) sum += value;
       ASSERT_NEAR(ops->reduce_add(x.data()), sum, 1e-5) << ops->name;
       ASSERT_EQ(ops->reduce_max(x.data()), *std::max_element(x.begin(), x.end())) << ops->name;
+      Floats equal;
+      equal.fill(x[0]);
+      ASSERT_EQ(ops->reduce_add(equal.data()), 16.0f * x[0]) << ops->name;
       std::array<float, 256> square, turned;
       for (float& value : square) value = random.normal();
       turned = square;
@@ -164,6 +167,51 @@ TEST(Simd, BytesAndMasks) {
       ops->store_low_bytes(x.data(), out.data());
       for (int i = 0; i < 16; i++) ASSERT_EQ(out[i], (uint8_t)(int)x[i]) << ops->name;
       ASSERT_EQ(ops->load_mask(bytes.data()), mask) << ops->name;
+    }
+}
+
+TEST(Simd, ExtremesKeepTheirSign) {
+  Random random;
+  for (const SimdOps* ops : all_ops())
+    for (int turn = 0; turn < 200; turn++) {
+      const int n = 1 + random.below(20);
+      std::vector<float> x = random.normals(16 * n);
+      for (int i = 0; i < n && turn % 2; i++) x[16 * i] = random.below(2) ? 3.0f : -3.0f;   // the positive one of equals
+      Floats out;
+      ops->extreme(x.data(), n, out.data());
+      for (int lane = 0; lane < 16; lane++) {
+        float high = x[lane], low = x[lane];
+        for (int i = 1; i < n; i++) high = std::max(high, x[16 * i + lane]), low = std::min(low, x[16 * i + lane]);
+        const float want = high >= -low ? high : low;
+        ASSERT_EQ(out[lane], want) << ops->name << " n " << n;
+      }
+    }
+}
+
+TEST(Simd, IntegersAndTheirBytes) {
+  Random random;
+  for (const SimdOps* ops : all_ops())
+    for (int turn = 0; turn < 200; turn++) {
+      std::array<int32_t, 16> a, b, sum, gap, shifted, limited;
+      for (int i = 0; i < 16; i++) a[i] = (int32_t)(random.below(1 << 30) * 4u + random.below(4)), b[i] = random.below(1 << 30);
+      ops->sums(a.data(), b.data(), sum.data(), gap.data(), shifted.data());
+      const int less = random.below(256), most = random.below(256);
+      ops->limit_bytes(a.data(), less, most, limited.data());
+      for (int i = 0; i < 16; i++) {
+        ASSERT_EQ((uint32_t)sum[i], (uint32_t)a[i] + (uint32_t)b[i]) << ops->name;
+        ASSERT_EQ((uint32_t)gap[i], (uint32_t)a[i] - (uint32_t)b[i]) << ops->name;
+        ASSERT_EQ((uint32_t)shifted[i], (uint32_t)a[i] << 8 | (uint32_t)b[i]) << ops->name;
+        for (int j = 0; j < 32; j += 8)
+          ASSERT_EQ(limited[i] >> j & 255, std::min(std::max((a[i] >> j & 255) - less, 0), most)) << ops->name;
+      }
+      std::array<std::array<std::array<uint8_t, 4>, 16>, 4> from, to;   // [row][lane][byte]
+      for (auto& row : from)
+        for (auto& lane : row)
+          for (uint8_t& byte : lane) byte = (uint8_t)random.below(256);
+      to = from;
+      ops->transpose_bytes(reinterpret_cast<int32_t*>(&to));
+      for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) ASSERT_EQ(to[i / 4][j][i % 4], from[j / 4][i][j % 4]) << ops->name << " " << i << " " << j;
     }
 }
 

@@ -19,7 +19,10 @@
 namespace halfbyte::testing {
 
 // Head sizes of the tests: powers of two, multiples of 16 and 32, one that is neither, primes inside (17 · 2 · 15).
-inline const std::vector<int> kHeadDims = {16, 18, 64, 80, 96, 112, 128, 192, 256, 510, 512};
+// HALFBYTE_TEST_QUICK leaves one of each kind, for emulators.
+inline const std::vector<int> kHeadDims = std::getenv("HALFBYTE_TEST_QUICK")
+                                              ? std::vector{18, 80, 112, 128}
+                                              : std::vector{16, 18, 64, 80, 96, 112, 128, 192, 256, 510, 512};
 
 // Fresh for every run, so that runs add up; HALFBYTE_TEST_SEED repeats one.
 inline uint64_t test_seed() {
@@ -49,6 +52,27 @@ class Random {
   std::mt19937_64 engine_;
   std::normal_distribution<float> normal_;
 };
+
+// A random orthogonal matrix [d, d], row-major: Gram-Schmidt in double.
+inline std::vector<float> random_rotation(Random& random, int d) {
+  std::vector<std::vector<double>> rows;
+  for (int i = 0; i < d; i++) {
+    const std::vector<float> normals = random.normals(d);
+    std::vector<double> row(normals.begin(), normals.end());
+    double squares = 0.0;
+    for (const std::vector<double>& other : rows) {
+      double dot = 0.0;
+      for (int c = 0; c < d; c++) dot += row[c] * other[c];
+      for (int c = 0; c < d; c++) row[c] -= dot * other[c];
+    }
+    for (double x : row) squares += x * x;
+    for (double& x : row) x /= std::sqrt(squares);
+    rows.push_back(row);
+  }
+  std::vector<float> matrix;
+  for (const std::vector<double>& row : rows) matrix.insert(matrix.end(), row.begin(), row.end());
+  return matrix;
+}
 
 class UseBackend {
  public:
@@ -128,6 +152,13 @@ inline Array from_floats(int batch, int heads, size_t tokens, int d, const std::
   return x;
 }
 
+// Vectors kept as floats: what goes wrong with it is bookkeeping, not rounding.
+inline Recipe plain_recipe() {
+  Recipe recipe;
+  recipe.rotation = Rotation::identity, recipe.offset = false, recipe.k.bits = recipe.v.bits = 32;
+  return recipe;
+}
+
 inline LayerConfig config_of(int kv_heads, int d, Dtype dtype = Dtype::float32, Recipe recipe = {}) {
   LayerConfig config;
   config.kv_heads = kv_heads, config.head_dim_k = config.head_dim_v = d;
@@ -159,6 +190,35 @@ inline Decoded decode(const Layer& layer) {
                poisoned(layer.batch(), config.kv_heads, layer.visible(), config.head_dim_v)};
   must(layer.decode(reinterpret_cast<float*>(held.k.bytes.data()), reinterpret_cast<float*>(held.v.bytes.data())));
   return held;
+}
+
+inline LayerParts save(const Layer& layer) {
+  LayerParts parts;
+  must(layer.save(parts));
+  return parts;
+}
+inline Layer load(const LayerConfig& config, const LayerParts& parts) {
+  Result<Layer> layer = Layer::load(config, parts);
+  EXPECT_TRUE(layer.ok()) << layer.status().message();
+  return layer.ok() ? std::move(layer.value()) : make_layer(config);
+}
+
+// The first field in which two saved layers differ, or "": so that a failure names it.
+inline std::string difference(const LayerParts& a, const LayerParts& b) {
+  std::string name;
+  auto compare = [&](const char* field, const auto& x, const auto& y) {
+    if (name.empty() && x != y) name = field;
+  };
+  compare("batch", a.batch, b.batch), compare("length", a.length, b.length), compare("first", a.first, b.first);
+  compare("packed_end", a.packed_end, b.packed_end), compare("pages_dropped", a.pages_dropped, b.pages_dropped);
+  compare("offset_ready", a.offset_ready, b.offset_ready), compare("page_table", a.page_table, b.page_table);
+  compare("pages", a.pages, b.pages), compare("raw_k", a.raw_k, b.raw_k), compare("raw_v", a.raw_v, b.raw_v);
+  compare("offset_k", a.offset_k, b.offset_k), compare("offset_v", a.offset_v, b.offset_v);
+  compare("given_offset_k", a.given_offset_k, b.given_offset_k);
+  compare("given_offset_v", a.given_offset_v, b.given_offset_v);
+  compare("lambda_k", a.lambda_k, b.lambda_k), compare("lambda_v", a.lambda_v, b.lambda_v);
+  compare("counted", a.counted, b.counted);
+  return name;
 }
 
 inline bool same_bits(const Array& a, const Array& b) { return a.bytes == b.bytes; }

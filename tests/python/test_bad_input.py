@@ -70,6 +70,28 @@ def test_lambda_without_calibration(qwen):
         Int4Cache(qwen.config, recipe="paper-g32-lambda")
 
 
+def test_dense_rotation_without_one_or_with_a_bad_one(qwen):
+    from halfbyte.calibrate import Calibration
+
+    with pytest.raises(ValueError, match=r"calibration: got None.* a dense rotation"):
+        Int4Cache(qwen.config, rotation="dense")
+
+    def feed(layer):
+        layer.update(torch.zeros(1, 2, 4, 128), torch.zeros(1, 2, 4, 128))
+        layer._settle()
+
+    good, skewed = torch.eye(128), torch.eye(128) + 0.01
+    for part, layer, message in (
+        ([], 0, "layer 0.*set_rotation was not called"),
+        ([good] * 3, 3, "layer 3.*got 3 layers"),
+        ([good[:64]] * 4, 0, r"rotation_k of layer 0 has shape \[64, 128\], takes \[128, 128\]"),
+        ([skewed] * 4, 0, "layer 0.*k is not orthonormal"),
+    ):
+        cache = Int4Cache(qwen.config, rotation="dense", calibration=Calibration([], [], [], [], rotation_k=part))
+        with pytest.raises(ValueError, match=message):
+            feed(cache.layers[layer])
+
+
 @pytest.mark.parametrize("head_dim", [63, 514, 8])
 @pytest.mark.parametrize("attention", ["halfbyte", "sdpa"])
 def test_head_sizes_that_can_not_be_coded(attention, head_dim):

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from halfbyte.calibrate import Calibration, calibrate, fingerprint, rotate, sample_text, watch_attention
+from halfbyte.calibrate import Calibration, calibrate, fingerprint, sample_text
+from halfbyte.codecs import rotate
 from halfbyte.recipes import get_recipe
+from halfbyte.watch import watch_attention
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,18 @@ def test_a_saved_calibration_comes_back_whole(calibration, qwen, tmp_path):
     )
 
 
+def test_dense_rotations_are_part_of_a_saved_calibration(calibration, qwen, tmp_path):
+    from dataclasses import replace
+
+    path = tmp_path / "calibration.safetensors"
+    rotations = [torch.linalg.qr(torch.randn(128, 128))[0] for _ in range(4)]
+    replace(calibration, rotation_k=rotations, rotation_v=rotations[::-1]).save(path)
+    back = Calibration.load(path, qwen)
+    assert all(torch.equal(a, b) for a, b in zip(back.rotation_k, rotations, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(back.rotation_v, rotations[::-1], strict=True))
+    assert len(back.lambda_k) == 4
+
+
 def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path):
     from safetensors.torch import save_file
 
@@ -109,13 +123,13 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_their_dtype(qwen, gemma):
 def test_watching_ends_with_its_block_even_on_an_error(qwen, text):
     qwen.set_attn_implementation("sdpa")
 
-    def failing(layer, key, value):
+    def failing(layer, query, key, value):
         raise KeyError("seen")
 
     with pytest.raises(KeyError), watch_attention(qwen, failing):
         qwen(text[:, :8], use_cache=False)
     assert qwen.config._attn_implementation == "sdpa"
-    with watch_attention(qwen, lambda layer, key, value: (key, value)):
+    with watch_attention(qwen, lambda layer, query, key, value: (key, value)):
         with pytest.raises(RuntimeError, match="another one is active"), watch_attention(qwen, failing):
             pass
         qwen(text[:, :8], use_cache=False)

@@ -5,41 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
-from conftest import MODELS
-from halfbyte import bench, cli, demo, results
+from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixture)
+from halfbyte import demo, results
 
-COMMANDS = (["demo"], ["bench", "attend"], ["bench", "encode"], ["bench", "generate"], ["bench", "glue"], ["eval"],
-            ["calibrate"], ["doctor"])  # fmt: skip
-GENERATE_KEYS = ["model", "dtype", "prefix", "fp_ms_per_token", "int4_ms_per_token", "fp_cache_bytes",
-                 "int4_cache_bytes"]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    monkeypatch.setenv("HALFBYTE_MODELS", str(MODELS))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("HALFBYTE_TRACEBACK", raising=False)
-    # The machine's bandwidth takes a second to measure and is not what these tests are about.
-    monkeypatch.setattr(results, "BANDWIDTH_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 20)
-
-
-def run(*words):
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-
-def run_rows(tmp_path, *words):
-    """The JSON document a command wrote."""
-    file = tmp_path / "rows.json"
-    outcome = run(*words, "--json", file)
-    assert outcome.exit_code == 0, outcome.output
-    document = json.loads(file.read_text())
-    assert list(document)[:4] == ["halfbyte", "commit", "machine", "command"]
-    assert document["machine"]["cores"] >= 1
-    assert document["machine"]["read_gb_per_s"]["1"] > 0
-    return document
+COMMANDS = (["demo"], ["bench", "attend"], ["bench", "roofline"], ["bench", "encode"], ["bench", "generate"],
+            ["bench", "glue"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -72,6 +43,11 @@ def test_help_does_not_import_torch():
         (["bench", "attend", "--tokens", "0"], "tokens: got 0; takes numbers of at least 16"),
         (["bench", "attend", "--heads", "5"], "heads: got 5; takes a multiple of kv_heads"),
         (["bench", "attend", "--recipe", "paper-g32-lambda"], "recipe: one with lambda needs a calibration"),
+        (["bench", "attend", "--geometry", "qwen,opt"], "geometry: got 'opt'; takes some of qwen, gemma"),
+        (["bench", "attend", "--backend", "sse"], "backend is 'sse'; on this CPU it takes one of"),
+        (["bench", "attend", "--queries", "1"], "queries: got 1; takes numbers of at least 2"),
+        (["bench", "attend", "--queries", "4", "--plot", "a.png"], "plot: draws attention of one new token"),
+        (["bench", "attend", "--plot", "missing/a.png"], "plot: the folder .*missing' does not exist"),
         (["bench", "encode", "--head-dim", "33", "--vectors", "4"], "33"),
         (["bench", "encode", "--vectors", "0"], "vectors: got 0"),
         (["bench", "glue", "--heads", "5"], "heads: got 5; takes a multiple of kv_heads"),
@@ -80,7 +56,12 @@ def test_help_does_not_import_torch():
         (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
         (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
         (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
+        (["eval", "--text", "TEXT", "--protocol", "x"], "protocol: got 'x'; takes one of packed, blocks"),
+        (["eval", "--text", "TEXT", "--seeds", "a"], "seeds: got 'a'; takes whole numbers"),
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
+        (["calibrate", "--out", "c.safetensors", "--learn", "x"], "kind: got 'x'; takes one of lambda, cayley"),
+        (["reproduce", "--text", "TEXT", "--table", "x"], "tables: got 'x'; takes some of rotation, ladder"),
+        (["report", "missing.json"], "json: 'missing.json' is not a file that --json wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -101,51 +82,12 @@ def test_eval_writes_its_rows(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The river runs past the old mill, and the miller counts his sacks. " * 60)
     document = run_rows(tmp_path, "eval", "--text", text, "--recipe", "fp,default", "--windows", 2, "--window", 128,
-                        "--seed", 5, "--quiet")  # fmt: skip
-    assert [list(row) for row in document["rows"]] == [["recipe", "ppl", "delta_ppl", "kl", "top1"]] * 2
-    assert [row["recipe"] for row in document["rows"]] == ["fp", "default"]
-    assert document["seeds"] == {"seed": 5}
-    assert document["rows"][0]["kl"] == 0 < document["rows"][1]["kl"]
-
-
-def test_bench_attend_writes_its_rows(tmp_path):
-    document = run_rows(tmp_path, "bench", "attend", "--tokens", "64,256", "--threads", "1,2", "--rounds", 1)
-    keys = ["backend", "tokens", "threads", "fp16_ns", "int4_ns", "sdpa_ns", "read_bandwidth_share"]
-    assert [list(row) for row in document["rows"]] == [keys] * 4
-    assert [(row["tokens"], row["threads"]) for row in document["rows"]] == [(64, 1), (64, 2), (256, 1), (256, 2)]
-    assert all(row[key] > 0 for row in document["rows"] for key in keys[3:])
-
-
-def test_bench_encode_writes_its_rows(tmp_path):
-    document = run_rows(tmp_path, "bench", "encode", "--head-dim", 96, "--vectors", 512, "--rounds", 1)
-    assert {"default", "no-search", "paper-per-token", "g16"} <= {row["recipe"] for row in document["rows"]}
-    assert "srht" not in {row["recipe"] for row in document["rows"]}  # 96 is no power of two
-    for row in document["rows"]:
-        assert list(row) == ["backend", "head_dim", "recipe", "ns_per_vector"]
-        assert row["ns_per_vector"] > 0
-
-
-def test_bench_generate_writes_its_rows(tmp_path):
-    document = run_rows(
-        tmp_path, "bench", "generate", "--prefix", "256,512", "--new-tokens", 2, "--rounds", 1, "--quiet"
-    )
-    assert [list(row) for row in document["rows"]] == [GENERATE_KEYS] * 2
-    for row in document["rows"]:
-        # 4 layers, K and V, 2 heads of 128 channels of bfloat16 a token; 2 + 2 tokens were decoded.
-        assert row["fp_cache_bytes"] == (row["prefix"] + 4) * 4 * 2 * 2 * 128 * 2
-        assert 0 < row["int4_cache_bytes"] < row["fp_cache_bytes"]
-
-
-def test_bench_glue_writes_its_rows(tmp_path):
-    document = run_rows(tmp_path, "bench", "glue", "--prefix", "64,300", "--new-tokens", 20, "--layers", 2)
-    keys = ["prefix", "int4_us_per_layer", "glue_us_per_layer", "extension_calls", "fp_us_per_layer",
-            "fp_glue_us_per_layer"]  # fmt: skip
+                        "--seeds", 5, "--quiet")  # fmt: skip
+    keys = ["recipe", "bits", "ppl", "delta_ppl", "kl", "kl_p99", "top1", "kl_by_position"]
     assert [list(row) for row in document["rows"]] == [keys] * 2
-    assert [row["prefix"] for row in document["rows"]] == [64, 300]
-    for row in document["rows"]:
-        assert row["extension_calls"] == 2
-        assert 0 < row["glue_us_per_layer"] < row["int4_us_per_layer"]
-        assert 0 < row["fp_glue_us_per_layer"] < row["fp_us_per_layer"]
+    assert [row["recipe"] for row in document["rows"]] == ["fp", "default"]
+    assert document["seeds"] == {"seeds": [5]}
+    assert document["rows"][0]["kl"] == 0 < document["rows"][1]["kl"]
 
 
 def test_demo_shows_both_sides(tmp_path, monkeypatch):
@@ -173,6 +115,24 @@ def test_calibrate_writes_a_file_that_loads(tmp_path, qwen):
     assert Calibration.load(file, qwen).tokens == 64
 
 
+def test_learning_evaluating_and_reporting_fit_together(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the old mill, and the miller counts his sacks. " * 60)
+    file, options = tmp_path / "c.safetensors", ["--text", text, "--quiet"]
+    outcome = run("calibrate", *options, "--recipe", "default", "--learn", "lambda", "--steps", 2, "-o", file)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.count("loss") == 8
+    size = ["--windows", 1, "--window", 128]
+    document = run_rows(tmp_path, "eval", *options, *size, "--recipe", "default", "--calibration", file)
+    assert [row["recipe"] for row in document["rows"]] == ["default", "learned"]
+    rows = run_rows(tmp_path, "reproduce", *options, *size, "--table", "seeds,memory")["rows"]
+    assert [row["table"] for row in rows] == ["seeds"] * 2 + ["memory"] * 3
+    outcome = run("report", tmp_path / "rows.json", "-o", tmp_path / "report.html")
+    assert outcome.exit_code == 0, outcome.output
+    assert "2 sections" in outcome.output
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
 def test_doctor_passes_here_and_fails_when_a_backend_is_wrong(tmp_path, monkeypatch):
     from halfbyte import doctor
 
@@ -185,49 +145,6 @@ def test_doctor_passes_here_and_fails_when_a_backend_is_wrong(tmp_path, monkeypa
     outcome = run("doctor", "--quiet")
     assert outcome.exit_code == 1
     assert "NO" in outcome.output
-
-
-def test_held_bytes_counts_what_a_view_keeps_alive(gemma, text):
-    import torch
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=gemma.config)
-    with torch.inference_mode():
-        gemma.set_attn_implementation("sdpa")
-        gemma(text, past_key_values=cache, use_cache=True)
-    # All four layers hold the whole prompt: the sliding ones keep a view of it until the next token comes.
-    assert bench.held_bytes(cache) == 4 * 2 * 640 * 256 * 4
-
-
-def test_each_side_decodes_with_its_own_attention(gemma, text, monkeypatch):
-    from halfbyte.hf import Int4Cache
-
-    gemma.set_attn_implementation("sdpa")
-    seen = []
-    decode = bench.DecodeArm.decode
-    monkeypatch.setattr(
-        bench.DecodeArm,
-        "decode",
-        lambda arm, count: (
-            seen.append((type(arm.cache) is Int4Cache, gemma.config._attn_implementation)) or decode(arm, count)
-        ),
-    )
-    arms = {packed: bench.make_arm(gemma, text[0, :64], packed) for packed in (False, True)}
-    bench.decode_times(arms, new_tokens=2, rounds=2)
-    assert seen == [(False, "sdpa"), (True, "halfbyte")] * 3
-
-
-@pytest.mark.parametrize("name", ["tiny-qwen", "tiny-gemma"])
-def test_the_bfloat16_model_is_the_one_that_loading_gives(name):
-    import torch
-
-    from halfbyte.models import load_model
-
-    ids = torch.arange(1, 40)[None]
-    converted, loaded = bench.load_in_dtypes(name)[0]["bfloat16"], load_model(name, "bfloat16")[0]
-    with torch.inference_mode():
-        assert torch.equal(converted(ids).logits, loaded(ids).logits)
-    assert converted.dtype is torch.bfloat16
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path):

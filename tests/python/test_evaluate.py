@@ -5,9 +5,14 @@ import math
 import pytest
 import torch
 
-from halfbyte.calibrate import watch_attention
-from halfbyte.evaluate import Score, evaluate, logits_deployed, logits_packed, round_trip
+from halfbyte.codecs import Codec, Linear, Packed, Side, both, round_trip
+from halfbyte.evaluate import PROTOCOLS, Score, evaluate, logits_deployed, logits_packed, logits_pre_rope
+from halfbyte.peers import PEERS
 from halfbyte.recipes import RECIPES, get_recipe
+from halfbyte.simulated import SIMULATED
+from halfbyte.watch import watch_attention
+
+DEFAULT = Packed(get_recipe("default"))
 
 
 def test_score_is_perplexity_kl_and_agreement():
@@ -19,6 +24,10 @@ def test_score_is_perplexity_kl_and_agreement():
     assert score.kl == pytest.approx(kl, rel=1e-5)
     assert score.ppl == pytest.approx(1 / math.sqrt(0.25 * 0.8), rel=1e-5)
     assert (score.agreed, score.tokens) == (1, 2)
+    by_token = [0.25 * math.log(2), 0.4 * math.log(2) + 0.6 * math.log(0.75)]
+    assert score.by_position(2) == pytest.approx(by_token, rel=1e-5)
+    assert score.percentile(100) == pytest.approx(max(by_token), rel=1e-5)
+    assert score.percentile(50) == pytest.approx(sum(by_token) / 2, rel=1e-5)
 
 
 def test_long_texts_are_scored_in_parts_that_add_up():
@@ -37,7 +46,7 @@ def test_watching_changes_nothing_by_itself(model, text):
     with torch.inference_mode():
         model.set_attn_implementation("sdpa")
         plain = model(text, use_cache=False).logits
-        with watch_attention(model, lambda layer, key, value: (key, value)):
+        with watch_attention(model, lambda layer, query, key, value: (key, value)):
             assert torch.equal(model(text, use_cache=False).logits, plain)
 
 
@@ -98,7 +107,7 @@ def test_as_deployed_is_exact_on_the_prompt_and_close_after_it(model, text):
         model.set_attn_implementation("sdpa")
         plain = model(text, use_cache=False).logits[0]
         deployed = logits_deployed(model, text[0], get_recipe("default"))
-        packed = logits_packed(model, text[0], get_recipe("default"))
+        packed = logits_packed(model, text[0], DEFAULT)
     torch.testing.assert_close(deployed[:256], plain[:256], rtol=1e-3, atol=1e-3)
     after, spread = slice(256, None), plain[256:].std()
     assert 0.005 * spread < (deployed[after] - plain[after]).std() < 0.2 * spread
@@ -116,6 +125,108 @@ def test_as_deployed_is_the_same_in_any_chunks(model, text):
     assert (many - one).norm() < 0.02 * one.norm()
 
 
+def test_the_simulated_block_rule_gives_what_the_cache_gives(model, text):
+    rows = {
+        protocol: evaluate(model, text[0], ["default"], 1, 640, protocol=protocol, progress=False)[0]
+        for protocol in ("packed", "blocks", "deployed")
+    }
+    # The cache rounds queries and weights to 8 bits as well; nothing else differs.
+    for figure in ("kl", "kl_p99"):
+        assert rows["blocks"][figure] == pytest.approx(rows["deployed"][figure], rel=0.15)
+    assert rows["blocks"]["top1"] == pytest.approx(rows["deployed"]["top1"], abs=0.02)
+    assert rows["blocks"]["kl"] < 0.6 * rows["packed"]["kl"]
+    assert rows["deployed"]["kl_by_position"][:3] == pytest.approx([0, 0, 0], abs=1e-6)  # inside the first prefill
+
+
+def test_a_simulated_codec_is_the_recipe_it_spells_out(model, text):
+    spelled = Codec(Side(Linear(4, 32)), Side(Linear(4, 0)))
+    one, other = evaluate(model, text[0], {"own": "default", "spelled": spelled}, 1, 256, progress=False)
+    assert one["kl"] == pytest.approx(other["kl"], rel=0.02)  # codes on a tie may differ
+    assert one["bits"] == other["bits"] == (4.25 + 4 + 16 / model.config.head_dim) / 2 + 0.125
+
+
+def test_the_ladder_of_the_offset(qwen, text):
+    """None, fixed, turning with RoPE every block, and every token: on a model with key biases each step tells."""
+    names = ["no-offset", "default", "turning", "turning-token", "table", "turning-table"]
+    rows = evaluate(qwen, text[0], names, 1, 640, seeds=(0, 1), progress=False)
+    kl = {row["recipe"]: row["kl"] for row in rows}
+    assert kl["default"] < 0.1 * kl["no-offset"]
+    assert kl["turning"] < kl["default"]
+    assert kl["turning-token"] < 0.85 * kl["default"]
+    assert kl["table"] < kl["default"]
+    assert kl["turning-table"] < kl["table"]
+
+
+def test_sinks_and_a_raw_window_lower_the_loss(qwen, text):
+    recipes = {"plain": "default", "kept": get_recipe("default", sink_tokens=16, raw_window=128)}
+    rows = evaluate(qwen, text[0], recipes, 1, 512, protocol="blocks", progress=False)
+    assert rows[1]["kl"] < 0.8 * rows[0]["kl"]
+    deployed = evaluate(qwen, text[0], recipes, 1, 512, protocol="deployed", progress=False)
+    assert rows[1]["kl"] == pytest.approx(deployed[1]["kl"], rel=0.15)
+
+
+def test_before_rope_the_projections_are_packed(qwen, text):
+    with torch.inference_mode():
+        qwen.set_attn_implementation("sdpa")
+        plain = qwen(text, use_cache=False).logits[0]
+        assert torch.equal(logits_pre_rope(qwen, text[0], lambda x, layer, which: x), plain)
+        seen = set()
+
+        def doubling(x, layer, which):
+            seen.add((layer, which, x.shape))
+            return 2 * x if which == "v" else x
+
+        assert (logits_pre_rope(qwen, text[0], doubling) - plain).abs().max() > 1
+        assert seen == {(layer, which, (2, 640, 128)) for layer in range(4) for which in "kv"}
+    rows = evaluate(qwen, text[0], ["default", "paper-per-token"], 1, 256, protocol="pre-rope", progress=False)
+    assert rows[0]["kl"] < 0.05 * rows[1]["kl"]
+
+
+def test_seeds_give_a_mean_and_a_deviation(qwen, text):
+    row = evaluate(qwen, text[0], ["default"], 1, 256, seeds=(0, 1, 2), progress=False)[0]
+    each = [evaluate(qwen, text[0], ["default"], 1, 256, seeds=(s,), progress=False)[0]["kl"] for s in range(3)]
+    assert row["kl"] == pytest.approx(sum(each) / 3)
+    assert row["kl_sd"] == pytest.approx(torch.tensor(each, dtype=torch.float64).std().item())
+    assert row["kl_sd"] > 0
+
+
+def test_tasks_tell_a_good_codec_from_a_bad_one(qwen, text):
+    rows = evaluate(qwen, text[0], ["fp", "k8v4", "paper-per-token"], 1, 256, greedy=24, needles=2, progress=False)
+    full, good, bad = rows
+    assert (full["greedy_tokens"], full["needle_agree"], full["needle_kl"]) == (24, 1, 0)
+    assert bad["greedy_tokens"] < good["greedy_tokens"]
+    assert bad["needle_kl"] > 5 * good["needle_kl"]
+    assert full["needle"] == full["needle_full"]
+
+
+def test_greedy_divergence_is_where_generation_differs(qwen, text):
+    from transformers import DynamicCache
+
+    from halfbyte import Int4Cache
+    from halfbyte.tasks import Greedy
+    from halfbyte.watch import attention_set_to
+
+    recipe, prompt = get_recipe("paper-g32"), text[0, :40]
+    with torch.inference_mode():
+        with attention_set_to(qwen, "sdpa"):
+            greedy = Greedy(qwen, [prompt], 60)
+            full = qwen.generate(prompt[None], max_new_tokens=60, do_sample=False,
+                                 past_key_values=DynamicCache(config=qwen.config))  # fmt: skip
+        assert torch.equal(full[0], greedy.texts[0])
+        with attention_set_to(qwen, "halfbyte"):
+            packed = qwen.generate(prompt[None], max_new_tokens=60, do_sample=False,
+                                   past_key_values=Int4Cache(qwen.config, recipe))  # fmt: skip
+
+        def run(ids):
+            with attention_set_to(qwen, "halfbyte"):
+                cache = Int4Cache(qwen.config, recipe)
+                parts = [ids[:40], *ids[40:, None]]
+                return torch.cat([qwen(p[None], past_key_values=cache, use_cache=True).logits[0] for p in parts])
+
+        same = (full[0, 40:] == packed[0, 40:]).long().cumprod(0).sum().item()
+        assert greedy.figures(run)["greedy_tokens"] == same < 60
+
+
 def test_evaluation_repeats_itself(qwen, text):
     runs = [evaluate(qwen, text[0], ["default"], 1, 128, progress=False) for _ in range(2)]
     assert runs[0] == runs[1]
@@ -130,4 +241,8 @@ def test_bad_input_is_named(qwen, text):
         evaluate(qwen, text[0], ["default"], 1, 8)
     with pytest.raises(ValueError, match="'none'") as raised:
         evaluate(qwen, text[0], ["none"], 1, 256)
-    assert all(name in str(raised.value) for name in [*RECIPES, "fp"])
+    assert all(name in str(raised.value) for name in [*RECIPES, *SIMULATED, *PEERS, "fp"])
+    with pytest.raises(ValueError, match=f"protocol: got 'x'; takes one of {', '.join(PROTOCOLS)}"):
+        evaluate(qwen, text[0], ["default"], 1, 256, protocol="x")
+    with pytest.raises(ValueError, match="takes recipes with kernels, not a Codec"):
+        evaluate(qwen, text[0], [both(Linear(3, 32))], 1, 256, protocol="deployed")

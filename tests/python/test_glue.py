@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from halfbyte import Int4Cache, bench, layer  # noqa: E402
+from halfbyte import Int4Cache, bench_glue, layer  # noqa: E402
 
 
 class Recorder:
@@ -103,8 +103,8 @@ def test_no_python_runs_once_a_new_token(model, text, held):
 
 def test_the_stopwatch_takes_out_what_it_is_on_and_no_more(monkeypatch):
     clock = iter([10.0, 11.0, 13.0, 14.0, 17.0, 20.0])  # step begins; two calls of 2 and 3 seconds; step ends
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    watch = bench.Stopwatch()
+    monkeypatch.setattr(bench_glue.time, "perf_counter", lambda: next(clock))
+    watch = bench_glue.Stopwatch()
     seen = []
     call = watch.on(lambda *args, **kwargs: seen.append((args, kwargs)))
     assert watch.watched_step(lambda: (call(1, b=2), call())) == (10.0, 5.0, 2)
@@ -125,7 +125,7 @@ def test_the_benchs_caches_take_every_step(monkeypatch):
             name,
             lambda *a, name=name, inner=inner, **k: outs[name].append(inner(*a, **k)[0].clone()) or (None, None),
         )
-    bench.bench_glue(prefixes=(40,), new_tokens=16, layers=2, recipe="passthrough")
+    bench_glue.bench_glue(prefixes=(40,), new_tokens=16, layers=2, recipe="passthrough")
     ours, theirs = outs["halfbyte_attention"], outs["sdpa_attention_forward"]
     assert len(ours) == len(theirs) == 2 * (1 + 16 + 16)  # the first packs the prompt, a block warms up
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-4)

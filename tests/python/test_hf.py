@@ -198,6 +198,15 @@ def test_reset_forgets_shape_and_dtype(qwen, text):
     torch.testing.assert_close(got, forward(qwen, text[:, :30], Int4Cache(qwen.config)), rtol=0, atol=1e-5)
 
 
+def test_offload_and_prefetch_change_nothing_on_a_cpu(model, text):
+    cache = filled(model, text[:, :200])
+    wanted = forward(model, text[:, 200:205], copy.deepcopy(cache))
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert torch.equal(forward(model, text[:, 200:205], cache), wanted)
+
+
 def test_keys_and_values_can_be_assigned(model, text):
     cache = filled(model, text[:, :300])
     dense = [(layer.keys, layer.values) for layer in cache.layers]

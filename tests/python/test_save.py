@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from halfbyte import Int4Cache, _native  # noqa: E402
-from halfbyte.calibrate import calibrate  # noqa: E402
+from halfbyte.calibrate import Calibration, calibrate  # noqa: E402
 from halfbyte.save import FORMAT  # noqa: E402
 
 
@@ -131,6 +131,23 @@ def test_lambda_comes_back(qwen, text, path):
     again = Int4Cache(qwen.config, "paper-g32-lambda", calibration)
     assert torch.equal(forward(qwen, text[:, 50:100], other), forward(qwen, text[:, 50:100], again))
     assert torch.equal(forward(qwen, text[:, :1], other), forward(qwen, text[:, :1], again))
+
+
+def test_dense_rotations_come_back(qwen, text, path):
+    torch.manual_seed(7)
+    rotations = {f"rotation_{side}": [torch.linalg.qr(torch.randn(128, 128))[0] for _ in range(4)] for side in "kv"}
+    calibration = Calibration([], [], [], [], **rotations)
+    cache = Int4Cache(qwen.config, calibration=calibration, rotation="dense")
+    logits = forward(qwen, text[:, :90], cache)
+    cache.save(path)
+    tensors = load_file(path)
+    for name, per_layer in rotations.items():
+        assert torch.equal(tensors[f"layers.3.{name}"], per_layer[3])
+    other = Int4Cache.load(path, qwen.config)
+    assert_goes_on_alike(qwen, cache, other, text[:, 90:150])
+    other.reset()
+    assert torch.equal(forward(qwen, text[:, :90], other), logits)  # the rotations outlive the tokens
+    assert_goes_on_alike(qwen, Int4Cache.load(path, qwen.config), other, text[:, 90:150])
 
 
 @pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "gemma3n", "mistral", "deepseek-v3"])

@@ -1,0 +1,57 @@
+"""Recipes of ours that have no kernels yet, by name: other bits, a table of uneven levels, an offset that turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .auto import head_size
+from .codecs import Codec, Linear, Side, Table, Turning
+from .offset import rope_frequencies
+
+# Sixteen levels of least squared error for normal groups of 32 whose extreme lands on -127, as tools/train_table.py
+# finds them; whole numbers, so that a byte lookup can hold them.
+LEVELS = tuple(x / 127 for x in (-127, -100, -80, -64, -49, -36, -24, -12, 0, 12, 24, 37, 51, 67, 86, 110))
+
+
+def turning(config, span: int) -> Turning:
+    """The offset of keys that turns with a model's RoPE; it does not where a layer has none, or one of unknown kind."""
+    head_dim = head_size(config)
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    found = [rope_frequencies(config, kind, head_dim) for kind in kinds]
+    return Turning([torch.zeros(0) if one is None else one[0] for one in found], span=span)
+
+
+def _bits(k: int, v: int):
+    return lambda config: Codec(Side(Linear(k, 32)), Side(Linear(v, 32)))
+
+
+def _table(k_group: int, v_group: int, span: int = 0):
+    def make(config):
+        k = Side(Table(LEVELS, k_group), offset=turning(config, span)) if span else Side(Table(LEVELS, k_group))
+        return Codec(k, Side(Table(LEVELS, v_group)))
+
+    return make
+
+
+def _turning(k_group: int, v_group: int, span: int):
+    return lambda config: Codec(Side(Linear(4, k_group), offset=turning(config, span)), Side(Linear(4, v_group)))
+
+
+# A codec for a model's config (of its decoder).
+SIMULATED: dict[str, Callable] = {
+    "k2v2": _bits(2, 2),
+    "k3v3": _bits(3, 3),
+    "k4v2": _bits(4, 2),
+    "k4v3": _bits(4, 3),
+    "k6v6": _bits(6, 6),
+    "table": _table(32, 0),
+    "table-g32": _table(32, 32),
+    "turning": _turning(32, 0, 16),
+    "turning-token": _turning(32, 0, 1),
+    "turning-page": _turning(32, 0, 64),
+    "turning-g32": _turning(32, 32, 16),
+    "turning-table": _table(32, 0, 16),
+    "turning-table-g32": _table(32, 32, 16),
+}

@@ -1,0 +1,109 @@
+// What this machine can do at most: bytes read, dot4 and fma operations a second. The roofs that benches measure
+// against.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#if __linux__
+#include <sys/mman.h>
+#endif
+
+#include "backend.h"
+#include "threads.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int kRepeats = 5;
+
+class UseThreads {
+ public:
+  explicit UseThreads(int n) : before_(num_threads()) { set_num_threads(n); }
+  ~UseThreads() { set_num_threads(before_); }
+  UseThreads(const UseThreads&) = delete;
+
+ private:
+  int before_;
+};
+
+std::atomic<float> sink;  // so that the loops are not optimised away
+
+template <class Work>
+double seconds_of(const Work& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
+  return x[x.size() / 2];
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+// Ones, in huge pages where the system grants them: misses of the address cache would count as memory's slowness.
+std::unique_ptr<float, Free> make_floats(size_t n) {
+  constexpr size_t kHugePage = 2 << 20;
+  const size_t bytes = (n * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
+  std::unique_ptr<float, Free> data(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+  if (!data) return data;
+#if __linux__
+  (void)madvise(data.get(), bytes, MADV_HUGEPAGE);
+#endif
+  std::fill_n(data.get(), n, 1.0f);
+  return data;
+}
+
+// Operations a second of `what` with so many independent chains on each of `threads` threads.
+double compute_rate(Peak what, int chains, int threads) {
+  constexpr size_t kRounds = 1 << 16;  // 15 · 127 · 4 each: int32 sums have room
+  const Backend& backend = current_backend();
+  const auto data = std::make_unique<float[]>(kPeakFloats);
+  std::fill_n(data.get(), kPeakFloats, 1.0f);
+  std::vector<double> seconds;
+  for (int i = 0; i <= kRepeats; i++)
+    seconds.push_back(seconds_of(
+        [&] { parallel_for(threads, [&](size_t) { sink = backend.peak(what, chains, data.get(), kRounds); }); }));
+  seconds.erase(seconds.begin());                               // which only warms up
+  const double operations = 16 * (what == Peak::dot4 ? 8 : 2);  // of one word: lanes × (four products and sums, or one)
+  return operations * chains * kRounds * threads / median(seconds);
+}
+
+double peak_rate(Peak what, int threads) {
+  if (!current_backend().peak) return 0.0;
+  UseThreads use(threads);
+  double best = 0.0;
+  for (int chains : {2, 4, 6, 12}) best = std::max(best, compute_rate(what, chains, threads));
+  return best;
+}
+
+}  // namespace
+
+double read_bandwidth(size_t bytes, int threads, int repeats) {
+  constexpr size_t kBytesEach = 64 << 20;  // read in one timing: small sets are read several times
+  const size_t part = bytes / sizeof(float) / threads / 64 * 64;
+  const auto data = make_floats(part * threads);
+  if (!data || !part) return 0.0;
+  const Backend& backend = current_backend().peak ? current_backend() : kScalarBackend;
+  const size_t passes = std::max<size_t>(1, kBytesEach / bytes);
+  UseThreads use(threads);
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; i++)
+    seconds.push_back(seconds_of([&] {
+      parallel_for(threads, [&](size_t t) {
+        for (size_t pass = 0; pass < passes; pass++) sink = backend.peak(Peak::read, 0, data.get() + t * part, part);
+      });
+    }));
+  return (double)(part * threads * sizeof(float) * passes) / median(seconds);
+}
+
+double dot_peak(int threads) { return peak_rate(Peak::dot4, threads); }
+double fma_peak(int threads) { return peak_rate(Peak::fma, threads); }
+
+}  // namespace halfbyte
