@@ -14,10 +14,10 @@ fi
 export LD_LIBRARY_PATH="$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 "$build/halfbyte_cuda_tests" --gtest_brief=1
+python3 tools/bench_cuda.py "$build/libhalfbyte_cuda.so" ${JSON:+--json "$JSON"}
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
       --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*' | tail -n 3
   done
 fi
-python3 tools/bench_cuda.py "$build/libhalfbyte_cuda.so" ${JSON:+--json "$JSON"}

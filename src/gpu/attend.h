@@ -331,6 +331,7 @@ gpu_fn void attend_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gp
       const float p = score > kUnseen ? exp2(score - new_top) : 0.0f, total = simd_sum(p);
       for (int c = lane; c < d; c += kSimd) space.out[c * kTileRows + row] *= keep;
       space.weights[row * kRawTokens + lane] = p;
+      gpu_simd_barrier();  // all lanes have read the old ones
       if (lane == 0) space.top[row] = new_top, space.sum[row] = space.sum[row] * keep + total;
     }
     gpu_barrier();
