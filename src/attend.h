@@ -14,4 +14,7 @@ void attend_raw_reference(const AttendRawArgs& args, Softmax& state);
 // Folds one partial softmax (max, sum, acc [n]) into another, by log-sum-exp.
 void merge_softmax(float& max, float& sum, float* acc, float other_max, float other_sum, const float* other_acc, int n);
 
+// Working memory that the calling thread keeps for its tasks: bounded, whatever the prefix and the queries.
+size_t attend_scratch_bytes();
+
 }  // namespace halfbyte

@@ -13,17 +13,53 @@
 namespace halfbyte {
 namespace {
 
-constexpr size_t kSmallestSplit = 512;   // tokens that are worth a task of their own
-constexpr size_t kExactSplit = 4096;     // tokens of a task where results may not depend on the number of tasks
+constexpr size_t kSmallestSplit = 512;  // tokens that are worth a task of their own
+constexpr size_t kTasksAThread = 8;     // tasks so many that it does not matter who gets the last one
+constexpr size_t kPagesACall = 1024;    // pages that a kernel call is told of
+constexpr size_t kExactSplit = 4096;    // tokens of a task where results may not depend on the number of tasks
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+// Floats that start on a cache line; they grow and stay.
+class Floats {
+ public:
+  float* take(size_t n) {
+    if (n > lines_.size() * kLine) lines_.resize((n + kLine - 1) / kLine);
+    return lines_.empty() ? nullptr : lines_[0].x;
+  }
+  size_t bytes() const { return lines_.capacity() * sizeof(Line); }
+
+ private:
+  static constexpr size_t kLine = 16;
+  struct alignas(64) Line {
+    float x[kLine];
+  };
+  std::vector<Line> lines_;
+};
+
+// Working memory of one thread, kept between calls so that a decoding step allocates nothing.
+struct Scratch {
+  Floats q, rotated, acc;  // [rows of a tile][channels]
+  Floats k, v;             // one block, decoded
+  std::vector<const uint8_t*> pages;
+  Floats partial_max, partial_sum, partial_acc;  // of a call whose tokens are split: see run
+
+  size_t bytes() const {
+    return q.bytes() + rotated.bytes() + acc.bytes() + k.bytes() + v.bytes() + pages.capacity() * sizeof(pages[0]);
+  }
+};
+
+Scratch& scratch() {
+  thread_local Scratch of_this_thread;
+  return of_this_thread;
+}
 
 // What is common to all tasks of one call. Rows of one (sequence, KV head): query-major, its query heads inside.
 struct Plan {
   const AttendArgs& args;
   Dtype dtype;
   int batch, kv_heads, head_dim_k, head_dim_v;
-  size_t length, first;   // tokens seen; oldest held
+  size_t length, first;  // tokens seen; oldest held
   size_t sliding_window;
 
   int group() const { return args.heads / kv_heads; }
@@ -46,9 +82,11 @@ Status check(const AttendArgs& args, int kv_heads, size_t length, int batch) {
   auto bad = [](std::string message) { return Status{Code::bad_argument, std::move(message)}; };
   if (!batch || !length) return bad("attend on an empty cache; append first");
   if (args.heads < 1 || args.heads % kv_heads)
-    return bad("heads is " + std::to_string(args.heads) + "; it takes a multiple of kv_heads, " + std::to_string(kv_heads));
+    return bad("heads is " + std::to_string(args.heads) + "; it takes a multiple of kv_heads, " +
+               std::to_string(kv_heads));
   if (args.queries < 1 || (size_t)args.queries > length)
-    return bad("queries is " + std::to_string(args.queries) + "; the cache holds " + std::to_string(length) + " tokens");
+    return bad("queries is " + std::to_string(args.queries) + "; the cache holds " + std::to_string(length) +
+               " tokens");
   if (args.mask && args.mask_tokens > length)
     return bad("mask_tokens is " + std::to_string(args.mask_tokens) + "; the cache holds " + std::to_string(length));
   if (!args.q.data || !args.out.data) return bad("attend needs the addresses of q and out");
@@ -59,7 +97,7 @@ Status check(const AttendArgs& args, int kv_heads, size_t length, int batch) {
 struct Tile {
   const Plan& plan;
   int b, head, first_row, n;
-  float* q;      // [n][q_stride]: q · scale
+  float* q;  // [n][q_stride]: q · scale
   Softmax state;
 
   int query(int r) const { return (first_row + r) / plan.group(); }
@@ -70,7 +108,8 @@ void load_queries(const Tile& tile) {
   const Plan& plan = tile.plan;
   const View& view = plan.args.q;
   for (int r = 0; r < tile.n; r++) {
-    ptrdiff_t at = tile.b * view.batch_stride + tile.query_head(r) * view.head_stride + tile.query(r) * view.token_stride;
+    ptrdiff_t at =
+        tile.b * view.batch_stride + tile.query_head(r) * view.head_stride + tile.query(r) * view.token_stride;
     float* q = tile.q + r * plan.q_stride();
     for (int c = 0; c < plan.head_dim_k; c++) q[c] = load_element(view.data, plan.dtype, at + c) * plan.args.scale;
     std::fill(q + plan.head_dim_k, q + plan.q_stride(), 0.0f);
@@ -95,9 +134,9 @@ Visible visible_rows(const Tile& tile, size_t begin, size_t end, Lo lo, Hi hi) {
     const int query = tile.query(r);
     visible.lo[r] = std::max({begin, plan.lo(query), (size_t)lo(query)});
     visible.hi[r] = std::max(visible.lo[r], std::min({end, plan.hi(query), (size_t)hi(query)}));
-    visible.mask[r] = plan.args.mask ? plan.args.mask + tile.b * plan.args.mask_batch_stride +
-                                           query * plan.args.mask_query_stride
-                                     : nullptr;
+    visible.mask[r] = plan.args.mask
+                          ? plan.args.mask + tile.b * plan.args.mask_batch_stride + query * plan.args.mask_query_stride
+                          : nullptr;
   }
   return visible;
 }
@@ -116,7 +155,7 @@ struct Rows {
   Dtype dtype;
   const void* k;
   const void* v;
-  ptrdiff_t k_stride, v_stride;   // elements
+  ptrdiff_t k_stride, v_stride;  // elements
   size_t first;
 };
 
@@ -131,91 +170,119 @@ void attend_rows(Tile& tile, const Rows& rows, size_t begin, size_t end, Lo lo) 
   if (plan.args.exact) begin = std::max(run_begin, begin / kBlockTokens * kBlockTokens);
   for (size_t t = begin, next; t < end; t = next) {
     next = plan.args.exact ? std::min(end, (t / kBlockTokens + 1) * kBlockTokens) : end;
-    current_backend().attend_raw({rows.dtype, plan.head_dim_k, plan.head_dim_v, rows.k, rows.v, rows.k_stride, rows.v_stride,
-                                  rows.first, t, next, tile.q, plan.q_stride(), visible},
-                                 tile.state);
+    current_backend().attend_raw(
+        {rows.dtype, plan.head_dim_k, plan.head_dim_v, rows.k, rows.v, rows.k_stride, rows.v_stride, rows.first, t,
+         next, tile.q, plan.q_stride(), visible, plan.args.exact},
+        tile.state);
   }
 }
 
 void store_row(const Tile& tile, int r, float max, float sum, const float* acc) {
   const Plan& plan = tile.plan;
   const MutableView& out = plan.args.out;
-  if (plan.args.sinks) {   // one more logit in the denominator
+  if (plan.args.sinks) {  // one more logit in the denominator
     const float sink = plan.args.sinks[tile.query_head(r)], top = std::max(max, sink);
     sum = sum * std::exp(max - top) + std::exp(sink - top);
     max -= top;
   } else {
     max = 0.0f;
   }
-  const float norm = sum > 0.0f ? std::exp(max) / sum : 0.0f;   // a row that sees nothing gives zeros
+  const float norm = sum > 0.0f ? std::exp(max) / sum : 0.0f;  // a row that sees nothing gives zeros
   ptrdiff_t at = tile.b * out.batch_stride + tile.query_head(r) * out.head_stride + tile.query(r) * out.token_stride;
   for (int c = 0; c < plan.head_dim_v; c++) store_element(out.data, plan.dtype, at + c, acc[c] * norm);
 }
 
 // ---------------------------------------------------------------------------------------------- splitting and merging
 
-// Partial results of one tile: [splits][rows] maxima and sums, and accumulators.
-struct Partials {
-  std::vector<float> max, sum, acc;
+// In how many parts to cut the tokens of each tile: as few as give every thread the same number of tasks, or many.
+size_t splits_of(size_t tiles, size_t threads, size_t packed_tokens) {
+  const size_t most = std::max<size_t>(1, packed_tokens / kSmallestSplit);
+  size_t splits = 1;
+  while (splits < most && tiles * splits % threads && tiles * splits < kTasksAThread * threads) splits++;
+  return splits;
+}
+
+// How rows and tokens of one call are cut into tasks: tiles of `rows` rows, times splits.
+struct Cut {
+  int parts, rows;
+  size_t tiles, splits, acc_size;
+
+  Cut(const Plan& plan, size_t packed_tokens) {
+    const int step = current_backend().rows, most = kMaxRows / step * step;
+    parts = (plan.rows() + most - 1) / most;
+    rows = std::min(most, (int)round_up((plan.rows() + parts - 1) / parts, step));
+    tiles = (size_t)plan.batch * plan.kv_heads * parts;
+    // Exact: the same cuts whatever the threads and the queries.
+    splits = plan.args.exact ? plan.length / kExactSplit + 1 : splits_of(tiles, (size_t)num_threads(), packed_tokens);
+    acc_size = (size_t)rows * plan.acc_stride();
+  }
+
+  Tile tile(const Plan& plan, size_t i, float* q, float* acc) const {
+    const int first_row = (int)(i % parts) * rows;
+    return {plan,
+            (int)(i / parts / plan.kv_heads),
+            (int)(i / parts % plan.kv_heads),
+            first_row,
+            std::min(rows, plan.rows() - first_row),
+            q,
+            {{}, {}, acc, plan.acc_stride()}};
+  }
 };
+
+// Partial results of all tasks: maxima and sums [tiles][splits][rows], accumulators [tiles][splits][rows][acc_stride].
+struct Partials {
+  float *max, *sum, *acc;
+};
+
+void merge_splits(const Plan& plan, const Cut& cut, const Partials& partials) {
+  for (size_t i = 0; i < cut.tiles; i++) {
+    Tile tile = cut.tile(plan, i, nullptr, nullptr);
+    for (int r = 0; r < tile.n; r++) {
+      const size_t at = i * cut.splits * cut.rows + r;
+      float* acc = partials.acc + i * cut.splits * cut.acc_size + r * plan.acc_stride();
+      for (size_t split = 1; split < cut.splits; split++)
+        merge_softmax(partials.max[at], partials.sum[at], acc, partials.max[at + split * cut.rows],
+                      partials.sum[at + split * cut.rows], acc + split * cut.acc_size, plan.head_dim_v);
+      store_row(tile, r, partials.max[at], partials.sum[at], acc);
+    }
+  }
+}
 
 // Runs attend_tile(tile, split, splits) for every tile of rows and every split of the tokens, then merges and stores.
 template <class AttendTile>
 Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile) try {
-  const int tile_rows = current_backend().rows;
-  const int parts = (plan.rows() + tile_rows - 1) / tile_rows, rows_each = (plan.rows() + parts - 1) / parts;
-  const size_t tiles = (size_t)plan.batch * plan.kv_heads * parts, threads = (size_t)num_threads();
-  size_t splits = tiles % threads == 0 || tiles > 4 * threads ? 1 : threads;
-  splits = std::max<size_t>(1, std::min(splits, packed_tokens / kSmallestSplit));
-  if (plan.args.exact) splits = plan.length / kExactSplit + 1;   // the same whatever the threads and the queries
-  const size_t acc_size = (size_t)rows_each * plan.acc_stride();
-  Partials partials;
-  if (splits > 1) {
-    partials.max.resize(tiles * splits * rows_each);
-    partials.sum.resize(tiles * splits * rows_each);
-    partials.acc.resize(tiles * splits * acc_size);
-  }
-  auto tile_of = [&](size_t i, float* q, float* acc) {
-    const int part = (int)(i % parts), head = (int)(i / parts % plan.kv_heads), b = (int)(i / parts / plan.kv_heads);
-    const int first_row = part * rows_each;
-    return Tile{plan, b, head, first_row, std::min(rows_each, plan.rows() - first_row), q, {{}, {}, acc, plan.acc_stride()}};
-  };
+  const Cut cut(plan, packed_tokens);
+  const size_t tasks = cut.tiles * cut.splits;
+  const bool split = cut.splits > 1;
+  Scratch& own = scratch();
+  const Partials partials = {own.partial_max.take(split ? tasks * cut.rows : 0),
+                             own.partial_sum.take(split ? tasks * cut.rows : 0),
+                             own.partial_acc.take(split ? tasks * cut.acc_size : 0)};
   std::atomic<bool> failed = false;
   auto attend_task = [&](size_t task) {
-    alignas(64) float q[kMaxRows * kMaxHeadDim], local[kMaxRows * kMaxHeadDim];
-    const size_t split = task % splits;
-    Tile tile = tile_of(task / splits, q, splits > 1 ? &partials.acc[task * acc_size] : local);
-    if (tile.n <= 0) return;
-    load_queries(tile);
-    start(tile.state, tile.n);
     try {
-      attend_tile(tile, split, splits);
-    } catch (const std::bad_alloc&) {   // a task may not throw: its thread could be a worker
-      failed = true;
-      return;
-    }
-    for (int r = 0; r < tile.n; r++) {
-      if (splits > 1) {
-        partials.max[task * rows_each + r] = tile.state.max[r];
-        partials.sum[task * rows_each + r] = tile.state.sum[r];
-      } else {
-        store_row(tile, r, tile.state.max[r], tile.state.sum[r], local + r * plan.acc_stride());
+      Scratch& here = scratch();
+      float* acc = split ? partials.acc + task * cut.acc_size : here.acc.take(cut.acc_size);
+      Tile tile = cut.tile(plan, task / cut.splits, here.q.take(cut.rows * plan.q_stride()), acc);
+      if (tile.n <= 0) return;
+      load_queries(tile);
+      start(tile.state, tile.n);
+      attend_tile(tile, task % cut.splits, cut.splits);
+      for (int r = 0; r < tile.n; r++) {
+        if (split) {
+          partials.max[task * cut.rows + r] = tile.state.max[r];
+          partials.sum[task * cut.rows + r] = tile.state.sum[r];
+        } else {
+          store_row(tile, r, tile.state.max[r], tile.state.sum[r], acc + r * plan.acc_stride());
+        }
       }
+    } catch (const std::bad_alloc&) {  // a task may not throw: its thread could be a worker
+      failed = true;
     }
   };
-  parallel_for(tiles * splits, std::ref(attend_task));
+  parallel_for(tasks, std::ref(attend_task));
   if (failed) return out_of_memory();
-  for (size_t i = 0; splits > 1 && i < tiles; i++) {
-    Tile tile = tile_of(i, nullptr, nullptr);
-    for (int r = 0; r < tile.n; r++) {
-      const size_t at = i * splits * rows_each + r;
-      float* acc = &partials.acc[i * splits * acc_size + r * plan.acc_stride()];
-      for (size_t split = 1; split < splits; split++)
-        merge_softmax(partials.max[at], partials.sum[at], acc, partials.max[at + split * rows_each],
-                      partials.sum[at + split * rows_each], acc + split * acc_size, plan.head_dim_v);
-      store_row(tile, r, partials.max[at], partials.sum[at], acc);
-    }
-  }
+  if (split) merge_splits(plan, cut, partials);
   return {};
 } catch (const std::bad_alloc&) {
   return out_of_memory();
@@ -242,6 +309,12 @@ size_t raw_from(const State& s, const Plan& plan, int query) {
   return std::max(s.raw_start(p), std::min(kept, p + 1));
 }
 
+// Rotates rows [n][stride] in place; the kernel takes a block of them.
+void rotate_rows(const RotationPlan& plan, bool inverse, float* x, size_t stride, int n) {
+  for (int r = 0; r < n; r += kBlockTokens)
+    current_backend().rotate(plan, inverse, x + r * stride, stride, std::min(n - r, kBlockTokens));
+}
+
 // Λ⁻¹ R q for the kernels, and q·mu.
 void rotate_queries(const State& s, const Tile& tile, float* rotated, float* q_offset) {
   const Plan& plan = tile.plan;
@@ -256,7 +329,7 @@ void rotate_queries(const State& s, const Tile& tile, float* rotated, float* q_o
     std::copy_n(q, d, rotated + r * padded);
     std::fill(rotated + r * padded + d, rotated + (r + 1) * padded, 0.0f);
   }
-  current_backend().rotate(s.rotation_k, false, rotated, padded, tile.n);
+  rotate_rows(s.rotation_k, false, rotated, padded, tile.n);
   for (int r = 0; inverse_lambda && r < tile.n; r++)
     for (int c = 0; c < d; c++) rotated[r * padded + c] *= inverse_lambda[c];
 }
@@ -269,7 +342,7 @@ void leave_code_domain(const State& s, Tile& tile) {
   Softmax& state = tile.state;
   for (int r = 0; inverse_lambda && r < tile.n; r++)
     for (int c = 0; c < d; c++) state.acc[r * state.acc_stride + c] *= inverse_lambda[c];
-  current_backend().rotate(s.rotation_v, true, state.acc, state.acc_stride, tile.n);
+  rotate_rows(s.rotation_v, true, state.acc, state.acc_stride, tile.n);
   for (int r = 0; mu && r < tile.n; r++)
     for (int c = 0; c < d; c++) state.acc[r * state.acc_stride + c] += mu[c] * state.sum[r];
 }
@@ -277,14 +350,15 @@ void leave_code_domain(const State& s, Tile& tile) {
 // Packed tokens [begin, end) block by block as they decode: queries and weights keep their float32.
 void attend_decoded(const State& s, Tile& tile, size_t begin, size_t end, const Visible& visible) {
   const Plan& plan = tile.plan;
-  alignas(64) float k[kBlockTokens * kMaxHeadDim], v[kBlockTokens * kMaxHeadDim];
+  float* k = scratch().k.take(kBlockTokens * plan.head_dim_k);
+  float* v = scratch().v.take(kBlockTokens * plan.head_dim_v);
   for (size_t block = begin / kBlockTokens * kBlockTokens; block < end; block += kBlockTokens) {
     decode_tokens(s, Side::k, tile.b, tile.head, block, k);
     decode_tokens(s, Side::v, tile.b, tile.head, block, v);
-    current_backend().attend_raw({Dtype::float32, plan.head_dim_k, plan.head_dim_v, k, v, plan.head_dim_k, plan.head_dim_v,
-                                  block, std::max(begin, block), std::min(end, block + kBlockTokens), tile.q,
-                                  plan.q_stride(), visible},
-                                 tile.state);
+    current_backend().attend_raw(
+        {Dtype::float32, plan.head_dim_k, plan.head_dim_v, k, v, plan.head_dim_k, plan.head_dim_v, block,
+         std::max(begin, block), std::min(end, block + kBlockTokens), tile.q, plan.q_stride(), visible, true},
+        tile.state);
   }
 }
 
@@ -301,18 +375,22 @@ void attend_packed_part(const State& s, Tile& tile, size_t split, size_t splits)
     attend_decoded(s, tile, begin, end, visible);
     return;
   }
-  const size_t first_page = begin / kPageTokens, last_page = (end - 1) / kPageTokens;
-  static thread_local std::vector<const uint8_t*> pages;
-  pages.clear();
-  for (size_t page = first_page; page <= last_page; page++) pages.push_back(s.page_head(tile.b, page * kPageTokens, tile.head));
-  alignas(64) float rotated[kMaxRows * kMaxHeadDim], q_offset[kMaxRows];
+  float q_offset[kMaxRows];
+  float* rotated = scratch().rotated.take((size_t)tile.n * s.format.k.padded_dim);
   rotate_queries(s, tile, rotated, q_offset);
-  current_backend().attend_packed(
-      {&s.format, pages.data(), first_page * kPageTokens, begin, end, rotated, q_offset, visible}, tile.state);
+  std::vector<const uint8_t*>& pages = scratch().pages;
+  for (size_t from = begin / kPageTokens * kPageTokens; from < end; from += kPagesACall * kPageTokens) {
+    const size_t to = std::min(end, from + kPagesACall * kPageTokens);
+    pages.clear();
+    for (size_t token = from; token < to; token += kPageTokens) pages.push_back(s.page_head(tile.b, token, tile.head));
+    current_backend().attend_packed(
+        {&s.format, pages.data(), from, std::max(begin, from), to, rotated, q_offset, visible}, tile.state);
+  }
   leave_code_domain(s, tile);
 }
 
-// The block that the newest tokens began in the middle of: its raw tokens of the old tail and of the chunk, side by side.
+// The block that the newest tokens began in the middle of: its raw tokens of the old tail and of the chunk, side by
+// side.
 struct JoinedBlock {
   alignas(64) uint8_t k[kBlockTokens * kMaxHeadDim * sizeof(float)], v[kBlockTokens * kMaxHeadDim * sizeof(float)];
 };
@@ -324,8 +402,8 @@ Rows join(const State& s, const Tile& tile, size_t from, size_t to, JoinedBlock&
     for (size_t t = from; t < to; t++)
       memcpy((side == Side::k ? out.k : out.v) + (t - from) * bytes,
              t < s.chunk_start ? s.raw_at(s.before, side, tile.b, tile.head, t - s.before_start)
-                               : row_of(side == Side::k ? args.chunk_k : args.chunk_v, s.element_bytes(), tile.b, tile.head,
-                                        t - s.chunk_start),
+                               : row_of(side == Side::k ? args.chunk_k : args.chunk_v, s.element_bytes(), tile.b,
+                                        tile.head, t - s.chunk_start),
              bytes);
   }
   return {s.config.dtype, out.k, out.v, s.head_dim(Side::k), s.head_dim(Side::v), from};
@@ -336,19 +414,25 @@ void attend_raw_parts(const State& s, Tile& tile) {
   const AttendArgs& args = tile.plan.args;
   const size_t sink = std::min(s.sink_tokens(), s.length);
   auto stored = [&](const RawTokens& raw, size_t first) {
-    return Rows{s.config.dtype, s.raw_at(raw, Side::k, tile.b, tile.head, 0), s.raw_at(raw, Side::v, tile.b, tile.head, 0),
-                s.head_dim(Side::k), s.head_dim(Side::v), first};
+    return Rows{s.config.dtype,
+                s.raw_at(raw, Side::k, tile.b, tile.head, 0),
+                s.raw_at(raw, Side::v, tile.b, tile.head, 0),
+                s.head_dim(Side::k),
+                s.head_dim(Side::v),
+                first};
   };
   auto from_own_block = [&](int query) { return raw_from(s, tile.plan, query); };
   if (sink) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
   if (args.queries == 1) {
-    if (s.packed_end < s.length) attend_rows(tile, stored(s.tail, s.packed_end), s.packed_end, s.length, from_own_block);
+    if (s.packed_end < s.length)
+      attend_rows(tile, stored(s.tail, s.packed_end), s.packed_end, s.length, from_own_block);
     return;
   }
   size_t chunk_from = std::max(s.chunk_start, sink);
   if (s.before_start < s.chunk_start) {
     const size_t block = s.chunk_start / kBlockTokens * kBlockTokens, from = std::max(s.before_start, block);
-    if (s.before_start < block) attend_rows(tile, stored(s.before, s.before_start), s.before_start, block, from_own_block);
+    if (s.before_start < block)
+      attend_rows(tile, stored(s.before, s.before_start), s.before_start, block, from_own_block);
     if (from < s.chunk_start) {
       JoinedBlock joined;
       chunk_from = std::min(s.length, block + kBlockTokens);
@@ -366,6 +450,8 @@ void attend_raw_parts(const State& s, Tile& tile) {
 
 }  // namespace
 
+size_t attend_scratch_bytes() { return scratch().bytes(); }
+
 Status Layer::attend(const AttendArgs& args) {
   const State& s = *state_;
   if (Status status = check(args, s.config.kv_heads, s.length, s.batch); !status.ok()) return status;
@@ -376,8 +462,15 @@ Status Layer::attend(const AttendArgs& args) {
       return {Code::bad_argument, "queries is " + std::to_string(args.queries) + ", but the last append held " +
                                       std::to_string(s.length - s.chunk_start) + " tokens"};
   }
-  const Plan plan{args, s.config.dtype, s.batch, s.config.kv_heads, s.config.head_dim_k, s.config.head_dim_v, s.length,
-                  s.first, (size_t)s.config.sliding_window};
+  const Plan plan{args,
+                  s.config.dtype,
+                  s.batch,
+                  s.config.kv_heads,
+                  s.config.head_dim_k,
+                  s.config.head_dim_v,
+                  s.length,
+                  s.first,
+                  (size_t)s.config.sliding_window};
   return run(plan, packed_tokens(), [&](Tile& tile, size_t split, size_t splits) {
     attend_packed_part(s, tile, split, splits);
     if (split == 0) attend_raw_parts(s, tile);
@@ -391,11 +484,12 @@ struct RawCache::State {
   Dtype dtype;
   int batch = 0;
   size_t length = 0, capacity = 0;
-  std::vector<uint8_t> k, v;   // [batch][kv_heads][capacity][head_dim]
+  std::vector<uint8_t> k, v;  // [batch][kv_heads][capacity][head_dim]
   size_t head_bytes() const { return capacity * head_dim * dtype_bytes(dtype); }
 };
 
-RawCache::RawCache(int kv_heads, int head_dim, Dtype dtype) : state_(new State{kv_heads, head_dim, dtype, 0, 0, 0, {}, {}}) {}
+RawCache::RawCache(int kv_heads, int head_dim, Dtype dtype)
+    : state_(new State{kv_heads, head_dim, dtype, 0, 0, 0, {}, {}}) {}
 RawCache::~RawCache() = default;
 size_t RawCache::length() const { return state_->length; }
 size_t RawCache::bytes() const { return state_->k.capacity() + state_->v.capacity(); }
@@ -417,8 +511,8 @@ Status RawCache::append(const View& k, const View& v, int batch, size_t tokens) 
   for (size_t i = 0; i < rows; i++)
     for (size_t t = 0; t < tokens; t++) {
       auto from = [&](const View& view) {
-        ptrdiff_t at = (ptrdiff_t)(i / s.kv_heads) * view.batch_stride + (ptrdiff_t)(i % s.kv_heads) * view.head_stride +
-                       (ptrdiff_t)t * view.token_stride;
+        ptrdiff_t at = (ptrdiff_t)(i / s.kv_heads) * view.batch_stride +
+                       (ptrdiff_t)(i % s.kv_heads) * view.head_stride + (ptrdiff_t)t * view.token_stride;
         return static_cast<const uint8_t*>(view.data) + at * (ptrdiff_t)dtype_bytes(s.dtype);
       };
       memcpy(&s.k[i * s.head_bytes() + (s.length + t) * row], from(k), row);

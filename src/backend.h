@@ -9,8 +9,9 @@
 
 namespace halfbyte {
 
-// Rows (query heads × query tokens) that one kernel call may carry.
-constexpr int kMaxRows = 8;
+// Rows (query heads × query tokens) that one kernel call may carry: enough for each block to be read once for many rows,
+// few enough for their state to stay in a core's own cache.
+constexpr int kMaxRows = 64;
 
 // Up to 16 vectors of one side become codes of one block.
 struct EncodeArgs {
@@ -79,6 +80,7 @@ struct AttendRawArgs {
   const float* q;                      // [rows][q_stride]: q · scale, zeros behind head_dim_k
   size_t q_stride;
   Visible visible;
+  bool one_order;                      // sums run in the same order however many rows there are
 };
 
 // What a machine's limits are measured in; see machine.cpp.
@@ -88,7 +90,7 @@ constexpr size_t kPeakFloats = 1024;   // operands that stay in the first-level 
 struct Backend {
   const char* name;
   bool (*supported)();
-  int rows;                            // rows that fill its registers; at most kMaxRows
+  int rows;                            // rows that fill its registers; tiles are multiples of it
   // Reads n floats, or runs n rounds of `chains` independent dot4 or fma over data [kPeakFloats]; null: not timed.
   // The result only keeps the work from being optimised away.
   float (*peak)(Peak what, int chains, const float* data, size_t n);

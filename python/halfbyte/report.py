@@ -187,7 +187,9 @@ def lines(rows: list[dict], keys: dict[str, str], y_label: str) -> str:
 
 def table(rows: list[dict]) -> str:
     """Rows as they are; columns that are empty in all of them are left out."""
-    keys = [k for k in rows[0] if not isinstance(rows[0][k], list) and any(row[k] not in (None, "") for row in rows)]
+    keys = [
+        k for k in rows[0] if not isinstance(rows[0][k], list | dict) and any(row[k] not in (None, "") for row in rows)
+    ]
     head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in keys)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(render(row[key]))}</td>" for key in keys) + "</tr>" for row in rows

@@ -1,7 +1,7 @@
 // Attention kernels over simd.h: a few query rows against packed blocks, or against tokens kept as given. Included
 // inside the target's namespace, after kernels.h.
 //
-// Packed: q becomes signed bytes per K group, p·scale becomes signed bytes per block and V group, and both sums run in
+// Packed: q becomes signed bytes per K group, p·scale becomes bytes per page and V group, and both sums run in
 // integers, four products a lane. Codes are unsigned; the zero point's share is taken off once a group (`bias`).
 
 // ---------------------------------------------------------------------------------------------- softmax of a block
@@ -15,8 +15,9 @@ static mask16 visible_lanes(const Visible& visible, int r, size_t token) {
   if (hi < token + kLanes) lanes &= 0xffffu >> (token + kLanes - hi);
   const uint8_t* mask = visible.mask[r];
   if (!mask) return (mask16)lanes;
-  if (hi >= token + kLanes && token >= visible.mask_first) return (mask16)lanes & load_mask(mask + (token - visible.mask_first));
-  for (int i = 0; i < kLanes; i++)   // the mask covers only part of this block
+  if (hi >= token + kLanes && token >= visible.mask_first)
+    return (mask16)lanes & load_mask(mask + (token - visible.mask_first));
+  for (int i = 0; i < kLanes; i++)  // the mask covers only part of this block
     if (lanes >> i & 1 && !mask[token + i - visible.mask_first]) lanes &= ~(1u << i);
   return (mask16)lanes;
 }
@@ -40,13 +41,13 @@ HALFBYTE_INLINE f32x16 soft_capped(f32x16 scores, float softcap) {
 }
 
 // Folds kTile·16 scores into one row: scores becomes p = e^(score − max), after lifting the row's maximum, sums and acc
-// if need be.
+// if need be. lanes: which of them the row sees, or null for all.
 template <int kTile>
 HALFBYTE_INLINE void fold_scores(f32x16* scores, const mask16* lanes, float& row_max, f32x16& row_sums, float* acc,
                                  int channels) {
   f32x16 highest = set1(kNothing);
   for (int i = 0; i < kTile; i++) {
-    scores[i] = select(lanes[i], scores[i], set1(kNothing));
+    if (lanes) scores[i] = select(lanes[i], scores[i], set1(kNothing));
     highest = max(highest, scores[i]);
   }
   if (greater(highest, set1(row_max))) {
@@ -57,7 +58,8 @@ HALFBYTE_INLINE void fold_scores(f32x16* scores, const mask16* lanes, float& row
     for (int c = 0; c < channels; c += kLanes) store(acc + c, mul(load(acc + c), keep));
   }
   for (int i = 0; i < kTile; i++) {
-    scores[i] = select(lanes[i], exp_negative(sub(scores[i], set1(row_max))), set1(0.0f));
+    scores[i] = exp_negative(sub(scores[i], set1(row_max)));
+    if (lanes) scores[i] = select(lanes[i], scores[i], set1(0.0f));
     row_sums = add(row_sums, scores[i]);
   }
 }
@@ -70,10 +72,19 @@ HALFBYTE_INLINE int four_bytes(const int8_t* p) {
   return word;
 }
 
+// The same address, from where the compiler must load anew: it would else keep every word of a loop broadcast to a
+// whole register in memory, and read sixteen times as much.
+HALFBYTE_INLINE const int8_t* reloaded(const int8_t* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
 template <int kBits>
 HALFBYTE_INLINE i32x16 dot4(i32x16 acc, u8x64 codes, int four) {
-  if constexpr (kBits == 4) return dot4_nibble(acc, codes, four);
-  else return dot4_byte(acc, codes, four);
+  if constexpr (kBits == 4)
+    return dot4_nibble(acc, codes, four);
+  else
+    return dot4_byte(acc, codes, four);
 }
 
 // −zero · Σ bytes, in every lane.
@@ -82,6 +93,14 @@ HALFBYTE_INLINE i32x16 zero_bias(const int8_t* bytes, int n) {
   i32x16 sum = set1(0);
   for (int i = 0; i < n; i += 4) sum = dot4<kBits>(sum, row_of(kBits == 4 ? 8 : 128), four_bytes(bytes + i));
   return sub(set1(0), sum);
+}
+
+// What one unit of weight on the zero code adds to a sum.
+template <int kBits>
+HALFBYTE_INLINE int zero_share() {
+  alignas(64) int32_t share[kLanes];
+  store(share, dot4<kBits>(set1(0), row_of(zero_code(kBits)), 1));
+  return share[0];
 }
 
 // Query rows as signed bytes, one scale a K group.
@@ -166,61 +185,81 @@ HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q,
   }
 }
 
-// Blocks that share one pass: a softmax step, a scale of p and an update of acc for two blocks cost little more than
-// for one.
-constexpr int kTileBlocks = 2;
-constexpr int kTileTokens = kTileBlocks * kBlockTokens;
-
-// Where the blocks of one tile lie.
-struct TileBlocks {
-  const uint8_t* page[kTileBlocks];
-  int block[kTileBlocks];
-  ptrdiff_t ahead;   // from these pages to the next ones
+// The blocks of one page make one tile: what a softmax step, a scale of p and an update of acc cost beside their
+// sixteen lanes is shared by four blocks. p's bytes stay fine enough: see the error test of attend_test.cpp.
+struct PageTile {
+  const uint8_t* page;
+  int first, last;  // blocks with tokens that some row may see
+  ptrdiff_t ahead;  // from this page to the next one
 };
 
-// p·scale of one V group as signed bytes, with the scale that undoes it and the zero point's share.
+// p·scale of one V group as bytes, with the scale that undoes it and the zero point's share. With nibbles, where a
+// scale is negative its codes are turned over instead (15 − code), so that all eight bits of a byte hold magnitude.
 template <int kRows>
 struct Weights {
-  alignas(16) int8_t bytes[kRows][kTileTokens];
+  alignas(64) int8_t bytes[kRows][kPageTokens];
+  alignas(64) uint8_t flips[kPageTokens];  // 255 where codes are turned over; nibbles only
   float scale[kRows];
-  i32x16 bias[kRows];
+  int bias[kRows];
 };
 
 template <int kRows, int kBits>
-HALFBYTE_INLINE void quantise_weights(const PageFormat& format, const f32x16 (*p)[kTileBlocks], const TileBlocks& tile,
+HALFBYTE_INLINE void quantise_weights(const PageFormat& format, const f32x16 (*p)[kPageBlocks], const PageTile& tile,
                                       int group, Weights<kRows>& out) {
-  f32x16 scales[kTileBlocks];
-  for (int i = 0; i < kTileBlocks; i++)
-    scales[i] = load_scales(format.v, tile.page[i] + v_scales_at(format, tile.block[i]), group);
+  constexpr float kTop = kBits == 4 ? 255.0f : 127.0f;
+  f32x16 scales[kPageBlocks], zero[kPageBlocks];  // zero: what a unit of weight is to add for the zero point
+  for (int i = 0; i < kPageBlocks; i++) {
+    scales[i] = load_scales(format.v, tile.page + v_scales_at(format, i), group);
+    zero[i] = set1((float)-zero_share<kBits>());
+    if constexpr (kBits == 4) {  // s·(u − 8) = |s|·((15 − u) − 7) for s < 0
+      const mask16 negative = greater(set1(0.0f), scales[i]);
+      scales[i] = abs(scales[i]);
+      zero[i] = select(negative, set1(-7.0f), set1(-8.0f));
+      store_low_bytes(out.flips + i * kLanes, to_i32(select(negative, set1(255.0f), set1(0.0f))));
+    }
+  }
   for (int r = 0; r < kRows; r++) {
-    f32x16 weight[kTileBlocks], top = set1(0.0f);
-    for (int i = 0; i < kTileBlocks; i++) weight[i] = mul(p[r][i], scales[i]), top = max(top, abs(weight[i]));
+    f32x16 weight[kPageBlocks], top = set1(0.0f), bias = set1(0.0f);
+    for (int i = 0; i < kPageBlocks; i++) weight[i] = mul(p[r][i], scales[i]), top = max(top, abs(weight[i]));
     const float largest = reduce_max(top);
-    const f32x16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-    for (int i = 0; i < kTileBlocks; i++) store_low_bytes(out.bytes[r] + i * kLanes, to_i32(mul(weight[i], inverse)));
-    out.scale[r] = largest * (1.0f / 127.0f);
-    out.bias[r] = zero_bias<kBits>(out.bytes[r], kTileTokens);
+    const f32x16 inverse = set1(largest > 0.0f ? kTop / largest : 0.0f);
+    for (int i = 0; i < kPageBlocks; i++) {
+      const i32x16 byte = to_i32(mul(weight[i], inverse));
+      store_low_bytes(out.bytes[r] + i * kLanes, byte);
+      bias = fma(to_f32(byte), zero[i], bias);
+    }
+    out.scale[r] = largest * (1.0f / kTop);
+    out.bias[r] = (int)reduce_add(bias);  // a sum of whole numbers below 2^24
   }
 }
 
 // acc += Σ p·value of one span of V codes; `low` weighs its first 16 channels, `high` the others.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* const* codes,
-                                ptrdiff_t ahead, float* acc, size_t acc_stride) {
+HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* flips,
+                                const uint8_t* codes, size_t block_bytes, ptrdiff_t ahead, float* acc,
+                                size_t acc_stride) {
   i32x16 low_sums[kRows], high_sums[kRows];
-  for (int r = 0; r < kRows; r++) low_sums[r] = low.bias[r], high_sums[r] = high.bias[r];
+  const int8_t *low_bytes = reloaded(low.bytes[0]), *high_bytes = &low == &high ? low_bytes : reloaded(high.bytes[0]);
+  for (int r = 0; r < kRows; r++) low_sums[r] = set1(low.bias[r]), high_sums[r] = set1(high.bias[r]);
+#pragma GCC unroll 4
+  for (int block = 0; block < kPageBlocks; block++, codes += block_bytes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const int four = block * kLanes + 4 * i;  // tokens
+      u8x64 row = stream_row(codes + i * kRowBytes, ahead);
+      if (kBits == 4) row = flip(row, four_bytes((const int8_t*)flips + four));
+      u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
+      u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
 #pragma GCC unroll 8
-  for (int i = 0; i < 4 * kTileBlocks; i++) {
-    const uint8_t* from = codes[i / 4] + i % 4 * kRowBytes;
-    u8x64 row = stream_row(from, ahead);
-    u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
-    u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(from + 4 * kRowBytes, ahead);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      low_sums[r] = dot4<kBits>(low_sums[r], low_row, four_bytes(&low.bytes[r][4 * i]));
-      high_sums[r] = dot4<kBits>(high_sums[r], high_row, four_bytes(&high.bytes[r][4 * i]));
+      for (int r = 0; r < kRows; r++) {
+        const int low_four = four_bytes(low_bytes + r * kPageTokens + four);
+        const int high_four = four_bytes(high_bytes + r * kPageTokens + four);
+        low_sums[r] =
+            kBits == 4 ? dot4_weights(low_sums[r], low_row, low_four) : dot4_byte(low_sums[r], low_row, low_four);
+        high_sums[r] =
+            kBits == 4 ? dot4_weights(high_sums[r], high_row, high_four) : dot4_byte(high_sums[r], high_row, high_four);
+      }
     }
-  }
   for (int r = 0; r < kRows; r++) {
     float* out = acc + r * acc_stride;
     store(out, fma(to_f32(low_sums[r]), set1(low.scale[r]), load(out)));
@@ -228,67 +267,81 @@ HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>&
   }
 }
 
-// acc[r] += Σ p·value over the tokens of one tile.
+// acc[r] += Σ p·value over the tokens of one page.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kTileBlocks], const TileBlocks& tile, float* acc,
-                                size_t acc_stride) {
+HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kPageBlocks], const PageTile& tile,
+                                float* acc, size_t acc_stride) {
   constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
   const SideFormat& v = format.v;
-  const uint8_t* codes[kTileBlocks];
-  for (int i = 0; i < kTileBlocks; i++) codes[i] = tile.page[i] + v_codes_at(format, tile.block[i]);
-  auto weigh = [&](const Weights<kRows>& low, const Weights<kRows>& high, int c) {
-    weigh_span<kRows, kBits>(low, high, codes, tile.ahead, acc + c, acc_stride);
-    for (int i = 0; i < kTileBlocks; i++) codes[i] += kSpanBytes;
-  };
+  const size_t block_bytes = block_code_bytes(format);
+  const uint8_t* codes = tile.page + v_codes_at(format, 0);
   Weights<kRows> low;
   if (v.group == 16) {
     Weights<kRows> high;
-    for (int c = 0, g = 0; c < v.padded_dim; c += kSpan, g += 2) {
+    for (int c = 0, g = 0; c < v.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
       quantise_weights<kRows, kBits>(format, p, tile, g, low);
       quantise_weights<kRows, kBits>(format, p, tile, g + 1, high);
-      weigh(low, high, c);
+      alignas(64) uint8_t flips[kPageTokens];
+      for (int t = 0; kBits == 4 && t < kPageTokens; t++) flips[t] = (low.flips[t] & 15) | (high.flips[t] & 240);
+      weigh_span<kRows, kBits>(low, high, flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
     }
     return;
   }
   for (int c = 0, g = 0; c < v.padded_dim; g++) {
     quantise_weights<kRows, kBits>(format, p, tile, g, low);
-    for (int end = c + v.group; c < end && c < v.padded_dim; c += kSpan) weigh(low, low, c);
+    for (int end = c + v.group; c < end && c < v.padded_dim; c += kSpan, codes += kSpanBytes)
+      weigh_span<kRows, kBits>(low, low, low.flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
   }
 }
 
-// kRows rows over the blocks of [begin, end): load, score, softmax, weigh.
+// Scores of kRows rows and one page; blocks that no row sees score nothing.
+template <int kRows, int kBits>
+HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, const PageTile& tile,
+                                f32x16 (*scores)[kPageBlocks]) {
+  const PageFormat& format = *args.format;
+  for (int i = 0; i < kPageBlocks; i++) {
+    f32x16 block[kRows];
+    const bool seen = i >= tile.first && i < tile.last;
+    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? args.q_offset[first_row + r] : kNothing);
+    if (seen)
+      score_block<kRows, kBits>(format.k, q, first_row, tile.page + k_codes_at(format, i),
+                                tile.page + k_scales_at(format, i), tile.ahead, block);
+    for (int r = 0; r < kRows; r++) scores[r][i] = soft_capped(block[r], args.visible.softcap);
+  }
+}
+
+// Which tokens of one page the rows of a call may see.
+static PageTile tile_at(const AttendPackedArgs& args, size_t page) {
+  const size_t token = args.first_token + page * kPageTokens, page_end = token + kPageTokens;
+  const size_t begin = args.begin > token ? args.begin - token : 0;
+  const size_t end = (args.end < page_end ? args.end : page_end) - token;
+  const bool is_last = page_end >= args.end;
+  return {args.pages[page], (int)(begin / kLanes), (int)((end + kLanes - 1) / kLanes),
+          is_last ? 0 : (ptrdiff_t)((uintptr_t)args.pages[page + 1] - (uintptr_t)args.pages[page])};
+}
+
+// kRows rows over pages [begin, end): load, score, softmax, weigh.
 template <int kRows, int kBitsK, int kBitsV>
 static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t begin,
                                size_t end, Softmax& state) {
   const PageFormat& format = *args.format;
   const Inside inside = inside_of(args.visible, first_row, kRows);
-  const size_t last_page = (args.end - 1 - args.first_token) / kPageTokens;
   float* acc = state.acc + first_row * state.acc_stride;
-  f32x16 sums[kRows], p[kRows][kTileBlocks];
+  f32x16 sums[kRows], p[kRows][kPageBlocks];
   for (int r = 0; r < kRows; r++) sums[r] = set1(state.sum[first_row + r] / kLanes);
-  for (size_t token = begin; token < end; token += kTileTokens) {
-    TileBlocks tile;
-    for (int i = 0; i < kTileBlocks; i++) {
-      // A tile that reaches past the end repeats its first block there; no row sees those lanes.
-      const size_t slot = (token + i * kLanes < end ? token + i * kLanes : token) - args.first_token, at = slot / kPageTokens;
-      tile.page[i] = args.pages[at];
-      tile.block[i] = (int)(slot % kPageTokens / kBlockTokens);
-      tile.ahead = at < last_page ? (ptrdiff_t)((uintptr_t)args.pages[at + 1] - (uintptr_t)tile.page[i]) : 0;
-      f32x16 scores[kRows];
-      for (int r = 0; r < kRows; r++) scores[r] = set1(args.q_offset[first_row + r]);
-      score_block<kRows, kBitsK>(format.k, q, first_row, tile.page[i] + k_codes_at(format, tile.block[i]),
-                                 tile.page[i] + k_scales_at(format, tile.block[i]), tile.ahead, scores);
-      for (int r = 0; r < kRows; r++) p[r][i] = soft_capped(scores[r], args.visible.softcap);
-    }
-    const bool all = token >= inside.lo && token + kTileTokens <= inside.hi && token + kTileTokens <= end;
+  for (size_t page = begin; page < end; page++) {
+    const PageTile tile = tile_at(args, page);
+    const size_t token = args.first_token + page * kPageTokens;
+    const bool all = token >= inside.lo && token + kPageTokens <= inside.hi;
+    score_tile<kRows, kBitsK>(args, q, first_row, tile, p);
     for (int r = 0; r < kRows; r++) {
-      mask16 lanes[kTileBlocks];
-      for (int i = 0; i < kTileBlocks; i++) {
-        const size_t from = token + i * kLanes;
-        lanes[i] = all ? (mask16)0xffff : from < end ? visible_lanes(args.visible, first_row + r, from) : (mask16)0;
+      mask16 lanes[kPageBlocks];
+      for (int i = 0; !all && i < kPageBlocks; i++) {
+        const bool seen = i >= tile.first && i < tile.last;
+        lanes[i] = seen ? visible_lanes(args.visible, first_row + r, token + i * kLanes) : (mask16)0;
       }
-      fold_scores<kTileBlocks>(p[r], lanes, state.max[first_row + r], sums[r], acc + r * state.acc_stride,
-                               format.v.padded_dim);
+      fold_scores<kPageBlocks>(p[r], all ? nullptr : lanes, state.max[first_row + r], sums[r],
+                               acc + r * state.acc_stride, format.v.padded_dim);
     }
     weigh_tile<kRows, kBitsV>(format, p, tile, acc, state.acc_stride);
   }
@@ -299,10 +352,14 @@ template <int kRows>
 static void attend_packed_bits(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t begin,
                                size_t end, Softmax& state) {
   const bool wide_k = args.format->k.bits == 8, wide_v = args.format->v.bits == 8;
-  if (wide_k && wide_v) attend_packed_rows<kRows, 8, 8>(args, q, first_row, begin, end, state);
-  else if (wide_k) attend_packed_rows<kRows, 8, 4>(args, q, first_row, begin, end, state);
-  else if (wide_v) attend_packed_rows<kRows, 4, 8>(args, q, first_row, begin, end, state);
-  else attend_packed_rows<kRows, 4, 4>(args, q, first_row, begin, end, state);
+  if (wide_k && wide_v)
+    attend_packed_rows<kRows, 8, 8>(args, q, first_row, begin, end, state);
+  else if (wide_k)
+    attend_packed_rows<kRows, 8, 4>(args, q, first_row, begin, end, state);
+  else if (wide_v)
+    attend_packed_rows<kRows, 4, 8>(args, q, first_row, begin, end, state);
+  else
+    attend_packed_rows<kRows, 4, 4>(args, q, first_row, begin, end, state);
 }
 
 // Calls f.operator()<kRows>(first) when n == kRows, for kRows up to what the registers hold.
@@ -329,14 +386,14 @@ HALFBYTE_INLINE void for_row_parts(int rows, F f) {
 }
 
 static void attend_packed(const AttendPackedArgs& args, Softmax& state) {
-  constexpr size_t kSegment = 256;   // tokens that stay in cache while each part of the rows passes over them
+  constexpr size_t kSegment = 4;  // pages that stay in cache while each part of the rows passes over them
   PackedQuery q;
   quantise_query(args.format->k, args.q, args.visible.rows, q);
-  for (size_t begin = args.begin / kLanes * kLanes; begin < args.end; begin += kSegment) {
-    const size_t end = begin + kSegment < args.end ? begin + kSegment : args.end;
-    for_row_parts(args.visible.rows, [&]<int kRows>(int first) {
-      attend_packed_bits<kRows>(args, q, first, begin, end, state);
-    });
+  const size_t pages = (args.end - args.first_token + kPageTokens - 1) / kPageTokens;
+  for (size_t begin = (args.begin - args.first_token) / kPageTokens; begin < pages; begin += kSegment) {
+    const size_t end = begin + kSegment < pages ? begin + kSegment : pages;
+    for_row_parts(args.visible.rows,
+                  [&]<int kRows>(int first) { attend_packed_bits<kRows>(args, q, first, begin, end, state); });
   }
 }
 
@@ -349,35 +406,37 @@ HALFBYTE_INLINE f32x16 load_as(const void* p, ptrdiff_t at) {
 
 // Scores of kRows rows against four tokens each time, so that a q register serves four dot products.
 template <int kRows, Dtype kDtype>
-HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff_t token, int tokens, float (*scores)[kLanes]) {
+HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff_t token, int tokens,
+                               float (*scores)[kLanes]) {
   constexpr int kTokens = 4;
   const int d = args.head_dim_k, whole = d / kLanes * kLanes;
-  for (int t = 0; t < tokens; t += kTokens) {
-    f32x16 sums[kTokens][kRows];
+  for (int t = 0; t < kLanes; t += kTokens) {
+    f32x16 sums[kRows][kTokens];
     ptrdiff_t rows[kTokens];
     for (int i = 0; i < kTokens; i++) {
       rows[i] = (token + (t + i < tokens ? t + i : tokens - 1)) * args.k_stride;
-      for (int r = 0; r < kRows; r++) sums[i][r] = set1(0.0f);
+      for (int r = 0; r < kRows; r++) sums[r][i] = set1(0.0f);
     }
     for (int c = 0; c < d; c += kLanes) {
       f32x16 k[kTokens];
       for (int i = 0; i < kTokens; i++) {
-        k[i] = c < whole ? load_as<kDtype>(args.k, rows[i] + c) : load_some_channels(args.k, kDtype, rows[i] + c, d - c);
-        __builtin_prefetch((const char*)args.k + (rows[i] + 16 * args.k_stride + c) * (kDtype == Dtype::float32 ? 4 : 2));
+        k[i] =
+            c < whole ? load_as<kDtype>(args.k, rows[i] + c) : load_some_channels(args.k, kDtype, rows[i] + c, d - c);
+        __builtin_prefetch((const char*)args.k +
+                           (rows[i] + 16 * args.k_stride + c) * (kDtype == Dtype::float32 ? 4 : 2));
       }
       for (int r = 0; r < kRows; r++) {
         f32x16 q = load(args.q + (first_row + r) * args.q_stride + c);
-        for (int i = 0; i < kTokens; i++) sums[i][r] = fma(q, k[i], sums[i][r]);
+        for (int i = 0; i < kTokens; i++) sums[r][i] = fma(q, k[i], sums[r][i]);
       }
     }
-    for (int r = 0; r < kRows; r++)
-      for (int i = 0; i < kTokens; i++) scores[r][t + i] = reduce_add(sums[i][r]);
+    for (int r = 0; r < kRows; r++) sum_four(sums[r], scores[r] + t);
   }
 }
 
 template <int kRows, Dtype kDtype>
-HALFBYTE_INLINE void weigh_raw(const AttendRawArgs& args, ptrdiff_t token, int tokens, const float (*p)[kLanes], float* acc,
-                               size_t acc_stride) {
+HALFBYTE_INLINE void weigh_raw(const AttendRawArgs& args, ptrdiff_t token, int tokens, const float (*p)[kLanes],
+                               float* acc, size_t acc_stride) {
   const int d = args.head_dim_v, whole = d / kLanes * kLanes;
   for (int c = 0; c < d; c += kLanes) {
     f32x16 sums[kRows];
@@ -396,7 +455,7 @@ template <int kRows, Dtype kDtype>
 static void attend_raw_rows(const AttendRawArgs& args, int first_row, size_t begin, size_t end, Softmax& state) {
   const Inside inside = inside_of(args.visible, first_row, kRows);
   float* acc = state.acc + first_row * state.acc_stride;
-  alignas(64) float scores[kRows][kLanes] = {};
+  alignas(64) float scores[kRows][kLanes];
   f32x16 sums[kRows];
   for (int r = 0; r < kRows; r++) sums[r] = set1(state.sum[first_row + r] / kLanes);
   for (size_t token = begin; token < end; token += kLanes) {
@@ -419,14 +478,105 @@ static void attend_raw_rows(const AttendRawArgs& args, int first_row, size_t beg
 template <int kRows>
 static void attend_raw_dtype(const AttendRawArgs& args, int first_row, size_t begin, size_t end, Softmax& state) {
   switch (args.dtype) {
-    case Dtype::float32: attend_raw_rows<kRows, Dtype::float32>(args, first_row, begin, end, state); break;
-    case Dtype::float16: attend_raw_rows<kRows, Dtype::float16>(args, first_row, begin, end, state); break;
-    case Dtype::bfloat16: attend_raw_rows<kRows, Dtype::bfloat16>(args, first_row, begin, end, state); break;
+    case Dtype::float32:
+      attend_raw_rows<kRows, Dtype::float32>(args, first_row, begin, end, state);
+      break;
+    case Dtype::float16:
+      attend_raw_rows<kRows, Dtype::float16>(args, first_row, begin, end, state);
+      break;
+    case Dtype::bfloat16:
+      attend_raw_rows<kRows, Dtype::bfloat16>(args, first_row, begin, end, state);
+      break;
+  }
+}
+
+// ---- many rows: a few blocks become floats once, keys with tokens in lanes, and all parts of the rows use them
+
+constexpr int kWideBlocks = 2;
+constexpr int kWideTokens = kWideBlocks * kLanes;
+
+struct WideTokens {
+  alignas(64) float k[kMaxHeadDim][kWideTokens];
+  alignas(64) float v[kWideTokens][kMaxHeadDim];
+};
+
+static void widen_tokens(const AttendRawArgs& args, size_t begin, int tokens, WideTokens& out) {
+  const int d_k = args.head_dim_k, d_v = args.head_dim_v;
+  const size_t bytes = args.dtype == Dtype::float32 ? 4 : 2;
+  const ptrdiff_t row = (ptrdiff_t)(begin - args.first_token);
+  for (int block = 0; block < tokens; block += kLanes) {
+    const int n = tokens - block < kLanes ? tokens - block : kLanes;
+    const void* rows[kLanes];
+    for (int i = 0; i < n; i++) rows[i] = (const char*)args.k + (row + block + i) * args.k_stride * (ptrdiff_t)bytes;
+    alignas(64) float k[kMaxHeadDim * kLanes];
+    load_transposed({rows, n, args.dtype, d_k}, nullptr, nullptr, k);
+    for (int c = 0; c < d_k; c++) store(out.k[c] + block, load(k + c * kLanes));
+  }
+  for (int t = 0; t < tokens; t++)
+    for (int c = 0; c < d_v; c += kLanes) {
+      const ptrdiff_t at = (row + t) * args.v_stride + c;
+      store(out.v[t] + c, d_v - c >= kLanes ? load_channels(args.v, args.dtype, at)
+                                            : load_some_channels(args.v, args.dtype, at, d_v - c));
+    }
+}
+
+template <int kRows>
+static void attend_wide_rows(const AttendRawArgs& args, const WideTokens& wide, int first_row, size_t token, int tokens,
+                             Softmax& state) {
+  const Inside inside = inside_of(args.visible, first_row, kRows);
+  const bool all = tokens == kWideTokens && token >= inside.lo && token + kWideTokens <= inside.hi;
+  const float* q = args.q + first_row * args.q_stride;
+  float* acc = state.acc + first_row * state.acc_stride;
+  f32x16 scores[kRows][kWideBlocks];
+  for (int r = 0; r < kRows; r++)
+    for (int i = 0; i < kWideBlocks; i++) scores[r][i] = set1(0.0f);
+  for (int c = 0; c < args.head_dim_k; c++)
+    for (int r = 0; r < kRows; r++)
+      for (int i = 0; i < kWideBlocks; i++)
+        scores[r][i] = fma(load(wide.k[c] + i * kLanes), set1(q[r * args.q_stride + c]), scores[r][i]);
+  alignas(64) float p[kRows][kWideTokens];
+  for (int r = 0; r < kRows; r++) {
+    mask16 lanes[kWideBlocks];
+    for (int i = 0; i < kWideBlocks; i++) {
+      const int left = tokens - i * kLanes;
+      lanes[i] = left > 0 ? visible_lanes(args.visible, first_row + r, token + i * kLanes) : (mask16)0;
+      if (left > 0 && left < kLanes) lanes[i] &= (mask16)((1u << left) - 1);
+      scores[r][i] = soft_capped(scores[r][i], args.visible.softcap);
+    }
+    f32x16 sums = set1(0.0f);
+    float sum = state.sum[first_row + r], before = state.max[first_row + r];
+    fold_scores<kWideBlocks>(scores[r], all ? nullptr : lanes, state.max[first_row + r], sums,
+                             acc + r * state.acc_stride, args.head_dim_v);
+    if (before != state.max[first_row + r]) sum *= reduce_max(exp_negative(set1(before - state.max[first_row + r])));
+    state.sum[first_row + r] = sum + reduce_add(sums);
+    for (int i = 0; i < kWideBlocks; i++) store(p[r] + i * kLanes, scores[r][i]);
+  }
+  for (int c = 0; c < args.head_dim_v; c += kLanes) {
+    f32x16 sums[kRows];
+    for (int r = 0; r < kRows; r++) sums[r] = load(acc + r * state.acc_stride + c);
+    for (int t = 0; t < tokens; t++)
+      for (int r = 0; r < kRows; r++) sums[r] = fma(load(wide.v[t] + c), set1(p[r][t]), sums[r]);
+    for (int r = 0; r < kRows; r++) store(acc + r * state.acc_stride + c, sums[r]);
+  }
+}
+
+static void attend_wide(const AttendRawArgs& args, Softmax& state) {
+  WideTokens wide;
+  for (size_t token = args.begin; token < args.end; token += kWideTokens) {
+    const int tokens = args.end - token < (size_t)kWideTokens ? (int)(args.end - token) : kWideTokens;
+    widen_tokens(args, token, tokens, wide);
+    for_row_parts(args.visible.rows,
+                  [&]<int kRows>(int first) { attend_wide_rows<kRows>(args, wide, first, token, tokens, state); });
   }
 }
 
 static void attend_raw(const AttendRawArgs& args, Softmax& state) {
-  constexpr size_t kSegment = 64;
+  constexpr int kWideRows = 8;     // from more rows on, widening pays
+  constexpr size_t kSegment = 64;  // tokens that stay in cache while each part of the rows passes over them
+  if (args.one_order || args.visible.rows > kWideRows) {
+    attend_wide(args, state);
+    return;
+  }
   for (size_t begin = args.begin; begin < args.end; begin += kSegment) {
     const size_t end = begin + kSegment < args.end ? begin + kSegment : args.end;
     for_row_parts(args.visible.rows, [&]<int kRows>(int first) {

@@ -10,6 +10,9 @@
 //   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
 //   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
 //                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
+//   dot4_weights     the same with nibbles and four unsigned bytes
+//   sum_four         the sums over the lanes of four registers
+//   flip             a row with some bits of the bytes of each lane turned over
 
 using mask16 = uint16_t;
 
@@ -94,6 +97,17 @@ HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {
   return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
 }
 HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) { return dot4_nibble(acc, codes, four); }
+HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
+  f32x16 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  f32x16 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  f32x16 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));   // a quad in each 128 bits
+  __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
+HALFBYTE_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {
+  return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(four), codes);
+}
+HALFBYTE_INLINE u8x64 flip(u8x64 row, int four) { return _mm512_xor_si512(row, _mm512_set1_epi32(four)); }
 HALFBYTE_INLINE mask16 load_mask(const uint8_t* p) {
   __m128i bytes = _mm_loadu_si128((const __m128i*)p);
   return _mm_test_epi8_mask(bytes, bytes);
@@ -259,6 +273,20 @@ HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {   // 15�
   __m256i b = _mm256_set1_epi32(four);
   return {sum_pairs(acc.lo, _mm256_maddubs_epi16(codes.lo, b)), sum_pairs(acc.hi, _mm256_maddubs_epi16(codes.hi, b))};
 }
+HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
+  __m256 a = _mm256_hadd_ps(_mm256_add_ps(x[0].lo, x[0].hi), _mm256_add_ps(x[1].lo, x[1].hi));
+  __m256 b = _mm256_hadd_ps(_mm256_add_ps(x[2].lo, x[2].hi), _mm256_add_ps(x[3].lo, x[3].hi));
+  __m256 c = _mm256_hadd_ps(a, b);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
+}
+HALFBYTE_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {   // so does 15·255·2
+  __m256i b = _mm256_set1_epi32(four);
+  return {sum_pairs(acc.lo, _mm256_maddubs_epi16(b, codes.lo)), sum_pairs(acc.hi, _mm256_maddubs_epi16(b, codes.hi))};
+}
+HALFBYTE_INLINE u8x64 flip(u8x64 row, int four) {
+  __m256i b = _mm256_set1_epi32(four);
+  return {_mm256_xor_si256(row.lo, b), _mm256_xor_si256(row.hi, b)};
+}
 HALFBYTE_INLINE __m256i dot4_byte_half(__m256i acc, __m256i codes, __m256i b) {   // counted from 128: |−128|·127·2 fits
   __m256i centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
   return sum_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(b, centred)));
@@ -412,6 +440,15 @@ static i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {
          (words >> 16 & 255) * (int)(int8_t)(four >> 16) + (words >> 24 & 255) * (four >> 24);
 }
 HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) { return dot4_nibble(acc, codes, four); }
+static void sum_four(const f32x16 x[4], float* sums) {
+  for (int i = 0; i < 4; i++) sums[i] = reduce_add(x[i]);
+}
+static i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {
+  i32x16 words = (i32x16)codes;
+  return acc + (words & 255) * (four & 255) + (words >> 8 & 255) * (four >> 8 & 255) +
+         (words >> 16 & 255) * (four >> 16 & 255) + (words >> 24 & 255) * (four >> 24 & 255);
+}
+HALFBYTE_INLINE u8x64 flip(u8x64 row, int four) { return (u8x64)((i32x16)row ^ four); }
 static mask16 load_mask(const uint8_t* p) {
   int m = 0;
   for (int i = 0; i < 16; i++) m |= (p[i] != 0) << i;

@@ -265,6 +265,45 @@ TEST(Attend, OffsetCarriesKeyBiases) {
   EXPECT_GT(error_of(attend(bare, q), plain), 0.2);
 }
 
+// ---- what the bytes of q and of p·scale add, beside what the codes cost
+
+double mean_square(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0.0;
+  for (size_t i = 0; i < a.size(); i++) sum += (a[i] - b[i]) * (a[i] - b[i]);
+  return sum / (double)a.size();
+}
+
+// Root mean square error of the kernels against double on the same codes, over that of the codes against what was packed.
+double added_error(Random& random, int d, const Recipe& recipe, float spread, const std::string& name) {
+  const size_t tokens = 1041;   // the last block is raw
+  UseBackend use(name);
+  Layer layer = make_layer(config_of(1, d, Dtype::float32, recipe));
+  const Array k = random_array(random, 1, 1, tokens, d), v = random_array(random, 1, 1, tokens, d);
+  must(append(layer, k, v));
+  const Decoded held = decode(layer);
+  const Array q = random_array(random, 1, 32, 1, d, Dtype::float32, spread);   // scores of that spread
+  const Array out = attend(layer, q);
+  Array any = poisoned(1, 32, 1, d);
+  const Plain codes = plain_attention(args_of(q, any), q, held.k, held.v), packed = plain_attention(args_of(q, any), q, k, v);
+  std::vector<double> got(out.size());
+  for (size_t i = 0; i < out.size(); i++) got[i] = out.flat(i);
+  return std::sqrt(mean_square(got, codes.out) / mean_square(codes.out, packed.out));
+}
+
+TEST(Attend, BytesAddUnderATenthOfTheCodesError) {
+  Random random;
+  for (const std::string& name : fast_backends())
+    for (int d : {64, 128})
+      for (Codec v : {Codec{4, 0}, Codec{4, 32}, Codec{4, 16}})
+        for (float spread : {0.3f, 1.0f, 3.0f}) {
+          Recipe recipe;
+          recipe.v = v;
+          const double share = added_error(random, d, recipe, spread, name);
+          EXPECT_LT(share, 0.1) << name << " d " << d << " V group " << v.group << " spread " << spread;
+          EXPECT_GT(share, 1e-3);   // or it is not the bytes that were measured
+        }
+}
+
 // ---- softmax variants
 
 TEST(Attend, SoftcapAndSinks) {

@@ -42,6 +42,11 @@ const testing::SimdOps kOps = {
     [](const float* a, const float* b) -> uint16_t { return greater_equal(load(a), load(b)); },
     [](uint16_t mask, const float* yes, const float* no, float* out) { store(out, select(mask, load(yes), load(no))); },
     [](const float* x) { return reduce_add(load(x)); },
+    [](const float* x, float* out) {
+      f32x16 rows[4];
+      for (int i = 0; i < 4; i++) rows[i] = load(x + 16 * i);
+      sum_four(rows, out);
+    },
     [](const float* x) { return reduce_max(load(x)); },
     [](float* x) {
       f32x16 rows[16];
@@ -70,6 +75,9 @@ const testing::SimdOps kOps = {
     [](const uint8_t* row, int four, int32_t* low, int32_t* high) {
       store(low, dot4_nibble(set1(0), low_nibbles(load_row(row)), four));
       store(high, dot4_nibble(set1(0), high_nibbles(load_row(row)), four));
+    },
+    [](const uint8_t* row, int flipped, int four, int32_t* low) {
+      store(low, dot4_weights(set1(0), low_nibbles(flip(load_row(row), flipped)), four));
     },
     [](const uint8_t* row, int four, int32_t* out, int32_t* zero) {
       store(out, dot4_byte(set1(0), load_row(row), four)), store(zero, dot4_byte(set1(0), row_of(128), four));

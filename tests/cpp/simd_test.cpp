@@ -152,6 +152,22 @@ TEST(Simd, AcrossLanes) {
     }
 }
 
+TEST(Simd, SumsOfFourAtOnce) {
+  Random random;
+  for (const SimdOps* ops : all_ops())
+    for (int turn = 0; turn < 100; turn++) {
+      std::array<float, 64> x;
+      std::array<float, 4> sums;
+      for (float& element : x) element = (float)(random.below(2001) - 1000);   // whole numbers: any order gives the same sum
+      ops->sum_four(x.data(), sums.data());
+      for (int i = 0; i < 4; i++) {
+        float want = 0.0f;
+        for (int j = 0; j < 16; j++) want += x[16 * i + j];
+        ASSERT_EQ(sums[i], want) << ops->name;
+      }
+    }
+}
+
 TEST(Simd, BytesAndMasks) {
   Random random;
   for (const SimdOps* ops : all_ops())
@@ -236,6 +252,25 @@ TEST(Simd, DotProductsOfCodesAreExact) {
         ASSERT_EQ(low[i], want_low) << ops->name;
         ASSERT_EQ(high[i], want_high) << ops->name;
         ASSERT_EQ(bytes[i] - zero[i], want) << ops->name;
+      }
+    }
+}
+
+TEST(Simd, WeightsAreUnsignedAndRowsCanBeFlipped) {
+  Random random;
+  for (const SimdOps* ops : all_ops())
+    for (int turn = 0; turn < 500; turn++) {
+      std::array<uint8_t, 64> row;
+      std::array<int8_t, 4> four, flipped;
+      for (uint8_t& byte : row) byte = (uint8_t)random.below(256);
+      for (int8_t& byte : four) byte = (int8_t)(turn % 3 ? random.below(256) : 255);
+      for (int8_t& byte : flipped) byte = (int8_t)(random.below(2) ? 0 : turn % 3 ? 0x0f : 0xff);
+      std::array<int32_t, 16> low;
+      ops->weights(row.data(), bytes_of(flipped), bytes_of(four), low.data());
+      for (int i = 0; i < 16; i++) {
+        int want = 0;
+        for (int j = 0; j < 4; j++) want += ((row[4 * i + j] ^ (uint8_t)flipped[j]) & 15) * (uint8_t)four[j];
+        ASSERT_EQ(low[i], want) << ops->name;
       }
     }
 }

@@ -1,4 +1,7 @@
 // Attention of several query tokens in one step: the block rule, which depends on positions and not on how tokens came.
+#include <thread>
+
+#include "attend.h"
 #include "testing.h"
 
 namespace halfbyte {
@@ -193,6 +196,30 @@ TEST(Steps, WithoutCausalityAllTokensAreSeen) {
   args.mask = mask.data(), args.mask_tokens = 25, args.mask_query_stride = 25;
   must(layer.attend(args));
   for (size_t i = 0; i < out.size(); i++) EXPECT_NEAR(out.flat(i), masked.flat(i), 1e-5);
+}
+
+// Whatever the head size, the queries and the prefix, a thread keeps less than 1 MiB: no prefix is ever decoded whole.
+TEST(Steps, WorkingMemoryIsBounded) {
+  Random random;
+  UseThreads use(1);
+  std::thread([&] {  // one that has no working memory yet
+    for (bool exact : {false, true})
+      for (int d : {64, 512}) {
+        const size_t prefix = 100000 / d, queries = 40;
+        Layer layer = make_layer(config_of(1, d));
+        must(append(layer, random_array(random, 1, 1, prefix, d), random_array(random, 1, 1, prefix, d)));
+        const Array k = random_array(random, 1, 1, queries, d), q = random_array(random, 1, 8, queries, d);
+        must(append(layer, k, k));
+        Array out = poisoned(1, 8, queries, d);
+        AttendArgs args = args_of(q, out);
+        args.chunk_k = args.chunk_v = k.view(), args.exact = exact;
+        must(layer.attend(args));
+        EXPECT_TRUE(all_finite(out));
+        EXPECT_LT(attend_scratch_bytes(), 1u << 20) << d;
+      }
+    EXPECT_GT(attend_scratch_bytes(), 64u * 512 * sizeof(float));  // or something else is counted
+  })
+      .join();
 }
 
 }  // namespace

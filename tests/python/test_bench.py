@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixture)
-from halfbyte import _native, bench, bench_generate, plots, results
+from halfbyte import _native, bench, bench_generate, plots, report, results
 from halfbyte.roofline import roofline_rows
 
 
@@ -198,6 +198,7 @@ def test_bench_generate_writes_its_rows(tmp_path):
         "--quiet",
     )
     assert [list(row) for row in document["rows"]] == [GENERATE_KEYS] * 2
+    assert "rounds" not in report.table(document["rows"])
     for row in document["rows"]:
         # 4 layers, K and V, 2 heads of 128 channels of bfloat16 a token; 2 + 2 tokens were decoded.
         assert row["fp_cache_bytes"] == (row["prefix"] + 4) * 4 * 2 * 2 * 128 * 2
