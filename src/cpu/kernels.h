@@ -132,8 +132,10 @@ static void store_scales(const EncodeArgs& args, int group, const float* lanes) 
 // y [d][16] of the given vectors, rotated, scaled by λ, zero up to padded_dim; in one of the two buffers.
 static float* load_rotated(const EncodeArgs& args, float* a, float* b) {
   const int d = args.format->head_dim;
-  load_transposed({args.rows, args.n, args.dtype, d}, args.offset, load_factors(*args.rotation), a);
-  float* y = rotate_forward(*args.rotation, a, b);
+  const Rows rows = {args.rows, args.n, args.dtype, d};
+  Ahead ahead = ahead_of(rows);
+  load_transposed(rows, args.offset, load_factors(*args.rotation), a, ahead);
+  float* y = rotate_forward(*args.rotation, a, b, ahead);
   if (args.lambda)
     for (int c = 0; c < d; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(args.lambda[c])));
   for (int c = d; c < args.format->padded_dim; c++) store(y + c * kLanes, set1(0.0f));

@@ -34,6 +34,30 @@ struct Rows {
   int d;
 };
 
+// The rows that most likely come next: sixteen more at the same distance. Fetched a few lines at a time all through the
+// work on these, because memory can not deliver them at once.
+struct Ahead {
+  const char* at = nullptr;   // of a row
+  ptrdiff_t step = 0, bytes = 0, done = 0;
+
+  // Without a branch, and past the sixteenth row if asked often enough: fetching any address is harmless.
+  __attribute__((always_inline)) void fetch() {
+    constexpr int kLines = 6;   // for 128 float channels, 24 calls bring what is needed
+    for (int i = 0; i < kLines; i++) {
+      prefetch(at + done);
+      done += 64;
+      const bool row_is_done = done >= bytes;
+      at += row_is_done ? step : 0, done = row_is_done ? 0 : done;
+    }
+  }
+};
+
+static Ahead ahead_of(const Rows& rows) {
+  if (rows.n < kLanes) return {};
+  const ptrdiff_t step = (const char*)rows.at[1] - (const char*)rows.at[0];
+  return {(const char*)rows.at[0] + kLanes * step, step, rows.d * (rows.dtype == Dtype::float32 ? 4 : 2), 0};
+}
+
 // Channels c … c + 15 of sixteen rows, (row − less) · times, turned round into y [16][16].
 template <Dtype kDtype>
 HALFBYTE_INLINE void load_tile(const void* const rows[kLanes], int c, f32x16 less, f32x16 times, float* y) {
@@ -57,26 +81,28 @@ static void load_last_tile(const void* const rows[kLanes], Dtype dtype, int c, i
 // (row − offset) · factors → y [d][16]; offset and factors [d] may be null. Lanes behind n repeat row 0, so that every
 // lane holds numbers. Row by row, a register holds sixteen offsets: nothing has to be spread over lanes.
 template <Dtype kDtype>
-static void load_transposed(const Rows& given, const float* offset, const float* factors, float* y) {
-  constexpr int kBytes = kDtype == Dtype::float32 ? 4 : 2;
+static void load_transposed(const Rows& given, const float* offset, const float* factors, float* y, Ahead& ahead) {
   const void* rows[kLanes];
   for (int t = 0; t < kLanes; t++) rows[t] = given.at[t < given.n ? t : 0];
-  // Whoever has sixteen rows mostly has sixteen more behind them, and reading 64 bytes a row hides that from the CPU.
-  const ptrdiff_t next = given.n == kLanes ? kLanes * ((const char*)rows[1] - (const char*)rows[0]) : 0;
   int c = 0;
   for (; c + kLanes <= given.d; c += kLanes) {
-    for (int t = 0; next && t < kLanes; t++) prefetch((const char*)rows[t] + next + c * kBytes);
+    ahead.fetch();
     load_tile<kDtype>(rows, c, offset ? load(offset + c) : set1(0.0f), factors ? load(factors + c) : set1(1.0f), y + c * kLanes);
   }
   if (c < given.d) load_last_tile(rows, kDtype, c, given.d - c, offset, factors, y + c * kLanes);
 }
 
-static void load_transposed(const Rows& rows, const float* offset, const float* factors, float* y) {
+static void load_transposed(const Rows& rows, const float* offset, const float* factors, float* y, Ahead& ahead) {
   switch (rows.dtype) {
-    case Dtype::float32: load_transposed<Dtype::float32>(rows, offset, factors, y); break;
-    case Dtype::float16: load_transposed<Dtype::float16>(rows, offset, factors, y); break;
-    case Dtype::bfloat16: load_transposed<Dtype::bfloat16>(rows, offset, factors, y); break;
+    case Dtype::float32: load_transposed<Dtype::float32>(rows, offset, factors, y, ahead); break;
+    case Dtype::float16: load_transposed<Dtype::float16>(rows, offset, factors, y, ahead); break;
+    case Dtype::bfloat16: load_transposed<Dtype::bfloat16>(rows, offset, factors, y, ahead); break;
   }
+}
+
+static void load_transposed(const Rows& rows, const float* offset, const float* factors, float* y) {
+  Ahead nothing;
+  load_transposed(rows, offset, factors, y, nothing);
 }
 
 // y [d][16] → n rows of d floats, `stride` apart.
@@ -179,12 +205,13 @@ HALFBYTE_INLINE void short_dft(Complex* a) {
 
 // One Stockham pass, from [n complex][16] to another such buffer.
 template <int kRadix>
-static void fft_pass(const FftPass& pass, const float* twiddles, const float* from, float* to) {
+static void fft_pass(const FftPass& pass, const float* twiddles, const float* from, float* to, Ahead& ahead) {
   constexpr int kStep = 2 * kLanes;
   const int stride = pass.stride, rest = pass.rest;
   for (int p = 0; p < rest; p++) {
     const float* twiddle = twiddles + 2 * kRadix * p;
     for (int q = 0; q < stride; q++) {
+      ahead.fetch();
       Complex a[kRadix];
       for (int j = 0; j < kRadix; j++) a[j] = load_complex(from + kStep * (q + stride * (p + rest * j)));
       short_dft<kRadix>(a);
@@ -215,16 +242,16 @@ static void fft_pass_prime(const FftPass& pass, const float* twiddles, const flo
 }
 
 // Complex FFT of length n; the result is in the returned buffer, `a` or `b`.
-static float* fft(const RotationPlan& plan, float* a, float* b) {
+static float* fft(const RotationPlan& plan, float* a, float* b, Ahead& ahead) {
   for (const FftPass& pass : plan.passes) {
     const float* twiddles = &plan.twiddles[pass.twiddle_at];
     switch (pass.radix) {
-      case 2: fft_pass<2>(pass, twiddles, a, b); break;
-      case 3: fft_pass<3>(pass, twiddles, a, b); break;
-      case 4: fft_pass<4>(pass, twiddles, a, b); break;
-      case 5: fft_pass<5>(pass, twiddles, a, b); break;
-      case 7: fft_pass<7>(pass, twiddles, a, b); break;
-      case 8: fft_pass<8>(pass, twiddles, a, b); break;
+      case 2: fft_pass<2>(pass, twiddles, a, b, ahead); break;
+      case 3: fft_pass<3>(pass, twiddles, a, b, ahead); break;
+      case 4: fft_pass<4>(pass, twiddles, a, b, ahead); break;
+      case 5: fft_pass<5>(pass, twiddles, a, b, ahead); break;
+      case 7: fft_pass<7>(pass, twiddles, a, b, ahead); break;
+      case 8: fft_pass<8>(pass, twiddles, a, b, ahead); break;
       default: fft_pass_prime(pass, twiddles, a, b);
     }
     float* swap = a;
@@ -241,9 +268,9 @@ static float* fft(const RotationPlan& plan, float* a, float* b) {
 constexpr float kRoot2 = 1.41421356f;
 
 // Real FFT by the half-length complex one, then the paper's packing of real and imaginary parts.
-static float* srft_forward(const RotationPlan& plan, float* y, float* scratch) {
+static float* srft_forward(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
   const int d = plan.head_dim, n = d / 2;
-  float* z = fft(plan, y, scratch);
+  float* z = fft(plan, y, scratch, ahead);
   float* out = z == y ? scratch : y;
   Complex z0 = load_complex(z);
   store(out, mul(add(z0.re, z0.im), set1(kRoot2)));
@@ -273,7 +300,8 @@ static float* srft_inverse(const RotationPlan& plan, float* y, float* scratch) {
     store_complex(scratch + 2 * kLanes * k, {add(even.im, odd.re), sub(even.re, odd.im)});
     store_complex(scratch + 2 * kLanes * (n - k), {sub(odd.re, even.im), add(even.re, odd.im)});
   }
-  float* z = fft(plan, scratch, y);
+  Ahead nothing;
+  float* z = fft(plan, scratch, y, nothing);
   for (int m = 0; m < n; m++) {
     Complex w = load_complex(z + 2 * kLanes * m);
     store_complex(z + 2 * kLanes * m, {mul(w.im, set1(plan.factors[2 * m])), mul(w.re, set1(plan.factors[2 * m + 1]))});
@@ -307,10 +335,10 @@ static void dense(const RotationPlan& plan, const float* x, float* y) {
   }
 }
 
-static float* rotate_forward(const RotationPlan& plan, float* y, float* scratch) {
+static float* rotate_forward(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
   switch (plan.kind) {
     case Rotation::identity: return y;
-    case Rotation::srft: return srft_forward(plan, y, scratch);
+    case Rotation::srft: return srft_forward(plan, y, scratch, ahead);
     case Rotation::srht: hadamard(plan.head_dim, y); return y;
     case Rotation::dense: dense<false>(plan, y, scratch); return scratch;
   }
@@ -338,7 +366,8 @@ static void rotate(const RotationPlan& plan, bool inverse, float* x, size_t stri
   alignas(64) float y[kMaxHeadDim * kLanes], scratch[kMaxHeadDim * kLanes];
   const void* rows[kLanes];
   for (int i = 0; i < n; i++) rows[i] = x + i * stride;
-  load_transposed({rows, n, Dtype::float32, plan.head_dim}, nullptr, inverse ? nullptr : load_factors(plan), y);
-  const float* turned = inverse ? rotate_back(plan, y, scratch) : rotate_forward(plan, y, scratch);
+  Ahead nothing;
+  load_transposed({rows, n, Dtype::float32, plan.head_dim}, nullptr, inverse ? nullptr : load_factors(plan), y, nothing);
+  const float* turned = inverse ? rotate_back(plan, y, scratch) : rotate_forward(plan, y, scratch, nothing);
   store_transposed(turned, plan.head_dim, x, stride, n);
 }
