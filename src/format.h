@@ -5,8 +5,10 @@
 #include <stdint.h>
 
 // Everything here is force-inlined: kernels are compiled for several instruction sets, and a function body shared
-// between them by the linker could carry instructions that the running CPU does not have.
+// between them by the linker could carry instructions that the running CPU does not have. src/gpu/gpu.h has its own word.
+#ifndef HALFBYTE_INLINE
 #define HALFBYTE_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace halfbyte {
 

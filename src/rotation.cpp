@@ -72,6 +72,11 @@ double srht_entry(int d, int i, int j) {
   return __builtin_parity((unsigned)(i & j)) ? -norm : norm;
 }
 
+double entry_of(const RotationPlan& plan, int i, int j) {
+  if (plan.kind == Rotation::dense) return plan.matrix[plan.dense_at(i, j)];
+  return plan.signs[j] * (plan.kind == Rotation::srft ? srft_entry : srht_entry)(plan.head_dim, i, j);
+}
+
 }  // namespace
 
 RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer_index, const float* matrix) {
@@ -114,20 +119,24 @@ Status check_orthonormal(const char* name, const float* matrix, int head_dim) {
                                   " away from the identity's; it takes a matrix [head_dim, head_dim] within 0.001"};
 }
 
+std::vector<double> rotation_matrix(const RotationPlan& plan) {
+  const int d = plan.head_dim;
+  std::vector<double> r((size_t)d * d);
+  for (int i = 0; i < d; i++)
+    for (int j = 0; j < d; j++) r[(size_t)i * d + j] = plan.kind == Rotation::identity ? i == j : entry_of(plan, i, j);
+  return r;
+}
+
 void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out) {
   int d = plan.head_dim;
   if (plan.kind == Rotation::identity) {
     for (int j = 0; j < d; j++) out[j] = x[j];
     return;
   }
-  auto entry = [&](int i, int j) -> double {
-    if (plan.kind == Rotation::dense) return plan.matrix[plan.dense_at(i, j)];
-    return plan.signs[j] * (plan.kind == Rotation::srft ? srft_entry(d, i, j) : srht_entry(d, i, j));
-  };
   for (int i = 0; i < d; i++) out[i] = 0.0;
   for (int i = 0; i < d; i++)
     for (int j = 0; j < d; j++) {
-      const double r = entry(i, j);
+      const double r = entry_of(plan, i, j);
       if (inverse) out[j] += r * x[i];
       else out[i] += r * x[j];
     }

@@ -47,4 +47,7 @@ Status check_orthonormal(const char* name, const float* matrix, int head_dim);
 // Reference: out = R x, or Rᵀ x when inverse, straight from the definition. x, out: [head_dim], may not overlap.
 void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, double* out);
 
+// R as a matrix [head_dim][head_dim], in double.
+std::vector<double> rotation_matrix(const RotationPlan& plan);
+
 }  // namespace halfbyte

@@ -19,6 +19,8 @@ COLUMNS = {
     "kl_sd": "± sd",
     "kl_p99": "KL, 99th percentile",
     "top1": "top-1",
+    "greedy_tokens": "greedy tokens",
+    "needle_agree": "needle agreement",
     "error_cut": "loss cut",
     "bytes_ratio": "bytes, bf16 / int4",
     "paper": "the paper",

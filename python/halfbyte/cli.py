@@ -13,6 +13,7 @@ from .cli_tools import (
     Dtype,
     JsonFile,
     ModelName,
+    PlotFile,
     Quiet,
     Seed,
     begin,
@@ -290,14 +291,17 @@ def reproduce(
 def write_page(
     files: Annotated[list[Path], typer.Argument(help="What --json of eval, reproduce and bench generate wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
+    plot: PlotFile = None,
 ):
     """One self-contained page, for light and dark screens: plots of what was measured, then the tables.
 
     Example: `halfbyte report eval.json reproduce.json generate.json -o report.html`
     """
-    begin(out, "out")
-    from .report import write_report
+    begin(out, "out", plot=plot)
+    from .report import plot_pareto, write_report
 
+    if plot is not None:
+        plot_pareto(files, plot)
     print(f"wrote {out}: {write_report(files, out)} sections")
 
 

@@ -227,7 +227,8 @@ class Packed:
         offset = self._offset(x, layer, which) if self.recipe.offset else None
         dense = self.recipe.rotation == "dense"
         matrix = getattr(self.calibration, f"rotation_{which}")[layer] if dense else None
-        return round_trip(x, self.recipe, which, layer, offset, lambda_, matrix)
+        packed = round_trip(x, self.recipe, which, layer, offset, lambda_, matrix)
+        return keep_first(packed, x, self.recipe.sink_tokens)
 
     def _offset(self, x, layer, which):
         given = getattr(self.calibration, f"offset_{which}", None)
@@ -235,6 +236,28 @@ class Packed:
 
     def with_seed(self, seed: int) -> Packed:
         return dataclasses.replace(self, recipe=get_recipe(self.recipe, seed=seed))
+
+
+def keep_first(packed: torch.Tensor, x: torch.Tensor, tokens: int) -> torch.Tensor:
+    """packed [heads, tokens, head_dim] with its first tokens as they were in x."""
+    return torch.cat([x[:, :tokens], packed[:, tokens:]], 1) if tokens else packed
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinks:
+    """Any codec with the first tokens kept raw: where a model parks attention it has no use for, errors cost most."""
+
+    base: object
+    tokens: int = 16
+
+    def bits_per_value(self, head_dim: int) -> float:
+        return self.base.bits_per_value(head_dim)  # of what is packed
+
+    def __call__(self, x: torch.Tensor, layer: int, which: str) -> torch.Tensor:
+        return keep_first(self.base(x, layer, which), x, self.tokens)
+
+    def with_seed(self, seed: int) -> Sinks:
+        return Sinks(self.base.with_seed(seed), self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)

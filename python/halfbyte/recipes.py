@@ -16,6 +16,7 @@ RECIPES: dict[str, Recipe] = {
     "g32": Recipe(k_group=32, v_group=32),
     "g16": Recipe(k_group=16, v_group=16),
     "k8v4": Recipe(k_bits=8, v_bits=4),
+    "sinks": Recipe(sink_tokens=16),
     # No code at all: what is wrong with it is bookkeeping, not rounding.
     "passthrough": Recipe(k_bits=32, v_bits=32, rotation="identity", offset=False),
 }

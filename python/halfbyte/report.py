@@ -217,13 +217,18 @@ def model_of(document: dict) -> str:
     return words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny-qwen"
 
 
-def sections(documents: list[dict]):
-    """(heading, HTML) in the order they are read."""
-    evaluated: dict[str, list] = {}
+def evaluated_rows(documents: list[dict]) -> dict[str, list[dict]]:
+    """{model: rows} of the files of `eval`, those of one model joined."""
+    found: dict[str, list] = {}
     for document in documents:
         if "recipe" in document["rows"][0] and "kl" in document["rows"][0]:
-            evaluated.setdefault(model_of(document), []).extend(document["rows"])
-    for model, rows in evaluated.items():
+            found.setdefault(model_of(document), []).extend(document["rows"])
+    return found
+
+
+def sections(documents: list[dict]):
+    """(heading, HTML) in the order they are read."""
+    for model, rows in evaluated_rows(documents).items():
         yield f"Bits against loss, {model}", pareto(rows) + table(sorted(rows, key=lambda row: row["bits"]))
     for document in documents:
         model, rows = model_of(document), document["rows"]
@@ -245,6 +250,28 @@ def sections(documents: list[dict]):
             shown = [{key: value for key, value in row.items() if key != "table"} for row in own]
             plot = heat(own) if name == "layers" else "" if name == "memory" else bars(own)
             yield f"{name.capitalize()}, {model}", plot + table(shown)
+
+
+def plot_pareto(paths, file) -> None:
+    """The rows of all `eval` files as one PNG, a panel a model: bits against KL, with what nothing beats joined."""
+    from .plots import figure, save
+
+    found = evaluated_rows(read_documents(paths))
+    if not found:
+        raise ValueError("json: none of the files is of `eval`")
+    drawn, panels = figure(6.2 * len(found), 4.6, ncols=len(found), squeeze=False)
+    colors = dict(zip(KINDS, ("#0b5cad", "#1a8a4a", "#c2570c"), strict=True))
+    for panel, (model, rows) in zip(panels[0], found.items(), strict=True):
+        rows = [row for row in rows if row["kl"] > 0 and row["bits"] < 9]
+        best = frontier(rows)
+        panel.plot([row["bits"] for row in best], [row["kl"] for row in best], color="#8b949e", linewidth=1)
+        for kind, color in colors.items():
+            own = [row for row in rows if kind_of(row["recipe"]) == kind]
+            panel.scatter([row["bits"] for row in own], [row["kl"] for row in own], color=color, label=kind, zorder=3)
+        panel.set(title=model, xlabel="bits a value, scales included", yscale="log")
+    panels[0][0].set_ylabel("KL to the full cache, nats a token")
+    panels[0][-1].legend()
+    save(drawn, file)
 
 
 def write_report(paths, out) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from .auto import head_size
-from .codecs import Codec, Linear, Side, Table, Turning
+from .codecs import Codec, Linear, Side, Sinks, Table, Turning
 from .offset import rope_frequencies
+from .peers import PEERS
 
 # Sixteen levels of least squared error for normal groups of 32 whose extreme lands on -127, as tools/train_table.py
 # finds them; whole numbers, so that a byte lookup can hold them.
@@ -39,6 +40,10 @@ def _turning(k_group: int, v_group: int, span: int):
     return lambda config: Codec(Side(Linear(4, k_group), offset=turning(config, span)), Side(Linear(4, v_group)))
 
 
+def _sinks(make):
+    return lambda config: Sinks(make(config))
+
+
 # A codec for a model's config (of its decoder).
 SIMULATED: dict[str, Callable] = {
     "k2v2": _bits(2, 2),
@@ -54,4 +59,8 @@ SIMULATED: dict[str, Callable] = {
     "turning-g32": _turning(32, 32, 16),
     "turning-table": _table(32, 0, 16),
     "turning-table-g32": _table(32, 32, 16),
+    "turning-sinks": _sinks(_turning(32, 0, 16)),
+    "turning-table-sinks": _sinks(_table(32, 0, 16)),
+    "kivi-4-g64-sinks": _sinks(lambda config: PEERS["kivi-4-g64"]),
+    "kvarn-4-sinks": _sinks(lambda config: PEERS["kvarn-4"]),
 }

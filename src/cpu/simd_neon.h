@@ -120,14 +120,17 @@ HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) {   // count
 }
 HALFBYTE_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {
   const uint8x16_t b = vreinterpretq_u8_s32(vdupq_n_s32(four));
-  return each<i32x16>([=](int i) { return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc.v[i]), codes.v[i], b)); });
-}
-HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
-  for (int i = 0; i < 4; i++) sums[i] = reduce_add(x[i]);
+  return each<i32x16>(
+      [=](int i) { return vreinterpretq_s32_u32(vdotq_u32(vreinterpretq_u32_s32(acc.v[i]), codes.v[i], b)); });
 }
 HALFBYTE_INLINE u8x64 flip(u8x64 row, int four) {
   const uint8x16_t b = vreinterpretq_u8_s32(vdupq_n_s32(four));
   return each<u8x64>([=](int i) { return veorq_u8(row.v[i], b); });
+}
+HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
+  float32x4_t s[4];
+  for (int i = 0; i < 4; i++) s[i] = vaddq_f32(vaddq_f32(x[i].v[0], x[i].v[1]), vaddq_f32(x[i].v[2], x[i].v[3]));
+  vst1q_f32(sums, vpaddq_f32(vpaddq_f32(s[0], s[1]), vpaddq_f32(s[2], s[3])));
 }
 HALFBYTE_INLINE mask16 load_mask(const uint8_t* p) {
   uint8x16_t bytes = vld1q_u8(p);

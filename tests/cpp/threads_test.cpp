@@ -69,6 +69,31 @@ TEST(Threads, ResultsDoNotDependOnTheirNumber) {
   }
 }
 
+// Tiles that do not divide among the threads are split by tokens: any batch, any number of threads, one answer.
+TEST(Threads, AnyBatchIsSharedAmongAnyThreads) {
+  Random random;
+  for (int batch : {1, 3, 5})
+    for (size_t queries : {1, 20}) {
+      const size_t tokens = 2100;
+      const Array k = random_array(random, batch, 1, tokens, 32), q = random_array(random, batch, 5, queries, 32);
+      Layer layer = make_layer(config_of(1, 32));
+      must(append(layer, k, k, 0, tokens - queries));
+      must(append(layer, k, k, tokens - queries, tokens));
+      auto attend_with = [&](int threads) {
+        UseThreads use(threads);
+        Array out = poisoned(batch, 5, queries, 32);
+        AttendArgs args = args_of(q, out);
+        args.chunk_k = args.chunk_v = k.view(tokens - queries);
+        must(layer.attend(args));
+        return out;
+      };
+      const Array want = attend_with(1);
+      Plain scale{{}, std::vector<double>(batch * 5 * queries, 0.05)};   // means of about 2000 values of size 1, with peaks
+      for (int threads : {2, 3, 4, 7, 16})
+        EXPECT_LT(mean_error_of(attend_with(threads), want, scale), 1e-2) << batch << " " << queries << " " << threads;
+    }
+}
+
 // The work of one user of one layer; returns all outputs of its decode steps.
 std::vector<uint8_t> decode_steps(Layer& layer, const Array& k, const Array& q, size_t from, size_t to) {
   std::vector<uint8_t> outputs;

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
-from halfbyte.codecs import Codec, Linear, PerLayer, Side, Table, both, round_trip
+from halfbyte.codecs import Codec, Linear, Packed, PerLayer, Side, Sinks, Table, both, round_trip
 from halfbyte.peers import PEERS, Affine, Float8, Gaussian, HalfQuadratic, MicroFloat, RowColumn, gaussian_levels
 from halfbyte.recipes import get_recipe
 from halfbyte.simulated import LEVELS, SIMULATED, turning
@@ -99,6 +99,16 @@ def test_every_simulated_recipe_fits_both_models(qwen, gemma):
             codec = make(model.config)
             assert 2 < codec.bits_per_value(x.shape[-1]) < 7
             assert (codec(x, 1, "k") - x).square().mean() < (0.3 if "2" in name[:4] else 0.1), name
+
+
+def test_first_tokens_stay_raw_where_asked():
+    x = normal(1, 40, 32)
+    recipe = get_recipe("default", sink_tokens=16)
+    for codec in (Packed(recipe), Sinks(both(Linear(4, 32)), 16)):
+        out = codec(x, 0, "k")
+        assert torch.equal(out[:, :16], x[:, :16])
+        assert 0 < (out[:, 16:] - x[:, 16:]).abs().max() < 1
+        assert torch.equal(codec.with_seed(1)(x, 0, "k")[:, :16], x[:, :16])
 
 
 def test_layers_may_have_their_own_codec():

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from halfbyte.report import frontier, kind_of, read_documents, write_report
+from halfbyte.report import frontier, kind_of, plot_pareto, read_documents, write_report
 
 MACHINE = {"cpu": "a <processor>", "cores": 2}
 
@@ -72,6 +72,15 @@ def test_the_frontier_is_what_nothing_beats():
     assert [row["recipe"] for row in frontier(rows)] == ["a", "d"]
     assert [kind_of(name) for name in ("default", "turning", "q4_0")] == [
         "halfbyte", "halfbyte, simulated", "others, simulated"]  # fmt: skip
+
+
+def test_the_pareto_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [evaluated("default", 4.3, 0.01), evaluated("q4_0", 4.5, 0.7), evaluated("turning", 4.3, 0.006)]
+    plot_pareto([written(tmp_path, "eval", rows)], tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="none of the files is of `eval`"):
+        plot_pareto([written(tmp_path, "x", [{"ok": True}])], tmp_path / "none.png")
 
 
 def test_other_files_are_refused(tmp_path):

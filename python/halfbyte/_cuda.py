@@ -1,0 +1,80 @@
+"""ctypes bindings of libhalfbyte_cuda: addresses, strides and streams as ints, in the order of cuda/halfbyte_cuda.h."""
+
+import ctypes
+
+_INT, _DOUBLE, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+
+
+def _structure(name, *fields):
+    """A ctypes.Structure; fields: (space-separated names, type) pairs in the order of cuda/halfbyte_cuda.h."""
+    flat = [(field, kind) for names, kind in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": flat})
+
+
+LayerDescription = _structure(
+    "LayerDescription",
+    ("kv_heads head_dim_k head_dim_v dtype", _INT),
+    ("k_bits v_bits k_group v_group scale_bits search signed_scale", _INT),
+    ("rotation seed layer_index", _INT),
+)
+View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
+Tables = _structure("Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS))
+Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
+Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
+Attend = _structure(
+    "Attend",
+    ("layer", LayerDescription),
+    ("k v", Tables),
+    ("pages", Pages),
+    ("batch heads queries causal", _INT),
+    ("scale softcap", _DOUBLE),
+    ("length first sliding_window sink_tokens packed_end raw_window warm_up kept", _INT),
+    ("q out", View),
+    ("mask", _ADDRESS),
+    ("mask_tokens mask_batch_stride mask_query_stride", _INT),
+    ("sinks", _ADDRESS),
+    ("raw", Raw * 3),
+    ("n_raw", _INT),
+    ("space arrivals", _ADDRESS),
+    ("portable", _INT),
+    ("stream", _ADDRESS),
+)
+Encode = _structure(
+    "Encode",
+    ("layer", LayerDescription),
+    ("k_tables v_tables", Tables),
+    ("pages", Pages),
+    ("batch first_token tokens data_first", _INT),
+    ("k v", View),
+    ("limit", _DOUBLE),
+    ("bad", _ADDRESS),
+    ("portable", _INT),
+    ("stream", _ADDRESS),
+)
+Decode = _structure(
+    "Decode",
+    ("layer", LayerDescription),
+    ("k_tables v_tables", Tables),
+    ("pages", Pages),
+    ("batch first_token tokens out_first out_tokens", _INT),
+    ("k v", _ADDRESS),
+    ("stream", _ADDRESS),
+)
+
+
+def bind(path):
+    """The library at `path` with its functions typed."""
+    library = ctypes.CDLL(str(path))
+    pointer = ctypes.POINTER
+    for name, structure in (("attend", Attend), ("encode", Encode), ("decode", Decode)):
+        getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(structure)]
+    library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
+    library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
+    library.halfbyte_cuda_fragment_bytes.argtypes = [pointer(LayerDescription), _INT]
+    for name in ("attend_space", "page_bytes", "fragment_bytes"):
+        getattr(library, f"halfbyte_cuda_{name}").restype = _INT
+    for name in ("rotation", "fragments"):
+        function = getattr(library, f"halfbyte_cuda_{name}")
+        function.argtypes, function.restype = [pointer(LayerDescription), _INT, _ADDRESS], None
+    library.halfbyte_cuda_error.restype = ctypes.c_char_p
+    return library

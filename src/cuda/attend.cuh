@@ -1,0 +1,500 @@
+// Decode attention on packed codes with tensor cores: split over the tokens, merged by the last block to finish.
+//
+// The format's rows are mma fragments as they are. A 32-bit word of a K row holds four channels of one token, of a V
+// row four tokens of one channel; thread (g, t) takes words 2g and 2g+1 of row t. With tokens (K) or channels (V) as
+// the 16 rows of A and query heads as the 8 columns of B, scores leave the first product where the second one, after an
+// 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "gpu/attend.h"
+
+namespace halfbyte::gpu {
+
+constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two blocks
+constexpr int kTileBlocks = kTileTokens / kBlockTokens;
+// Warps of a thread block: as many as registers hold.
+HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
+constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
+constexpr int kMaxStages = 8;
+
+// Weights are held as 2^(score − top + kWeightBias) in fp16; `top` lags behind by up to kSlack, which saves rescaling.
+constexpr float kSlack = 8.0f;
+constexpr float kWeightBias = 4.0f;
+
+struct AttendCall {
+  AttendShape shape;
+  AttendBuffers buffers;
+  RawTokens raw[kMaxRaw];
+  int n_raw;
+  int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
+  int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
+  int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
+  int warps, stages;        // stages: tiles of each warp that are under way
+  int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
+  int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
+};
+
+// Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
+HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
+HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
+  const int finishing = finish_floats(f), merging = warps / 2 * merge_floats(f.v.padded_dim);
+  const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
+  const int most = finishing > merging ? finishing : merging;
+  return ((most > preparing ? most : preparing) + 31) / 32 * 32;
+}
+HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
+  return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
+}
+
+// First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
+HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
+  if (call.splits)
+    return block / call.splits * call.n_tiles + (int)((long long)call.n_tiles * (block % call.splits) / call.splits);
+  return block * call.share + (block < call.larger ? block : call.larger);
+}
+
+// The thread block that item i belongs to; only where splits is 0.
+HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
+  const int in_larger = call.larger * (call.share + 1);
+  return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
+}
+
+// The thread blocks that share a segment.
+struct Sharers {
+  int first, n;
+};
+
+HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
+  if (call.splits) return {segment * call.splits, call.splits};
+  const int first = block_of(call, segment * call.n_tiles);
+  return {first, block_of(call, (segment + 1) * call.n_tiles - 1) - first + 1};
+}
+
+// ---- One warp's ring of tiles
+
+struct Ring {
+  uint8_t* memory;       // [stages][stage_bytes]
+  int next, end;         // work items not yet asked for: next, next + warps, …
+  unsigned asked;        // tiles asked for so far
+  int fill, take;        // the slots to fill and to read next
+  int codes, scales;     // bytes of a tile
+  const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
+};
+
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
+  const AttendShape& s = call.shape;
+  const int tile = call.first_tile + item % call.n_tiles;
+  const int row = item / call.n_tiles / row_tiles(s);
+  const int token = tile * kTileTokens;
+  return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
+         token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
+}
+
+// Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
+  if (ring.asked % kSimd == 0) {
+    const int item = ring.next + lane * call.warps;
+    ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
+  }
+  const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
+  if (tagged) {
+    const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
+    const int second_half = (int)(tagged & 1);
+    uint8_t* to = ring.memory + ring.fill * (ring.codes + ring.scales);
+    const uint8_t* from_codes = page + second_half * ring.codes;
+    const uint8_t* from_scales = page + kPageBlocks / kTileBlocks * ring.codes + second_half * ring.scales;
+#pragma unroll 8
+    for (int at = lane * 16; at < ring.codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
+    for (int at = lane * 16; at < ring.scales; at += kSimd * 16) copy_async_16(to + ring.codes + at, from_scales + at);
+  }
+  copy_async_commit();
+  ring.asked++;
+  ring.fill = ring.fill + 1 == call.stages ? 0 : ring.fill + 1;
+  ring.next += call.warps;
+}
+
+// ---- One warp's running softmax over its tiles
+
+template <int D>
+struct Running {
+  float acc[D / 16][4];  // Σ weight · scale / unit · code: channels 16i + 2g, + 2g+1 by columns 2t, 2t+1
+  float top[2], sum[2];  // of columns 2t, 2t+1; sums of this thread's tokens alone
+  int unit_exponent;     // of V's scales: all so far are below 2^(unit_exponent + 1)
+};
+
+template <int D>
+__device__ __forceinline__ void clear(Running<D>& r) {
+  for (int i = 0; i < D / 16; i++)
+    for (int j = 0; j < 4; j++) r.acc[i][j] = 0.0f;
+  r.top[0] = r.top[1] = kUnseen;
+  r.sum[0] = r.sum[1] = 0.0f;
+  r.unit_exponent = -14;
+}
+
+template <int D>
+__device__ __forceinline__ void rescale(Running<D>& r, float column0, float column1) {
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    r.acc[i][0] *= column0, r.acc[i][1] *= column1;
+    r.acc[i][2] *= column0, r.acc[i][3] *= column1;
+  }
+}
+
+// The two columns (rows of the row tile) of a thread.
+struct Columns {
+  float factor[2], offset[2];  // score = factor · product + offset
+  int lo[2], end[2];           // packed tokens seen
+  int open_from, open_to;      // seen by all columns of the tile
+};
+
+// How groups lie: each half of a span has its own, each span (or two, or more) has, or the whole head has one.
+enum Groups { kHalves, kSpans, kWhole };
+
+// Scales of tokens 2g, 2g+1. Scale: __half or float, as stored.
+template <class Scale>
+__device__ __forceinline__ float2 scale_pair(const uint8_t* scales, int group, int g) {
+  const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
+  if constexpr (sizeof(Scale) == 4)
+    return reinterpret_cast<const float2*>(row)[g];
+  else
+    return __half22float2(reinterpret_cast<const __half2*>(row)[g]);
+}
+
+// Scales of tokens 4t and 4t+2, then 4t+1 and 4t+3, divided by 2^unit_exponent.
+template <class Scale>
+__device__ __forceinline__ void unit_scales(const uint8_t* scales, int group, int t, float unit, __half2& even,
+                                            __half2& odd) {
+  const uint8_t* row = scales + group * (int)(kBlockTokens * sizeof(Scale));
+  if constexpr (sizeof(Scale) == 4) {
+    const float4 four = reinterpret_cast<const float4*>(row)[t];
+    even = __floats2half2_rn(four.x * unit, four.z * unit), odd = __floats2half2_rn(four.y * unit, four.w * unit);
+  } else {
+    const uint2 four = reinterpret_cast<const uint2*>(row)[t];
+    const __half2 factor = __float2half2_rn(unit);
+    even = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x5410)), factor);
+    odd = __hmul2(as_half2(__byte_perm(four.x, four.y, 0x7632)), factor);
+  }
+}
+
+// Both 16-channel halves of a span as A fragments. words: the thread's pair in the span's first row.
+template <int Bits>
+__device__ __forceinline__ void expand_span(const uint8_t* words, uint32_t first[4], uint32_t second[4]) {
+  const uint2 w = *reinterpret_cast<const uint2*>(words);
+  if constexpr (Bits == 4) {
+    expand_low(w.x, first[0], first[2]), expand_low(w.y, first[1], first[3]);
+    expand_high(w.x, second[0], second[2]), expand_high(w.y, second[1], second[3]);
+  } else {
+    const uint2 w2 = *reinterpret_cast<const uint2*>(words + 4 * kRowBytes);
+    expand_bytes(w.x, first[0], first[2]), expand_bytes(w.y, first[1], first[3]);
+    expand_bytes(w2.x, second[0], second[2]), expand_bytes(w2.y, second[1], second[3]);
+  }
+}
+
+template <int Bits>
+constexpr int kSpanBytes = (Bits == 4 ? 4 : 8) * kRowBytes;
+
+// Products of 16 tokens with the 8 columns: tokens 2g, 2g+1 by columns 2t, 2t+1.
+template <int D, int Bits, Groups Kind, class Scale>
+__device__ __forceinline__ void score_block(int shift, const uint8_t* codes, const uint8_t* scales,
+                                            const uint32_t q[D / 16][2], int lane, float product[4]) {
+  const int g = lane / 4, t = lane % 4;
+  const uint8_t* words = codes + t * kRowBytes + g * 8;
+  for (int j = 0; j < 4; j++) product[j] = 0.0f;
+#pragma unroll
+  for (int span = 0; span < D / kSpan; span++) {
+    uint32_t first[4], second[4];
+    expand_span<Bits>(words + span * kSpanBytes<Bits>, first, second);
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const int group = Kind == kHalves ? 2 * span + 1 : span >> shift;
+    mma(part, first, q[2 * span][0], q[2 * span][1]);
+    if constexpr (Kind == kHalves) {
+      const float2 s = scale_pair<Scale>(scales, 2 * span, g);
+      product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y,
+          product[3] += part[3] * s.y;
+      for (int j = 0; j < 4; j++) part[j] = 0.0f;
+    }
+    mma(part, second, q[2 * span + 1][0], q[2 * span + 1][1]);
+    const float2 s = scale_pair<Scale>(scales, group, g);
+    product[0] += part[0] * s.x, product[1] += part[1] * s.x, product[2] += part[2] * s.y, product[3] += part[3] * s.y;
+  }
+}
+
+// Adds 16 tokens' values. w_even, w_odd: weights of tokens 4t, 4t+2 and 4t+1, 4t+3 in column g.
+template <int D, int Bits, Groups Kind, class Scale>
+__device__ __forceinline__ void add_block(int shift, const uint8_t* codes, const uint8_t* scales, __half2 w_even,
+                                          __half2 w_odd, float unit, int lane, Running<D>& r) {
+  const int g = lane / 4, t = lane % 4;
+  const uint8_t* words = codes + t * kRowBytes + g * 8;
+  __half2 even, odd;
+  uint32_t b0 = 0, b1 = 0;
+#pragma unroll
+  for (int span = 0; span < D / kSpan; span++) {
+    uint32_t first[4], second[4];
+    expand_span<Bits>(words + span * kSpanBytes<Bits>, first, second);
+    if (span == 0 || Kind != kWhole) {
+      unit_scales<Scale>(scales, Kind == kHalves ? 2 * span : span >> shift, t, unit, even, odd);
+      b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
+    }
+    mma(r.acc[2 * span], first, b0, b1);
+    if constexpr (Kind == kHalves) {
+      unit_scales<Scale>(scales, 2 * span + 1, t, unit, even, odd);
+      b0 = as_bits(__hmul2(w_even, even)), b1 = as_bits(__hmul2(w_odd, odd));
+    }
+    mma(r.acc[2 * span + 1], second, b0, b1);
+  }
+}
+
+// Exponent of the largest of V's scales in a tile, within what fp16 can divide by. scales: V's of the first block.
+template <class Scale>
+__device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scales, int block_scales, int lane) {
+  const Scale* row = reinterpret_cast<const Scale*>(scales + lane / kBlockTokens * block_scales) + lane % kBlockTokens;
+  uint32_t largest = 0;
+  for (int group = 0; group < groups; group++)
+    largest = max(largest, __float_as_uint((float)row[group * kBlockTokens]) & 0x7fffffffu);
+  const int exponent = (int)(__reduce_max_sync(0xffffffffu, largest) >> 23) - 127;
+  return min(max(exponent, -14), 14);
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return __uint_as_float((uint32_t)(exponent + 127) << 23);
+}
+
+// Raises `top` of both columns to the tile's maxima; all threads of a column hold the same.
+template <int D>
+__device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float high1) {
+  for (int mask = 4; mask < kSimd; mask <<= 1) {
+    high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));
+    high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));
+  }
+  const float top0 = fmaxf(r.top[0], high0), top1 = fmaxf(r.top[1], high1);
+  const float keep0 = exp2f(r.top[0] - top0), keep1 = exp2f(r.top[1] - top1);
+  r.top[0] = top0, r.top[1] = top1;
+  r.sum[0] *= keep0, r.sum[1] *= keep1;
+  rescale(r, keep0, keep1);
+}
+
+// One tile of 32 tokens in shared memory joins the running softmax.
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row,
+                                            int token, const uint32_t q[D / 16][2], const Columns& columns, int lane,
+                                            Running<D>& r) {
+  const AttendShape& s = call.shape;
+  constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
+  const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
+  const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
+  const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
+  const int g = lane / 4, t = lane % 4;
+  float score[kTileBlocks][4];
+#pragma unroll
+  for (int i = 0; i < kTileBlocks; i++) {
+    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
+                                          lane, score[i]);
+    for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + columns.offset[j & 1];
+  }
+  if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
+    for (int i = 0; i < kTileBlocks; i++)
+      for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
+  if (call.buffers.mask || token < columns.open_from || token + kTileTokens > columns.open_to)
+    for (int i = 0; i < kTileBlocks; i++)
+      for (int j = 0; j < 4; j++) {
+        const int at = token + i * kBlockTokens + 2 * g + j / 2, row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
+        if (at < columns.lo[j & 1] || at >= columns.end[j & 1] || !mask_shows(s, call.buffers.mask, b, row, at))
+          score[i][j] = -INFINITY;
+      }
+  float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
+  for (int i = 1; i < kTileBlocks; i++) {
+    high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));
+    high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
+  }
+  if (__any_sync(0xffffffffu, high0 > r.top[0] + kSlack || high1 > r.top[1] + kSlack)) raise_tops(r, high0, high1);
+  const int exponent = largest_exponent<Scale>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
+  if (exponent > r.unit_exponent) {
+    const float keep = power_of_two(r.unit_exponent - exponent);
+    rescale(r, keep, keep);
+    r.unit_exponent = exponent;
+  }
+  const float unit = power_of_two(-r.unit_exponent);
+  const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
+#pragma unroll
+  for (int i = 0; i < kTileBlocks; i++) {
+    const float p0 = exp2_fast(score[i][0] + base0), p1 = exp2_fast(score[i][1] + base1);
+    const float p2 = exp2_fast(score[i][2] + base0), p3 = exp2_fast(score[i][3] + base1);
+    r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
+    const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
+    const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
+    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK,
+                                        scales + i * block_scales + k_scales, even, odd, unit, lane, r);
+  }
+}
+
+// ---- Merging
+
+// Sums this thread's part over the warp's threads of the same columns, and takes V's unit out of acc.
+template <int D>
+__device__ __forceinline__ void close(Running<D>& r) {
+  for (int mask = 4; mask < kSimd; mask <<= 1)
+    for (int j = 0; j < 2; j++) r.sum[j] += __shfl_xor_sync(0xffffffffu, r.sum[j], mask);
+  const float unit = power_of_two(r.unit_exponent);
+  rescale(r, unit, unit);
+}
+
+// All warps' results into warp 0's, in a fixed order. memory: [warps / 2][merge_floats].
+template <int D>
+__device__ void merge_warps(Running<D>& r, float* memory, int warps, int warp, int lane) {
+  for (int n = warps, half; n > 1; n = half) {
+    half = (n + 1) / 2;
+    float* slot = memory + warp % half * merge_floats(D) + lane;
+    if (warp >= half && warp < n) {
+      for (int i = 0; i < D / 16; i++)
+        for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] = r.acc[i][j];
+      for (int j = 0; j < 2; j++) slot[(D / 4 + j) * kSimd] = r.top[j], slot[(D / 4 + 2 + j) * kSimd] = r.sum[j];
+    }
+    __syncthreads();
+    if (warp < n - half) {
+      float keep[2], take[2];
+      for (int j = 0; j < 2; j++) {
+        const float other = slot[(D / 4 + j) * kSimd], top = fmaxf(r.top[j], other);
+        keep[j] = exp2f(r.top[j] - top), take[j] = exp2f(other - top);
+        r.top[j] = top, r.sum[j] = r.sum[j] * keep[j] + slot[(D / 4 + 2 + j) * kSimd] * take[j];
+      }
+      for (int i = 0; i < D / 16; i++)
+        for (int j = 0; j < 4; j++) r.acc[i][j] = r.acc[i][j] * keep[j & 1] + slot[(i * 4 + j) * kSimd] * take[j & 1];
+    }
+    __syncthreads();
+  }
+}
+
+// Warp 0 writes a partial result; see partial_floats.
+template <int D>
+__device__ __forceinline__ void store_partial(const Running<D>& r, float* partial, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < D / 16; i++)
+    for (int j = 0; j < 4; j++) partial[(2 * t + (j & 1)) * D + 16 * i + 2 * g + j / 2] = r.acc[i][j];
+  if (g == 0)
+    for (int j = 0; j < 2; j++) {
+      partial[kTileRows * D + 2 * t + j] = r.top[j] - kWeightBias;
+      partial[kTileRows * (D + 1) + 2 * t + j] = r.sum[j];
+    }
+}
+
+// ---- The kernel
+
+// This thread's part of the row tile's queries: B fragments of unit magnitude, and what its two columns may see.
+template <int D>
+__device__ __forceinline__ void take_queries(const AttendCall& call, int b, int head, int tile, float* work, int lane,
+                                             uint32_t q[D / 16][2], Columns& columns) {
+  const AttendShape& s = call.shape;
+  float* rotated = work + kTileRows * s.format.k.head_dim;
+  float* largest = rotated + kTileRows * D;
+  float* offset = largest + kTileRows;
+  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
+                         call.warps * kSimd);
+  const int g = lane / 4, t = lane % 4;
+  const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    const float* four = rotated + (16 * i + 4 * t) * kTileRows + g;
+    q[i][0] = as_bits(__floats2half2_rn(four[0] * inverse, four[2 * kTileRows] * inverse));
+    q[i][1] = as_bits(__floats2half2_rn(four[kTileRows] * inverse, four[3 * kTileRows] * inverse));
+  }
+  const float log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
+  for (int j = 0; j < 2; j++) {
+    const int column = 2 * t + j;
+    columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
+    const RowSight sight = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
+    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;  // sinks are raw
+  }
+  columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));
+  columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));
+  __syncthreads();
+}
+
+constexpr int kLine = 128;  // bytes that one prefetch brings
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// Brings what `finish` reads for a segment into the L2 cache while there is other work.
+template <int D>
+__device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
+  const AttendBuffers& in = call.buffers;
+  if (in.rotation_v.r)
+    for (int at = threadIdx.x * kLine; at < D * D * 4; at += call.warps * kSimd * kLine)
+      prefetch(reinterpret_cast<const char*>(in.rotation_v.r) + at);
+  if (in.offset_v && threadIdx.x < D * 4 / kLine)
+    prefetch(in.offset_v + ((long long)b * call.shape.kv_heads + head) * D + threadIdx.x * (kLine / 4));
+  for (int i = 0; i < call.n_raw; i++) {
+    const RawTokens& raw = call.raw[i];
+    constexpr int kLines = D * 2 / kLine;  // of a token
+    for (int at = threadIdx.x; at < (raw.end - raw.begin) * kLines; at += call.warps * kSimd) {
+      const int token = raw.begin - raw.first + at / kLines, line = at % kLines * kLine;
+      prefetch(raw.k + 2 * element_at(raw.k_strides, b, head, token) + line);
+      prefetch(raw.v + 2 * element_at(raw.v_strides, b, head, token) + line);
+    }
+  }
+}
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+  extern __shared__ __align__(16) float work[];
+  __shared__ int arrived;
+  const AttendShape& s = call.shape;
+  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
+  const int bytes = stage_bytes(s.format);
+  const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
+  uint8_t* rings = reinterpret_cast<uint8_t*>(work + work_floats(s.format, call.warps));
+  Ring ring{rings + (size_t)warp * call.stages * bytes,
+            first + warp,
+            last,
+            0,
+            0,
+            0,
+            kTileBlocks * (int)block_code_bytes(s.format),
+            kTileBlocks * (int)block_scale_bytes(s.format),
+            nullptr};
+  // Few tiles before the queries are prepared, whose own loads would queue behind more; the rest after.
+  int ahead = 0;
+  for (; ahead < min(2, call.stages - 1); ahead++) ask_for_tile(call, ring, lane);
+
+  int item = first + warp;  // this warp's next tile
+  for (int begin = first; begin < last;) {
+    const int segment = begin / call.n_tiles;  // (sequence, head, row tile)
+    const int end = min(last, (segment + 1) * call.n_tiles);
+    const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
+    prefetch_for_finish<D>(call, b, head);
+    uint32_t q[D / 16][2];
+    Columns columns;
+    take_queries<D>(call, b, head, tile, work, lane, q, columns);
+    for (; ahead < call.stages - 1; ahead++) ask_for_tile(call, ring, lane);
+    Running<D> running;
+    clear(running);
+    for (; item < end; item += call.warps) {
+      ask_for_tile(call, ring, lane);
+      copy_async_wait(call.stages - 1);
+      __syncwarp();
+      const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
+      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, b, tile * kTileRows,
+                                                            token, q, columns, lane, running);
+      __syncwarp();  // before the ring's slot is filled again
+      ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
+    }
+    close(running);
+    merge_warps(running, work, call.warps, warp, lane);
+    const Sharers sharers = sharers_of(call, segment);
+    float* partials = call.buffers.partials + (long long)(sharers.first + segment) * partial_floats(s);
+    if (warp == 0) store_partial(running, partials + (blockIdx.x - sharers.first) * partial_floats(s), lane);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(&call.arrivals[segment], 1);
+    __syncthreads();
+    if (arrived == sharers.n - 1) {
+      __threadfence();
+      if (threadIdx.x == 0) call.arrivals[segment] = 0;
+      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work, threadIdx.x,
+                    call.warps * kSimd);
+      __syncthreads();
+    }
+    begin = end;
+  }
+}
+
+}  // namespace halfbyte::gpu

@@ -1,0 +1,216 @@
+// Launches encoding and decoding, and makes the tables they read.
+#include "cuda/encode.cuh"
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/layer.h"
+#include "gpu/decode.h"
+#include "numbers.h"
+#include "rotation.h"
+
+namespace halfbyte::gpu {
+namespace {
+
+constexpr int kVectors = 8;  // simdgroups of a portable thread block, one vector each
+
+HALFBYTE_INLINE int widest(const PageFormat& f) {
+  return f.k.padded_dim > f.v.padded_dim ? f.k.padded_dim : f.v.padded_dim;
+}
+
+// The vector of one simdgroup: (side, sequence, head, token) in that order, sides last.
+struct Item {
+  bool active, is_k;
+  int b, head, token;
+};
+
+__device__ Item item_of(int batch, int kv_heads, int first_token, int tokens) {
+  const long long i = (long long)blockIdx.x * kVectors + threadIdx.x / kSimd, all = 2ll * batch * kv_heads * tokens;
+  const long long row = i / 2 / tokens;
+  return {i < all, i % 2 == 0, (int)(row / kv_heads), (int)(row % kv_heads), first_token + (int)(i / 2 % tokens)};
+}
+
+__global__ void __launch_bounds__(kVectors* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
+  extern __shared__ float memory[];
+  const EncodeShape& s = call.shape;
+  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
+  float* x = memory + threadIdx.x / kSimd * 2 * widest(s.format);
+  encode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active, x,
+                x + widest(s.format), call.bad, threadIdx.x % kSimd);
+}
+
+struct DecodeCall {
+  DecodeShape shape;
+  DecodeSide side[2];
+  Pages pages;
+};
+
+__global__ void __launch_bounds__(kVectors* kSimd) decode_kernel(const __grid_constant__ DecodeCall call) {
+  extern __shared__ float memory[];
+  const DecodeShape& s = call.shape;
+  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
+  decode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active,
+                memory + threadIdx.x / kSimd * widest(s.format), threadIdx.x % kSimd);
+}
+
+EncodeSide side_of(const SideFormat& f, const HalfbyteCudaView& view, const HalfbyteCudaTables& tables) {
+  EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}};
+  std::copy_n(f.signed_scale ? kSearchSigned : kSearch, kSearchSize, side.factors);
+  return side;
+}
+
+// Rows that 16-byte loads can read.
+bool is_aligned(const HalfbyteCudaView& view) {
+  return ((uintptr_t)view.data | (uintptr_t)(2 * (view.batch_stride | view.head_stride | view.token_stride))) % 16 == 0;
+}
+
+bool has_fragments(const SideFormat& f, int64_t dtype) {
+  const int d = f.head_dim;
+  return (d == 64 || d == 128) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
+}
+
+// The largest element up to `limit`, as bits of fp16 or bf16.
+uint32_t limit_bits(float limit, int dtype) {
+  if (dtype == kBfloat16) return float_to_bits(limit) >> 16;
+  return std::min<uint32_t>(0x7bff, float_to_half(std::min(limit, 65504.0f)));
+}
+
+int term_count(int64_t dtype) { return dtype == kBfloat16 ? kTerms<__nv_bfloat16> : kTerms<__half>; }
+
+template <class T>
+int encode_blocks_with(const EncodeCall& call, void* stream) {
+  const int d = call.shape.format.k.head_dim;
+  const size_t bytes = fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
+  const int warps = call.shape.batch * call.shape.kv_heads * call.shape.tokens / kBlockTokens;
+  const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
+  const int sides = std::min((warps + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
+  return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>, 2 * sides, kEncodeWarps * kSimd, bytes, stream,
+                call);
+}
+
+int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
+  if (tokens <= 0) return 0;
+  call.shape.first_token = first_token, call.shape.tokens = tokens;
+  const long long vectors = 2ll * call.shape.batch * call.shape.kv_heads * tokens;
+  return launch(portable_encode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
+                kVectors * 2 * widest(call.shape.format) * 4, stream, call);
+}
+
+std::vector<double> layer_rotation(const HalfbyteCudaLayer& layer, int64_t is_v) {
+  return rotation_matrix(make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k),
+                                       (uint64_t)layer.seed, (int)layer.layer_index));
+}
+
+template <class T>
+ushort bits_of(T x) {
+  ushort bits;
+  static_assert(sizeof bits == sizeof x);
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// r in terms of T that sum up to it, in the order of fragment_index: [8 elements] each.
+template <class T>
+void write_fragments(const std::vector<double>& r, int d, bool is_k, ushort* out) {
+  for (int span = 0; span < d / kSpan; span++)
+    for (int step = 0; step < d / 16; step++)
+      for (int part = 0; part < 2; part++)
+        for (int lane = 0; lane < kSimd; lane++)
+          for (int e = 0; e < 8; e++) {
+            // K: columns of B, two tiles of two registers; V: rows of A, four registers.
+            const int g = lane / 4, t = lane % 4, reg = e / 2;
+            const int out_channel = is_k ? part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2 : part * 16 + 2 * g + reg % 2;
+            const int in_channel = input_channel(step, t, (is_k ? reg % 2 : reg / 2) * 2 + e % 2);
+            double rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
+            for (int term = 0; term < kTerms<T>; term++) {
+              const T x = T((float)rest);
+              out[fragment_index(d, term, span, step, part, lane) * 8 + e] = bits_of(x);
+              rest -= (double)(float)x;
+            }
+          }
+}
+
+}  // namespace
+}  // namespace halfbyte::gpu
+
+using namespace halfbyte;
+using namespace halfbyte::gpu;
+
+extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
+  EncodeCall call{};
+  EncodeShape& s = call.shape;
+  s.format = page_format(a->layer);
+  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.dtype = (int)a->layer.dtype;
+  s.data_first = (int)a->data_first, s.limit = (float)a->limit;
+  call.side[0] = side_of(s.format.k, a->k, a->k_tables), call.side[1] = side_of(s.format.v, a->v, a->v_tables);
+  call.fragments[0] = static_cast<const uint4*>(a->k_tables.fragments);
+  call.fragments[1] = static_cast<const uint4*>(a->v_tables.fragments);
+  call.rotated_offset[0] = a->k_tables.rotated_offset, call.rotated_offset[1] = a->v_tables.rotated_offset;
+  call.pages = pages_of(a->pages), call.bad = a->bad;
+  call.limit_bits = limit_bits(s.limit, s.dtype);
+  const int begin = (int)a->first_token, end = begin + (int)a->tokens;
+  const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
+                    s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v);
+  // Whole blocks have kernels of their own; what is before and after them goes vector by vector.
+  const int from = std::min(end, (begin + kBlockTokens - 1) / kBlockTokens * kBlockTokens);
+  const int to = fast ? std::max(from, end / kBlockTokens * kBlockTokens) : from;
+  if (int error = encode_portable(call, begin, from - begin, a->stream)) return error;
+  if (int error = encode_portable(call, to, end - to, a->stream)) return error;
+  if (from == to) return 0;
+  s.first_token = from, s.tokens = to - from;
+  return s.dtype == kBfloat16 ? encode_blocks_with<__nv_bfloat16>(call, a->stream)
+                              : encode_blocks_with<__half>(call, a->stream);
+}
+
+extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
+  if (a->tokens <= 0) return 0;
+  DecodeCall call{};
+  DecodeShape& s = call.shape;
+  s.format = page_format(a->layer);
+  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.first_token = (int)a->first_token,
+  s.tokens = (int)a->tokens;
+  s.out_first = (int)a->out_first, s.out_tokens = (int)a->out_tokens;
+  call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda};
+  call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda};
+  call.pages = pages_of(a->pages);
+  const long long vectors = 2ll * s.batch * s.kv_heads * s.tokens;
+  return launch(decode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
+                kVectors * widest(s.format) * 4, a->stream, call);
+}
+
+extern "C" int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer) {
+  return (int64_t)page_head_bytes(page_format(*layer));
+}
+
+extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
+  const PageFormat f = page_format(*layer);
+  const SideFormat& side = is_v ? f.v : f.k;
+  if (!has_fragments(side, layer->dtype)) return 0;
+  return (int64_t)(fragment_index(side.head_dim, term_count(layer->dtype), 0, 0, 0, 0) * sizeof(uint4));
+}
+
+extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
+  const std::vector<double> r = layer_rotation(*layer, is_v);
+  std::copy(r.begin(), r.end(), rotation);
+}
+
+extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments) {
+  const std::vector<double> r = layer_rotation(*layer, is_v);
+  const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
+  auto* out = static_cast<ushort*>(fragments);
+  if (layer->dtype == kBfloat16)
+    write_fragments<__nv_bfloat16>(r, d, !is_v, out);
+  else
+    write_fragments<__half>(r, d, !is_v, out);
+}
+
+extern "C" int halfbyte_cuda_probe(int64_t device) {
+  cudaFuncAttributes attributes;
+  int major = 0;
+  if (cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, (int)device))
+    return (int)error;
+  // A kernel of ours that the device has no code for says so here, not in the middle of a forward pass.
+  return (int)cudaFuncGetAttributes(&attributes, decode_kernel);
+}
+
+extern "C" const char* halfbyte_cuda_error(int error) { return cudaGetErrorString((cudaError_t)error); }

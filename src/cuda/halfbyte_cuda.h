@@ -1,0 +1,118 @@
+/* The C interface of libhalfbyte_cuda: launches on memory and streams of the caller, who may be any framework.
+ *
+ * Addresses are of device memory unless a comment says otherwise. Every function that launches returns 0 or a CUDA
+ * error number for halfbyte_cuda_error; none synchronises, and none allocates. Numbers are 64-bit so that bindings need
+ * no padding. */
+#ifndef HALFBYTE_CUDA_H
+#define HALFBYTE_CUDA_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* What never changes in a layer. dtype: 0 float32, 1 float16, 2 bfloat16. rotation: 0 identity, 1 srft, 2 srht; a dense
+ * one needs no number here: its tables are the caller's. */
+typedef struct {
+  int64_t kv_heads, head_dim_k, head_dim_v, dtype;
+  int64_t k_bits, v_bits, k_group, v_group, scale_bits, search, signed_scale;
+  int64_t rotation, seed, layer_index;
+} HalfbyteCudaLayer;
+
+/* A [batch, heads, tokens, channels] array; strides in elements, channels contiguous. */
+typedef struct {
+  const void* data;
+  int64_t batch_stride, head_stride, token_stride;
+} HalfbyteCudaView;
+
+/* Tables of a layer's rotation and factors; null where the recipe has none. */
+typedef struct {
+  const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
+  const float* transposed;     /* [d][d] */
+  const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const float* offset;         /* [batch][kv_heads][d] */
+  const float* rotated_offset; /* R mu, alike */
+  const float* lambda;         /* [kv_heads][d] */
+  const float* inverse_lambda;
+} HalfbyteCudaTables;
+
+/* table[b][i]: address of the page that holds tokens 64 * (first_page + i) onwards of sequence b. */
+typedef struct {
+  const int64_t* table;
+  int64_t table_stride, first_page;
+} HalfbyteCudaPages;
+
+/* Tokens of K and V as they came, at positions [begin, end); `first` is the position at the views' start. */
+typedef struct {
+  HalfbyteCudaView k, v;
+  int64_t first, begin, end, are_sinks;
+} HalfbyteCudaRaw;
+
+/* See AttendArgs in halfbyte.hpp, and Layer::State for the counts. kept: raw values exist from this position on. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaTables k, v;
+  HalfbyteCudaPages pages;
+  int64_t batch, heads, queries, causal;
+  double scale, softcap;
+  int64_t length, first, sliding_window, sink_tokens, packed_end, raw_window, warm_up, kept;
+  HalfbyteCudaView q, out;
+  const void* mask; /* bytes [batch, queries, mask_tokens], 1 = visible, or null */
+  int64_t mask_tokens, mask_batch_stride, mask_query_stride;
+  const float* sinks; /* [heads] or null */
+  HalfbyteCudaRaw raw[3];
+  int64_t n_raw;
+  void* space;       /* halfbyte_cuda_attend_space bytes */
+  int32_t* arrivals; /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
+  int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
+  void* stream;
+} HalfbyteCudaAttend;
+
+/* Packs tokens [first_token, first_token + tokens) of every sequence. k and v start at position data_first. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaTables k_tables, v_tables;
+  HalfbyteCudaPages pages;
+  int64_t batch, first_token, tokens, data_first;
+  HalfbyteCudaView k, v;
+  double limit; /* larger magnitudes can not be coded: *bad becomes 1 */
+  int32_t* bad;
+  int64_t portable;
+  void* stream;
+} HalfbyteCudaEncode;
+
+/* Packed tokens [first_token, first_token + tokens) to float32 [batch][kv_heads][out_tokens][head_dim], whose first
+ * token is at position out_first. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaTables k_tables, v_tables;
+  HalfbyteCudaPages pages;
+  int64_t batch, first_token, tokens, out_first, out_tokens;
+  float* k;
+  float* v;
+  void* stream;
+} HalfbyteCudaDecode;
+
+int halfbyte_cuda_attend(const HalfbyteCudaAttend* call);
+int halfbyte_cuda_encode(const HalfbyteCudaEncode* call);
+int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
+
+/* Bytes of scratch that an attend needs; of one KV head's part of a page; of a side's fragments, 0 if it has none. */
+int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
+int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
+int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
+
+/* Fill host memory: R as [d][d], and the same as the encoding kernel reads it. */
+void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation);
+void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments);
+
+/* 0 if device `device` can run these kernels, else a CUDA error number. */
+int halfbyte_cuda_probe(int64_t device);
+const char* halfbyte_cuda_error(int error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,58 @@
+// The C interface's descriptions as the structures of the kernels; host only.
+#pragma once
+
+#include "gpu/element.h"
+
+#include "cuda/halfbyte_cuda.h"
+#include "encode.h"
+
+namespace halfbyte::gpu {
+
+inline PageFormat page_format(const HalfbyteCudaLayer& layer) {
+  Recipe recipe;
+  recipe.k = {(int)layer.k_bits, (int)layer.k_group};
+  recipe.v = {(int)layer.v_bits, (int)layer.v_group};
+  recipe.scale_bits = (int)layer.scale_bits;
+  recipe.search = layer.search != 0;
+  recipe.signed_scale = layer.signed_scale != 0;
+  return make_page_format(recipe, (int)layer.head_dim_k, (int)layer.head_dim_v);
+}
+
+inline Strides3 strides_of(const HalfbyteCudaView& view) {
+  return {view.batch_stride, view.head_stride, view.token_stride};
+}
+inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast<void*>(data)); }
+
+// Table entries are addresses, that is, offsets from null.
+inline Pages pages_of(const HalfbyteCudaPages& pages) {
+  return {nullptr, reinterpret_cast<const long long*>(pages.table), (int)pages.table_stride, (int)pages.first_page};
+}
+
+inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed}; }
+
+inline int multiprocessors() {
+  int device = 0, n = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  return n;
+}
+
+inline int shared_memory_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+// Lets a kernel use `bytes` of shared memory, then launches it; returns the launch's error.
+template <class Call>
+int launch(void (*kernel)(Call), int blocks, int threads, size_t bytes, void* stream, const Call& call) {
+  if (bytes > 48 << 10) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (error != cudaSuccess) return (int)error;
+  }
+  kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(call);
+  return (int)cudaGetLastError();
+}
+
+}  // namespace halfbyte::gpu
