@@ -15,6 +15,8 @@ namespace {
 
 #include "attend.h"
 
+#include "attend_raw.h"
+
 #include "peak.h"
 
 bool supported() {

@@ -19,6 +19,8 @@ namespace {
 
 #include "attend.h"
 
+#include "attend_raw.h"
+
 #include "peak.h"
 
 bool supported() {

@@ -105,7 +105,7 @@ TEST(Attend, LambdaCancels) {
   recipe.lambda = true;
   Layer layer = make_layer(config_of(2, 96, Dtype::float32, recipe));
   std::vector<float> k_factors, v_factors;
-  for (int i = 0; i < 2 * 96; i++) k_factors.push_back(std::exp(random.normal())), v_factors.push_back(std::exp(random.normal()));
+  for (int i = 0; i < 2 * 96; i++) k_factors.push_back(random.factor()), v_factors.push_back(random.factor());
   must(layer.set_lambda(k_factors.data(), v_factors.data()));
   must(append(layer, random_array(random, 1, 2, 100, 96), random_array(random, 1, 2, 100, 96)));
   // Λ⁻¹ spreads the query's channels, so that its bytes are coarser: twice the usual bound.
