@@ -15,8 +15,8 @@ namespace {
 
 // fp16 scales reach 65504 · 8; a vector of 512 channels, offset included, stays under it when each value does this.
 constexpr float kLargestForHalfScales = 1e4f;
-constexpr float kLargestForFloatScales = 1e15f;   // squares of 512 such channels, rotated, stay finite in float
-constexpr float kLargestFloat = 3.4028235e38f;    // vectors kept as floats only have to be finite
+constexpr float kLargestForFloatScales = 1e15f;  // squares of 512 such channels, rotated, stay finite in float
+constexpr float kLargestFloat = 3.4028235e38f;   // vectors kept as floats only have to be finite
 
 using State = Layer::State;
 
@@ -42,7 +42,7 @@ const uint8_t* find_raw(const State& s, const Chunk& chunk, Side side, int b, in
 template <class Bits>
 Bits largest_bits(const uint8_t* row, int d) {
   constexpr Bits kMagnitude = (Bits)((Bits)-1 >> 1);
-  constexpr int kParallel = 16;   // independent maxima, so that the compiler can use vectors
+  constexpr int kParallel = 16;  // independent maxima, so that the compiler can use vectors
   std::make_signed_t<Bits> largest[kParallel] = {};
   const Bits* bits = reinterpret_cast<const Bits*>(row);
   int c = 0;
@@ -87,8 +87,8 @@ Status uncodable(const State& s, const Chunk& chunk, Side side, int b, int head,
   if (!std::isfinite(largest)) return {Code::bad_value, where + " holds a NaN or an infinity; the cache is as before"};
   const char* range = s.config.recipe.scale_bits == 16 ? "16 codes values up to 10000, use scale_bits=32"
                                                        : "32 codes values up to 1e15";
-  return {Code::bad_value, where + " holds " + std::to_string(largest) + ": scale_bits=" + range +
-                               "; the cache is as before"};
+  return {Code::bad_value,
+          where + " holds " + std::to_string(largest) + ": scale_bits=" + range + "; the cache is as before"};
 }
 
 Status check_values(const State& s, const Chunk& chunk) {
@@ -103,7 +103,7 @@ Status check_values(const State& s, const Chunk& chunk) {
     size_t where;
     if (!check(row, &where)) all_good = false;
   };
-  if (chunk.tokens < 64) {   // a decode step: not worth waking threads for
+  if (chunk.tokens < 64) {  // a decode step: not worth waking threads for
     for (size_t row = 0; row < rows; row++) quick(row);
   } else {
     parallel_for(rows, std::ref(quick));
@@ -146,10 +146,10 @@ void add_row(const uint8_t* row, Dtype dtype, int d, float* sum) {
     for (int c = 0; c < d; c++) sum[c] += half_to_float(bits[c]);
 }
 
-// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them; padding is left out
-// unless there is nothing else.
+// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them; padding is left
+// out unless there is nothing else.
 void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head, float* mu) {
-  constexpr size_t kRun = 256;   // tokens summed in float before they join the double sums
+  constexpr size_t kRun = 256;  // tokens summed in float before they join the double sums
   const int d = s.head_dim(side);
   const size_t held = s.length + chunk.tokens, total = s.warm_up() ? std::min(held, s.warm_up()) : held;
   double sum[kMaxHeadDim] = {};
@@ -170,7 +170,7 @@ void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head
 }
 
 struct Offset {
-  std::vector<float> k, v;   // [batch][kv_heads][head_dim]
+  std::vector<float> k, v;  // [batch][kv_heads][head_dim]
 };
 
 Offset make_offset(const State& s, const Chunk& chunk) {
@@ -179,8 +179,10 @@ Offset make_offset(const State& s, const Chunk& chunk) {
     std::vector<float> mu(chunk.batch * heads * d);
     auto fill_row = [&](size_t row) {
       const size_t head = row % heads;
-      if (given.empty()) mean_of_head(s, chunk, side, (int)(row / heads), (int)head, &mu[row * d]);
-      else std::copy_n(&given[head * d], d, &mu[row * d]);
+      if (given.empty())
+        mean_of_head(s, chunk, side, (int)(row / heads), (int)head, &mu[row * d]);
+      else
+        std::copy_n(&given[head * d], d, &mu[row * d]);
     };
     parallel_for(chunk.batch * heads, std::ref(fill_row));
     return mu;
@@ -190,7 +192,8 @@ Offset make_offset(const State& s, const Chunk& chunk) {
 
 // Which of the tokens that can ever be raw with nothing packed count for the offset: [batch][counted_tokens].
 std::vector<uint8_t> counted_with(const State& s, const Chunk& chunk) {
-  const size_t tokens = s.counted_tokens(), seen = std::min(s.length + chunk.tokens, s.warm_up() ? s.warm_up() : tokens);
+  const size_t tokens = s.counted_tokens(),
+               seen = std::min(s.length + chunk.tokens, s.warm_up() ? s.warm_up() : tokens);
   std::vector<uint8_t> counted((size_t)chunk.batch * tokens, 1);
   for (int b = 0; b < chunk.batch; b++)
     for (size_t t = 0; t < seen; t++) counted[(size_t)b * tokens + t] = is_counted(s, chunk, b, t);
@@ -202,7 +205,8 @@ std::vector<uint8_t> counted_with(const State& s, const Chunk& chunk) {
 // For each sequence, the first one whose tokens are all the same: beam search hands a prompt over once for every beam.
 std::vector<int> first_twins(const State& s, const Chunk& chunk) {
   auto same = [&](int a, int b) {
-    if (chunk.counted && memcmp(chunk.counted + a * chunk.tokens, chunk.counted + b * chunk.tokens, chunk.tokens)) return false;
+    if (chunk.counted && memcmp(chunk.counted + a * chunk.tokens, chunk.counted + b * chunk.tokens, chunk.tokens))
+      return false;
     for (size_t t = 0; t < chunk.tokens; t++)
       for (int head = 0; head < s.config.kv_heads; head++)
         for (Side side : {Side::k, Side::v})
@@ -223,7 +227,7 @@ std::vector<int> first_twins(const State& s, const Chunk& chunk) {
 // Pages that this append will write: new ones, and own copies of shared ones. Throws std::bad_alloc before any change.
 std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>& twins, size_t from, size_t to) {
   std::vector<std::vector<Page>> pages = s.pages;
-  size_t spare = s.spare.size();   // taken from the back; append forgets them once nothing can fail
+  size_t spare = s.spare.size();  // taken from the back; append forgets them once nothing can fail
   auto take_page = [&] { return spare ? s.spare[--spare] : make_page(s.page_bytes()); };
   pages.resize(twins.size());
   if (from == to) return pages;
@@ -244,7 +248,7 @@ std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>&
     list.reserve(needed);
     while (list.size() < needed) {
       list.push_back(take_page());
-      memset(list.back().get(), 0, s.page_bytes());   // kernels read whole blocks; what they mask must be numbers
+      memset(list.back().get(), 0, s.page_bytes());  // kernels read whole blocks; what they mask must be numbers
     }
   }
   return pages;
@@ -255,8 +259,15 @@ void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t
   const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
   uint8_t* page = s.page_head(b, from, head);
   const int block = (int)(from % kPageTokens / kBlockTokens);
-  EncodeArgs args{&format, side == Side::k ? &s.rotation_k : &s.rotation_v, side, s.config.dtype, {}, (int)(to - from),
-                  (int)(from % kBlockTokens), s.offset_of(side, b, head), s.lambda_of(side, head, false),
+  EncodeArgs args{&format,
+                  side == Side::k ? &s.rotation_k : &s.rotation_v,
+                  side,
+                  s.config.dtype,
+                  {},
+                  (int)(to - from),
+                  (int)(from % kBlockTokens),
+                  s.offset_of(side, b, head),
+                  s.lambda_of(side, head, false),
                   page + (side == Side::k ? k_codes_at(s.format, block) : v_codes_at(s.format, block)),
                   page + (side == Side::k ? k_scales_at(s.format, block) : v_scales_at(s.format, block))};
   for (size_t t = from; t < to; t++) args.rows[t - from] = find_raw(s, chunk, side, b, head, t);
@@ -267,19 +278,20 @@ void pack(State& s, const Chunk& chunk, const std::vector<int>& twins, size_t fr
   if (from == to) return;
   const size_t heads = (size_t)chunk.batch * s.config.kv_heads;
   const size_t first_block = from / kBlockTokens, blocks = (to - 1) / kBlockTokens + 1 - first_block;
-  constexpr size_t kBlocksEach = 8;   // blocks a task
+  constexpr size_t kBlocksEach = 8;  // blocks a task
   const size_t parts = (blocks + kBlocksEach - 1) / kBlocksEach;
   auto pack_part = [&](size_t task) {
     const int b = (int)(task / parts / s.config.kv_heads), head = (int)(task / parts % s.config.kv_heads);
-    if (twins[b] != b) return;   // on the pages of another
-    const size_t begin = first_block + task % parts * kBlocksEach, end = std::min(begin + kBlocksEach, first_block + blocks);
+    if (twins[b] != b) return;  // on the pages of another
+    const size_t begin = first_block + task % parts * kBlocksEach,
+                 end = std::min(begin + kBlocksEach, first_block + blocks);
     for (size_t block = begin; block < end; block++) {
       const size_t lo = std::max(from, block * kBlockTokens), hi = std::min(to, (block + 1) * kBlockTokens);
       pack_block(s, chunk, Side::k, b, head, lo, hi);
       pack_block(s, chunk, Side::v, b, head, lo, hi);
     }
   };
-  parallel_for(heads * parts, std::ref(pack_part));   // std::ref: a std::function of it needs no memory
+  parallel_for(heads * parts, std::ref(pack_part));  // std::ref: a std::function of it needs no memory
 }
 
 // Fills raw storage with tokens [from, to), slot 0 = `from`.
@@ -307,7 +319,8 @@ void extend_tail(State& s, const Chunk& chunk, size_t from) {
 // Raw copies of what an append of several tokens is about to pack, as far as a crop may come back for it.
 constexpr size_t kUndoTokens = 64;
 
-void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t packed_end, RawTokens& undo, size_t& start) {
+void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t packed_end, RawTokens& undo,
+               size_t& start) {
   const size_t length = s.length + chunk.tokens;
   start = std::max(packed_from, s.raw_start(length > kUndoTokens + 1 ? length - kUndoTokens - 1 : 0));
   if (!s.record_past || chunk.tokens == 1 || start >= packed_end) return;
@@ -344,7 +357,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   const size_t packed_end = std::max(std::min(filled, std::max(length, sink)), s.raw_start(length - 1));
   const size_t packed_from = s.packed_end;
   const size_t capacity = s.tail_capacity();
-  if (!s.batch) s.batch = batch;   // make_raw sizes by it
+  if (!s.batch) s.batch = batch;  // make_raw sizes by it
   RawTokens sinks, tail, before, undo;
   size_t undo_start = 0;
   const bool moves = packed_end != packed_from || !s.tail.capacity;
@@ -366,7 +379,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   if (fixes_offset) s.offset_k.swap(offset.k), s.offset_v.swap(offset.v), s.offset_ready = true;
   s.pages.swap(pages);
   pages.clear();
-  while (!s.spare.empty() && s.spare.back().use_count() > 1) s.spare.pop_back();   // those that s.pages took
+  while (!s.spare.empty() && s.spare.back().use_count() > 1) s.spare.pop_back();  // those that s.pages took
   drop_pages_behind_window(s);
   pack(s, chunk, twins, packed_from, packed_end);
   if (sinks.capacity) {
@@ -384,7 +397,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   s.before = std::move(before);
   s.undo = std::move(undo), s.undo_start = undo_start;
   s.before_start = std::min(packed_from, s.length);
-  if (packed_from % kBlockTokens) s.before_start = std::min(filled, length);   // those tokens exist packed only
+  if (packed_from % kBlockTokens) s.before_start = std::min(filled, length);  // those tokens exist packed only
   s.chunk_start = s.length;
   s.packed_end = packed_end;
   s.length = length;

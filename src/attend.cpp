@@ -82,7 +82,8 @@ void attend_raw_reference(const AttendRawArgs& args, Softmax& state) {
   }
 }
 
-void merge_softmax(float& max, float& sum, float* acc, float other_max, float other_sum, const float* other_acc, int n) {
+void merge_softmax(float& max, float& sum, float* acc, float other_max, float other_sum, const float* other_acc,
+                   int n) {
   float top = std::max(max, other_max);
   float keep = std::exp(max - top), take = std::exp(other_max - top);
   for (int c = 0; c < n; c++) acc[c] = acc[c] * keep + other_acc[c] * take;

@@ -42,8 +42,7 @@ const Backend* const kBackends[] = {
 #if HALFBYTE_HAS_NEON
     &kNeonBackend,
 #endif
-    &kScalarBackend,
-    &kReferenceBackend,
+    &kScalarBackend, &kReferenceBackend,
 };
 
 const Backend* find(const std::string& name) {
@@ -67,9 +66,10 @@ std::atomic<const Backend*>& chosen() {
 
 }  // namespace
 
-extern const Backend kReferenceBackend = {"reference",      always,           kMaxRows, nullptr, rotate_rows_reference,
-                                          encode_reference, decode_reference, attend_packed_reference,
-                                          attend_raw_reference};
+extern const Backend kReferenceBackend = {
+    "reference",           always,           kMaxRows,         nullptr,
+    rotate_rows_reference, encode_reference, decode_reference, attend_packed_reference,
+    attend_raw_reference};
 
 const Backend& current_backend() { return *chosen().load(std::memory_order_relaxed); }
 

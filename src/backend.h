@@ -9,8 +9,8 @@
 
 namespace halfbyte {
 
-// Rows (query heads × query tokens) that one kernel call may carry: enough for each block to be read once for many rows,
-// few enough for their state to stay in a core's own cache.
+// Rows (query heads × query tokens) that one kernel call may carry: enough for each block to be read once for many
+// rows, few enough for their state to stay in a core's own cache.
 constexpr int kMaxRows = 64;
 
 // Up to 16 vectors of one side become codes of one block.
@@ -19,13 +19,13 @@ struct EncodeArgs {
   const RotationPlan* rotation;
   Side side;
   Dtype dtype;
-  const void* rows[kBlockTokens];   // the vectors, channels contiguous; [n] of them given
+  const void* rows[kBlockTokens];  // the vectors, channels contiguous; [n] of them given
   int n;
-  int first_lane;                   // token slot of rows[0]
-  const float* offset;              // [head_dim] or null
-  const float* lambda;              // [head_dim] or null
-  uint8_t* codes;                   // the block's code area of this side
-  uint8_t* scales;                  // and its scale area
+  int first_lane;       // token slot of rows[0]
+  const float* offset;  // [head_dim] or null
+  const float* lambda;  // [head_dim] or null
+  uint8_t* codes;       // the block's code area of this side
+  uint8_t* scales;      // and its scale area
 };
 
 // The inverse: all 16 tokens of one block, in the original domain.
@@ -34,17 +34,17 @@ struct DecodeArgs {
   const RotationPlan* rotation;
   Side side;
   const float* offset;
-  const float* inverse_lambda;      // [head_dim] or null
+  const float* inverse_lambda;  // [head_dim] or null
   const uint8_t* codes;
   const uint8_t* scales;
-  float* out;                       // [16, head_dim]
+  float* out;  // [16, head_dim]
 };
 
 // What the rows of one call may see, in absolute token positions; masks are byte rows indexed by position − mask_first.
 struct Visible {
   int rows;
-  size_t lo[kMaxRows], hi[kMaxRows];   // [lo, hi) of each row
-  const uint8_t* mask[kMaxRows];       // or null
+  size_t lo[kMaxRows], hi[kMaxRows];  // [lo, hi) of each row
+  const uint8_t* mask[kMaxRows];      // or null
   size_t mask_first;
   float softcap;
 };
@@ -53,18 +53,18 @@ struct Visible {
 struct Softmax {
   float max[kMaxRows];
   float sum[kMaxRows];
-  float* acc;                          // [rows][acc_stride]
+  float* acc;  // [rows][acc_stride]
   size_t acc_stride;
 };
 
 // Attention over packed blocks. Scores come out of code domain queries; acc stays in code domain too.
 struct AttendPackedArgs {
   const PageFormat* format;
-  const uint8_t* const* pages;         // one KV head's part of each page; pages[0] starts at token first_token
+  const uint8_t* const* pages;  // one KV head's part of each page; pages[0] starts at token first_token
   size_t first_token;
-  size_t begin, end;                   // tokens to read: the union of what the rows may see
-  const float* q;                      // [rows][padded_dim of K]: Λ⁻¹ R q · scale
-  const float* q_offset;               // [rows]: q·mu · scale
+  size_t begin, end;      // tokens to read: the union of what the rows may see
+  const float* q;         // [rows][padded_dim of K]: Λ⁻¹ R q · scale
+  const float* q_offset;  // [rows]: q·mu · scale
   Visible visible;
 };
 
@@ -74,23 +74,23 @@ struct AttendRawArgs {
   int head_dim_k, head_dim_v;
   const void* k;
   const void* v;
-  ptrdiff_t k_stride, v_stride;        // elements
-  size_t first_token;                  // position of row 0
+  ptrdiff_t k_stride, v_stride;  // elements
+  size_t first_token;            // position of row 0
   size_t begin, end;
-  const float* q;                      // [rows][q_stride]: q · scale, zeros behind head_dim_k
+  const float* q;  // [rows][q_stride]: q · scale, zeros behind head_dim_k
   size_t q_stride;
   Visible visible;
-  bool one_order;                      // sums run in the same order however many rows there are
+  bool one_order;  // sums run in the same order however many rows there are
 };
 
 // What a machine's limits are measured in; see machine.cpp.
 enum class Peak { read, dot4, fma };
-constexpr size_t kPeakFloats = 1024;   // operands that stay in the first-level cache
+constexpr size_t kPeakFloats = 1024;  // operands that stay in the first-level cache
 
 struct Backend {
   const char* name;
   bool (*supported)();
-  int rows;                            // rows that fill its registers; tiles are multiples of it
+  int rows;  // rows that fill its registers; tiles are multiples of it
   // Reads n floats, or runs n rounds of `chains` independent dot4 or fma over data [kPeakFloats]; null: not timed.
   // The result only keeps the work from being optimised away.
   float (*peak)(Peak what, int chains, const float* data, size_t n);
@@ -103,7 +103,7 @@ struct Backend {
 };
 
 const Backend& current_backend();
-const Backend* backend_at(int i);   // best first; null past the end
+const Backend* backend_at(int i);  // best first; null past the end
 
 extern const Backend kReferenceBackend;
 extern const Backend kScalarBackend;

@@ -20,18 +20,23 @@ halfbyte_status fail(halfbyte_status code, const char* message) {
   try {
     last_error = message;
   } catch (...) {
-    last_error.clear();   // the code alone must do
+    last_error.clear();  // the code alone must do
   }
   return code;
 }
 
 halfbyte_status code_of(const Status& status) {
   switch (status.code()) {
-    case halfbyte::Code::ok: return HALFBYTE_OK;
-    case halfbyte::Code::bad_argument: return fail(HALFBYTE_BAD_ARGUMENT, status.message().c_str());
-    case halfbyte::Code::bad_value: return fail(HALFBYTE_BAD_VALUE, status.message().c_str());
-    case halfbyte::Code::out_of_memory: return fail(HALFBYTE_OUT_OF_MEMORY, status.message().c_str());
-    case halfbyte::Code::unsupported: return fail(HALFBYTE_UNSUPPORTED, status.message().c_str());
+    case halfbyte::Code::ok:
+      return HALFBYTE_OK;
+    case halfbyte::Code::bad_argument:
+      return fail(HALFBYTE_BAD_ARGUMENT, status.message().c_str());
+    case halfbyte::Code::bad_value:
+      return fail(HALFBYTE_BAD_VALUE, status.message().c_str());
+    case halfbyte::Code::out_of_memory:
+      return fail(HALFBYTE_OUT_OF_MEMORY, status.message().c_str());
+    case halfbyte::Code::unsupported:
+      return fail(HALFBYTE_UNSUPPORTED, status.message().c_str());
   }
   return fail(HALFBYTE_INTERNAL, "unknown status");
 }
@@ -80,9 +85,18 @@ halfbyte::LayerConfig config_of(const halfbyte_config& from) {
   config.dtype = static_cast<halfbyte::Dtype>(from.dtype);
   config.layer_index = from.layer_index, config.sliding_window = from.sliding_window;
   const halfbyte_recipe& r = from.recipe;
-  config.recipe = {static_cast<halfbyte::Rotation>(r.rotation), r.seed, r.offset != 0, {r.k_bits, r.k_group},
-                   {r.v_bits, r.v_group}, r.scale_bits, r.search != 0, r.signed_scale != 0, r.lambda != 0,
-                   r.sink_tokens, r.raw_window, r.offset_tokens};
+  config.recipe = {static_cast<halfbyte::Rotation>(r.rotation),
+                   r.seed,
+                   r.offset != 0,
+                   {r.k_bits, r.k_group},
+                   {r.v_bits, r.v_group},
+                   r.scale_bits,
+                   r.search != 0,
+                   r.signed_scale != 0,
+                   r.lambda != 0,
+                   r.sink_tokens,
+                   r.raw_window,
+                   r.offset_tokens};
   return config;
 }
 
@@ -103,8 +117,19 @@ const char* halfbyte_last_error(void) { return last_error.c_str(); }
 
 halfbyte_recipe halfbyte_default_recipe(void) {
   const halfbyte::Recipe r;
-  return {static_cast<int>(r.rotation), r.seed, r.offset, r.k.bits, r.k.group, r.v.bits, r.v.group,
-          r.scale_bits, r.search, r.signed_scale, r.lambda, r.sink_tokens, r.raw_window,
+  return {static_cast<int>(r.rotation),
+          r.seed,
+          r.offset,
+          r.k.bits,
+          r.k.group,
+          r.v.bits,
+          r.v.group,
+          r.scale_bits,
+          r.search,
+          r.signed_scale,
+          r.lambda,
+          r.sink_tokens,
+          r.raw_window,
           r.offset_tokens};
 }
 

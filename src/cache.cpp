@@ -20,7 +20,8 @@ Status bad(std::string message) { return {Code::bad_argument, std::move(message)
 
 Status check_codec(const char* name, const Codec& codec) {
   if (codec.bits != 4 && codec.bits != 8 && codec.bits != kPlainBits)
-    return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) + "; it takes 4, 8, or 32 (kept as floats)");
+    return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) +
+               "; it takes 4, 8, or 32 (kept as floats)");
   if (codec.group != 0 && codec.group != 16 && codec.group != 32 && codec.group != 64)
     return bad(std::string(name) + "_group is " + std::to_string(codec.group) +
                "; it takes 16, 32, 64, or 0 for the whole vector");
@@ -31,7 +32,8 @@ Status check_head_dim(const Recipe& recipe, const char* name, int d) {
   if (d < 16 || d > kMaxHeadDim || d % 2)
     return bad(std::string(name) + " is " + std::to_string(d) + "; it takes an even number from 16 to 512");
   if (recipe.rotation == Rotation::srht && (d & (d - 1)))
-    return bad("rotation srht needs a power of two, and " + std::string(name) + " is " + std::to_string(d) + "; use srft");
+    return bad("rotation srht needs a power of two, and " + std::string(name) + " is " + std::to_string(d) +
+               "; use srft");
   return {};
 }
 
@@ -49,7 +51,8 @@ RawTokens gather(const RawTokens& from, const std::vector<size_t>& rows, size_t 
   return {gather(from.k, rows, batch), gather(from.v, rows, batch), from.capacity};
 }
 
-// Before a crop to `length`: makes raw again what the newest append packed and the tokens up to `length` would have raw.
+// Before a crop to `length`: makes raw again what the newest append packed and the tokens up to `length` would have
+// raw.
 void restore_raw(Layer::State& s, size_t length) {
   const size_t raw_from = std::max(s.raw_start(length - 1), s.sink_tokens());
   if (!s.undo.capacity || raw_from < s.undo_start || raw_from >= s.packed_end || length <= raw_from) return;
@@ -60,7 +63,8 @@ void restore_raw(Layer::State& s, size_t length) {
         const int b = row / s.config.kv_heads, head = row % s.config.kv_heads;
         const uint8_t* from = t < s.packed_end ? s.raw_at(s.undo, side, b, head, t - s.undo_start)
                                                : s.raw_at(s.tail, side, b, head, t - s.packed_end);
-        memcpy(const_cast<uint8_t*>(s.raw_at(tail, side, b, head, t - raw_from)), from, s.head_dim(side) * s.element_bytes());
+        memcpy(const_cast<uint8_t*>(s.raw_at(tail, side, b, head, t - raw_from)), from,
+               s.head_dim(side) * s.element_bytes());
       }
   s.tail = std::move(tail);
   s.packed_end = raw_from;
@@ -132,7 +136,7 @@ Result<Layer> Layer::create(const LayerConfig& config) try {
   return out_of_memory();
 }
 
-void Layer::reset() {   // allocates nothing: it cannot fail
+void Layer::reset() {  // allocates nothing: it cannot fail
   State& s = *state_;
   State fresh;
   fresh.config = s.config, fresh.format = s.format, fresh.record_past = s.record_past;
@@ -202,7 +206,7 @@ Status Layer::select(const std::vector<size_t>& rows) {
 Status Layer::copy_from(const Layer& other) {
   try {
     state_ = std::make_unique<State>(*other.state_);
-    state_->spare = {};   // the other's to use
+    state_->spare = {};  // the other's to use
   } catch (const std::bad_alloc&) {
     return out_of_memory();
   }
@@ -232,7 +236,8 @@ Status Layer::set_offset(const float* k, const float* v) try {
   };
   if (!s.config.recipe.offset) return bad("set_offset on a recipe without offset");
   if (s.packed_end > s.sink_tokens()) return bad("set_offset after tokens were packed; set it before");
-  std::vector<float> given_k = given(k, s.config.head_dim_k, s.given_k), given_v = given(v, s.config.head_dim_v, s.given_v);
+  std::vector<float> given_k = given(k, s.config.head_dim_k, s.given_k),
+                     given_v = given(v, s.config.head_dim_v, s.given_v);
   s.given_k.swap(given_k), s.given_v.swap(given_v);
   return {};
 } catch (const std::bad_alloc&) {
@@ -296,7 +301,8 @@ Status Layer::decode(float* k_out, float* v_out) const try {
     };
     raw(s.sinks, 0, sink, 0);
     alignas(64) float block[kBlockTokens * kMaxHeadDim];
-    for (size_t t = std::max(s.sink_tokens(), s.first) / kBlockTokens * kBlockTokens; t < s.packed_end; t += kBlockTokens) {
+    for (size_t t = std::max(s.sink_tokens(), s.first) / kBlockTokens * kBlockTokens; t < s.packed_end;
+         t += kBlockTokens) {
       decode_tokens(s, side, b, head, t, block);
       for (size_t i = std::max(t, s.first); i < std::min(t + kBlockTokens, s.packed_end); i++)
         std::copy_n(&block[(i - t) * d], d, &out[(i - s.first) * d]);
@@ -319,8 +325,8 @@ size_t Layer::bytes() const {
   }
   total += (unique.size() + s.spare.size()) * s.page_bytes() + s.spare.capacity() * sizeof(Page);
   for (const RawTokens* raw : {&s.sinks, &s.tail, &s.before, &s.undo}) total += raw->k.capacity() + raw->v.capacity();
-  for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v, &s.inverse_lambda_k, &s.inverse_lambda_v,
-                              &s.rotation_k.matrix, &s.rotation_v.matrix})
+  for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v,
+                              &s.inverse_lambda_k, &s.inverse_lambda_v, &s.rotation_k.matrix, &s.rotation_v.matrix})
     total += numbers->capacity() * sizeof(float);
   return total + s.tail_counted.capacity();
 }

@@ -13,8 +13,8 @@ namespace halfbyte {
 
 // Bytes of one page for all KV heads; shared between sequences until one of them writes.
 using Page = std::shared_ptr<uint8_t>;
-Page make_page(size_t bytes);   // throws std::bad_alloc
-void recycle(std::vector<Page>& spare, Page&& page);   // keeps a page that nobody else holds, if there is room
+Page make_page(size_t bytes);                         // throws std::bad_alloc
+void recycle(std::vector<Page>& spare, Page&& page);  // keeps a page that nobody else holds, if there is room
 
 // Short enough to sit inside the string: reporting it needs no memory.
 inline Status out_of_memory() { return {Code::out_of_memory, "out of memory"}; }
@@ -40,22 +40,22 @@ struct Layer::State {
   // Tokens [0, sink) raw in `sinks`; [sink, packed_end) packed; [packed_end, length) raw in `tail`, whose slot 0 is
   // token packed_end. Tokens below `first` have left a sliding window.
   size_t length = 0, first = 0, packed_end = 0;
-  size_t pages_dropped = 0;                    // whole pages gone from the front of every sequence
-  std::vector<std::vector<Page>> pages;        // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
+  size_t pages_dropped = 0;              // whole pages gone from the front of every sequence
+  std::vector<std::vector<Page>> pages;  // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
   RawTokens sinks, tail;
-  std::vector<Page> spare;                     // reserved and not in use; its capacity is how many may wait here
+  std::vector<Page> spare;  // reserved and not in use; its capacity is how many may wait here
 
-  // The last append, if of several tokens. `before`: the tail before it, for its queries. `undo`, while record_past: what
-  // it packed, as raw tokens [undo_start, packed_end), so that crop can go back inside it.
+  // The last append, if of several tokens. `before`: the tail before it, for its queries. `undo`, while record_past:
+  // what it packed, as raw tokens [undo_start, packed_end), so that crop can go back inside it.
   RawTokens before, undo;
   size_t before_start = 0, chunk_start = 0, undo_start = 0;
   bool record_past = false;
 
   bool offset_ready = false;
-  std::vector<float> offset_k, offset_v;       // [batch][kv_heads][head_dim], once ready
-  std::vector<float> given_k, given_v;         // [kv_heads][head_dim]: set_offset's, or empty
-  std::vector<uint8_t> tail_counted;           // [batch][counted_tokens]: 0 for padding, which the offset leaves out
-  std::vector<float> lambda_k, lambda_v, inverse_lambda_k, inverse_lambda_v;   // [kv_heads][head_dim] or empty
+  std::vector<float> offset_k, offset_v;  // [batch][kv_heads][head_dim], once ready
+  std::vector<float> given_k, given_v;    // [kv_heads][head_dim]: set_offset's, or empty
+  std::vector<uint8_t> tail_counted;      // [batch][counted_tokens]: 0 for padding, which the offset leaves out
+  std::vector<float> lambda_k, lambda_v, inverse_lambda_k, inverse_lambda_v;  // [kv_heads][head_dim] or empty
 
   size_t sink_tokens() const { return (size_t)config.recipe.sink_tokens; }
   size_t element_bytes() const { return dtype_bytes(config.dtype); }
@@ -68,7 +68,8 @@ struct Layer::State {
     return wanted ? (size_t)config.recipe.offset_tokens : 0;
   }
   size_t tail_capacity() const {
-    return kBlockTokens + (size_t)std::max(config.recipe.raw_window, config.recipe.offset ? config.recipe.offset_tokens : 0);
+    return kBlockTokens +
+           (size_t)std::max(config.recipe.raw_window, config.recipe.offset ? config.recipe.offset_tokens : 0);
   }
   size_t counted_tokens() const { return tail_capacity() + sink_tokens(); }
   // First token, behind the sinks, that a query at `position` sees raw when raw values still exist.
@@ -81,15 +82,16 @@ struct Layer::State {
   // Address of one raw token's vector.
   const uint8_t* raw_at(const RawTokens& raw, Side side, int b, int head, size_t slot) const {
     const std::vector<uint8_t>& data = side == Side::k ? raw.k : raw.v;
-    return data.data() + (((size_t)b * config.kv_heads + head) * raw.capacity + slot) * head_dim(side) * element_bytes();
+    return data.data() +
+           (((size_t)b * config.kv_heads + head) * raw.capacity + slot) * head_dim(side) * element_bytes();
   }
   const float* offset_of(Side side, int b, int head) const {
     const std::vector<float>& data = side == Side::k ? offset_k : offset_v;
     return data.empty() ? nullptr : data.data() + ((size_t)b * config.kv_heads + head) * head_dim(side);
   }
   const float* lambda_of(Side side, int head, bool inverse) const {
-    const std::vector<float>& data = side == Side::k ? (inverse ? inverse_lambda_k : lambda_k)
-                                                     : (inverse ? inverse_lambda_v : lambda_v);
+    const std::vector<float>& data =
+        side == Side::k ? (inverse ? inverse_lambda_k : lambda_k) : (inverse ? inverse_lambda_v : lambda_v);
     return data.empty() ? nullptr : data.data() + (size_t)head * head_dim(side);
   }
   uint8_t* page_head(int b, size_t token, int head) const {

@@ -17,8 +17,10 @@ float decode_code(const SideFormat& format, Side side, const uint8_t* codes, con
 
 void decode_block(const DecodeArgs& args) {
   const SideFormat& format = *args.format;
-  if (format.bits == kPlainBits) memcpy(args.out, args.codes, code_bytes(format));
-  else current_backend().decode(args);
+  if (format.bits == kPlainBits)
+    memcpy(args.out, args.codes, code_bytes(format));
+  else
+    current_backend().decode(args);
 }
 
 void decode_reference(const DecodeArgs& args) {

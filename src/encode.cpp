@@ -1,4 +1,5 @@
-// Reference encode: rotate in double, choose each group's scale, round, pack. The bit-level definition is docs/format.md.
+// Reference encode: rotate in double, choose each group's scale, round, pack. The bit-level definition is
+// docs/format.md.
 #include "encode.h"
 
 #include <algorithm>
@@ -101,7 +102,8 @@ void encode_reference(const EncodeArgs& args) {
   int d = format.head_dim;
   std::vector<double> x(d), y(format.padded_dim, 0.0);
   for (int i = 0; i < args.n; i++) {
-    for (int c = 0; c < d; c++) x[c] = (double)load_element(args.rows[i], args.dtype, c) - (args.offset ? args.offset[c] : 0.0f);
+    for (int c = 0; c < d; c++)
+      x[c] = (double)load_element(args.rows[i], args.dtype, c) - (args.offset ? args.offset[c] : 0.0f);
     rotate_reference(*args.rotation, false, x.data(), y.data());
     if (args.lambda)
       for (int c = 0; c < d; c++) y[c] *= args.lambda[c];

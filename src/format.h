@@ -5,20 +5,21 @@
 #include <stdint.h>
 
 // Everything here is force-inlined: kernels are compiled for several instruction sets, and a function body shared
-// between them by the linker could carry instructions that the running CPU does not have. src/gpu/gpu.h has its own word.
+// between them by the linker could carry instructions that the running CPU does not have. src/gpu/gpu.h has its own
+// word.
 #ifndef HALFBYTE_INLINE
 #define HALFBYTE_INLINE static inline __attribute__((always_inline))
 #endif
 
 namespace halfbyte {
 
-constexpr int kBlockTokens = 16;   // tokens of a block: one SIMD register of 32-bit lanes
-constexpr int kPageBlocks = 4;     // blocks of a page
+constexpr int kBlockTokens = 16;  // tokens of a block: one SIMD register of 32-bit lanes
+constexpr int kPageBlocks = 4;    // blocks of a page
 constexpr int kPageTokens = kBlockTokens * kPageBlocks;
-constexpr int kSpan = 32;          // channels that share rows: the low nibbles hold 16 of them, the high nibbles 16
-constexpr int kRowBytes = 64;      // codes of 4 channels × 16 tokens (K) or 16 channels × 4 tokens (V)
+constexpr int kSpan = 32;      // channels that share rows: the low nibbles hold 16 of them, the high nibbles 16
+constexpr int kRowBytes = 64;  // codes of 4 channels × 16 tokens (K) or 16 channels × 4 tokens (V)
 constexpr int kMaxHeadDim = 512;
-constexpr int kPlainBits = 32;     // "codes" that are the vectors themselves: float [16 tokens][head_dim], no scales
+constexpr int kPlainBits = 32;  // "codes" that are the vectors themselves: float [16 tokens][head_dim], no scales
 
 // Scale candidates, as factors of the scale that just covers the group. The signed ones start above 1: with the
 // largest magnitude on −2^(bits−1), a little more room serves the other side.
@@ -29,16 +30,16 @@ constexpr float kSearchSigned[kSearchSize] = {1.0f, 1.1f, 1.05f, 0.95f, 0.9f, 0.
 // How K, or V, of one layer is laid out in a block.
 struct SideFormat {
   int head_dim = 0;
-  int padded_dim = 0;    // head_dim rounded up to a span
-  int bits = 4;          // kPlainBits: floats, not codes
-  int group = 32;        // channels a scale; the whole vector counts as padded_dim
+  int padded_dim = 0;  // head_dim rounded up to a span
+  int bits = 4;        // kPlainBits: floats, not codes
+  int group = 32;      // channels a scale; the whole vector counts as padded_dim
   int n_groups = 0;
-  int scale_bytes = 2;   // 2: fp16, 4: fp32
+  int scale_bytes = 2;  // 2: fp16, 4: fp32
   bool search = true;
   bool signed_scale = true;
 };
 
-HALFBYTE_INLINE int zero_code(int bits) { return 1 << (bits - 1); }   // codes are stored unsigned
+HALFBYTE_INLINE int zero_code(int bits) { return 1 << (bits - 1); }  // codes are stored unsigned
 
 HALFBYTE_INLINE int rows_per_span(int bits) { return bits == 4 ? 4 : 8; }
 HALFBYTE_INLINE size_t code_bytes(const SideFormat& f) {
@@ -77,7 +78,7 @@ HALFBYTE_INLINE size_t block_code_bytes(const PageFormat& p) { return code_bytes
 HALFBYTE_INLINE size_t block_scale_bytes(const PageFormat& p) { return scales_bytes(p.k) + scales_bytes(p.v); }
 HALFBYTE_INLINE size_t page_head_bytes(const PageFormat& p) {
   size_t bytes = kPageBlocks * (block_code_bytes(p) + block_scale_bytes(p));
-  return (bytes + 63) / 64 * 64;   // so that every head's rows stay on cache lines
+  return (bytes + 63) / 64 * 64;  // so that every head's rows stay on cache lines
 }
 HALFBYTE_INLINE size_t k_codes_at(const PageFormat& p, int block) { return block * block_code_bytes(p); }
 HALFBYTE_INLINE size_t v_codes_at(const PageFormat& p, int block) { return k_codes_at(p, block) + code_bytes(p.k); }

@@ -1,4 +1,5 @@
-// Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv 2605.05699).
+// Signs, FFT tables and the reference rotation (system of the source paper: y = pack(F · diag(s) · x), arXiv
+// 2605.05699).
 #include "rotation.h"
 
 #include <algorithm>
@@ -37,7 +38,7 @@ int next_radix(int length) {
     if (length % radix == 0) return radix;
   for (int radix = 11; radix * radix <= length; radix += 2)
     if (length % radix == 0) return radix;
-  return length;   // prime
+  return length;  // prime
 }
 
 void plan_fft(RotationPlan& plan, int n) {
@@ -46,7 +47,7 @@ void plan_fft(RotationPlan& plan, int n) {
     pass.rest = length / pass.radix;
     for (int p = 0; p < pass.rest; p++)
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)p * k / length);
-    if (pass.radix > 8) {   // a prime radix: its own roots follow its twiddles
+    if (pass.radix > 8) {  // a prime radix: its own roots follow its twiddles
       for (int k = 0; k < pass.radix; k++) push_root(plan.twiddles, -(double)k / pass.radix);
     }
     plan.passes.push_back(pass);
@@ -105,14 +106,15 @@ std::vector<float> matrix_of(const RotationPlan& plan) {
 }
 
 Status check_orthonormal(const char* name, const float* matrix, int head_dim) {
-  constexpr double kLargest = 1e-3;   // scores and outputs are off by as much, which 4-bit codes drown
+  constexpr double kLargest = 1e-3;  // scores and outputs are off by as much, which 4-bit codes drown
   double worst = 0.0;
   for (int i = 0; i < head_dim; i++) {
-    double dots[kMaxHeadDim] = {};   // of column i with those up to it: RᵀR = I as well when R is square
+    double dots[kMaxHeadDim] = {};  // of column i with those up to it: RᵀR = I as well when R is square
     for (int row = 0; row < head_dim; row++)
       for (int j = 0; j <= i; j++)
         dots[j] += (double)matrix[(size_t)row * head_dim + i] * matrix[(size_t)row * head_dim + j];
-    for (int j = 0; j <= i; j++) worst = std::max(worst, std::isnan(dots[j]) ? INFINITY : std::fabs(dots[j] - (i == j)));
+    for (int j = 0; j <= i; j++)
+      worst = std::max(worst, std::isnan(dots[j]) ? INFINITY : std::fabs(dots[j] - (i == j)));
   }
   if (worst <= kLargest) return {};
   return {Code::bad_argument, std::string(name) + " is not orthonormal: an entry of R R^T is " + std::to_string(worst) +
@@ -137,8 +139,10 @@ void rotate_reference(const RotationPlan& plan, bool inverse, const double* x, d
   for (int i = 0; i < d; i++)
     for (int j = 0; j < d; j++) {
       const double r = entry_of(plan, i, j);
-      if (inverse) out[j] += r * x[i];
-      else out[i] += r * x[j];
+      if (inverse)
+        out[j] += r * x[i];
+      else
+        out[i] += r * x[j];
     }
 }
 

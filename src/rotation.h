@@ -13,21 +13,21 @@ struct FftPass {
   int radix = 0;
   int rest = 0;
   int stride = 0;
-  int twiddle_at = 0;   // into RotationPlan::twiddles: [rest][radix] pairs (cos, sin) of −2π·p·k / length
+  int twiddle_at = 0;  // into RotationPlan::twiddles: [rest][radix] pairs (cos, sin) of −2π·p·k / length
 };
 
-constexpr int kDenseTile = 8;   // rows of a dense R that a kernel finds side by side
+constexpr int kDenseTile = 8;  // rows of a dense R that a kernel finds side by side
 
 // R and its inverse for vectors of head_dim channels, as tables for the kernels.
 struct RotationPlan {
   Rotation kind = Rotation::identity;
   int head_dim = 0;
-  std::vector<float> signs;      // [head_dim] ±1
-  std::vector<float> factors;    // SRFT, SRHT: [head_dim] signs times the norm that the kernels' transform leaves out
-  std::vector<FftPass> passes;   // SRFT: complex FFT of length head_dim / 2
-  std::vector<float> twiddles;   // pairs (cos, sin)
-  std::vector<float> unpack;     // SRFT: [head_dim / 2] pairs (cos, sin) of −2πk / head_dim
-  std::vector<float> matrix;     // dense: R as [rows / kDenseTile][columns][kDenseTile rows], zeros around it
+  std::vector<float> signs;     // [head_dim] ±1
+  std::vector<float> factors;   // SRFT, SRHT: [head_dim] signs times the norm that the kernels' transform leaves out
+  std::vector<FftPass> passes;  // SRFT: complex FFT of length head_dim / 2
+  std::vector<float> twiddles;  // pairs (cos, sin)
+  std::vector<float> unpack;    // SRFT: [head_dim / 2] pairs (cos, sin) of −2πk / head_dim
+  std::vector<float> matrix;    // dense: R as [rows / kDenseTile][columns][kDenseTile rows], zeros around it
 
   __attribute__((always_inline)) size_t dense_at(int row, int column) const {
     const int padded = (head_dim + kDenseTile - 1) / kDenseTile * kDenseTile;

@@ -14,7 +14,7 @@ namespace {
 using State = Layer::State;
 
 // Far above any real ones; the products of counts up to these do not overflow.
-constexpr uint64_t kLongest = (uint64_t)1 << 40;   // tokens
+constexpr uint64_t kLongest = (uint64_t)1 << 40;  // tokens
 constexpr int kMostSequences = 1 << 20;
 
 Status damaged(const std::string& what) { return {Code::bad_value, "the saved layer is damaged: " + what}; }
@@ -34,7 +34,8 @@ void clear_behind(const State& s, uint8_t* page, size_t used) {
   auto clear_side = [&](Side side, uint8_t* codes, uint8_t* scales, int from) {
     const SideFormat& f = side == Side::k ? s.format.k : s.format.v;
     for (int token = from; token < kBlockTokens; token++) {
-      for (int g = 0; g < f.n_groups; g++) memset(scales + g * scale_row_bytes(f) + token * f.scale_bytes, 0, f.scale_bytes);
+      for (int g = 0; g < f.n_groups; g++)
+        memset(scales + g * scale_row_bytes(f) + token * f.scale_bytes, 0, f.scale_bytes);
       if (f.bits == kPlainBits) {
         memset(codes + (size_t)token * f.head_dim * 4, 0, f.head_dim * 4);
         continue;
@@ -55,7 +56,7 @@ void clear_behind(const State& s, uint8_t* page, size_t used) {
 
 void save_pages(const State& s, LayerParts& out) {
   const size_t each = pages_each(s);
-  std::map<std::pair<const uint8_t*, bool>, int32_t> number;   // the last page of a sequence may need clearing
+  std::map<std::pair<const uint8_t*, bool>, int32_t> number;  // the last page of a sequence may need clearing
   for (const std::vector<Page>& list : s.pages)
     for (size_t i = 0; i < each; i++) {
       const bool last = i + 1 == each;
@@ -76,7 +77,8 @@ Status check_counts(const State& s, const LayerParts& parts) {
   if (parts.length < 1 || parts.length > kLongest) return damaged("length is " + std::to_string(parts.length));
   const uint64_t newest = std::max<uint64_t>(parts.length, sink);
   if (parts.packed_end < sink || parts.packed_end > newest || newest - parts.packed_end > s.tail_capacity())
-    return damaged("packed_end is " + std::to_string(parts.packed_end) + " of " + std::to_string(parts.length) + " tokens");
+    return damaged("packed_end is " + std::to_string(parts.packed_end) + " of " + std::to_string(parts.length) +
+                   " tokens");
   const uint64_t oldest_needed = window && parts.length > window - 1 ? parts.length - (window - 1) : 0;
   if (parts.first > oldest_needed) return damaged("first is " + std::to_string(parts.first));
   if (parts.pages_dropped > std::min(parts.first, parts.packed_end) / kPageTokens || (parts.pages_dropped && !window))
@@ -95,19 +97,18 @@ Status check_sizes(const State& s, const LayerParts& parts) {
     const char* name;
     bool fits;
   };
-  for (Size size : {Size{"page_table", parts.page_table.size() == s.batch * pages_each(s)},
-                    Size{"pages", parts.pages.size() % s.page_bytes() == 0},
-                    Size{"raw_k", parts.raw_k.size() == rows * raw * dk}, Size{"raw_v", parts.raw_v.size() == rows * raw * dv},
-                    Size{"offset_k", parts.offset_k.size() == offset_rows * dk},
-                    Size{"offset_v", parts.offset_v.size() == offset_rows * dv},
-                    Size{"given_offset_k", optional(parts.given_offset_k, heads * dk)},
-                    Size{"given_offset_v", optional(parts.given_offset_v, heads * dv)},
-                    Size{"lambda_k", optional(parts.lambda_k, heads * dk)},
-                    Size{"lambda_v", optional(parts.lambda_v, heads * dv)},
-                    Size{"rotation_k", optional(parts.rotation_k, dk * dk)},
-                    Size{"rotation_v", optional(parts.rotation_v, dv * dv)},
-                    Size{"counted", parts.counted.empty() ||
-                                        parts.counted.size() == s.batch * s.counted_tokens()}})
+  for (Size size :
+       {Size{"page_table", parts.page_table.size() == s.batch * pages_each(s)},
+        Size{"pages", parts.pages.size() % s.page_bytes() == 0}, Size{"raw_k", parts.raw_k.size() == rows * raw * dk},
+        Size{"raw_v", parts.raw_v.size() == rows * raw * dv},
+        Size{"offset_k", parts.offset_k.size() == offset_rows * dk},
+        Size{"offset_v", parts.offset_v.size() == offset_rows * dv},
+        Size{"given_offset_k", optional(parts.given_offset_k, heads * dk)},
+        Size{"given_offset_v", optional(parts.given_offset_v, heads * dv)},
+        Size{"lambda_k", optional(parts.lambda_k, heads * dk)}, Size{"lambda_v", optional(parts.lambda_v, heads * dv)},
+        Size{"rotation_k", optional(parts.rotation_k, dk * dk)},
+        Size{"rotation_v", optional(parts.rotation_v, dv * dv)},
+        Size{"counted", parts.counted.empty() || parts.counted.size() == s.batch * s.counted_tokens()}})
     if (!size.fits) return damaged(std::string(size.name) + " has another size than the layer");
   const size_t pages = parts.pages.size() / s.page_bytes();
   for (int32_t page : parts.page_table)
@@ -215,7 +216,7 @@ Result<Layer> Layer::load(const LayerConfig& config, const LayerParts& parts) tr
   s.packed_end = parts.packed_end, s.pages_dropped = parts.pages_dropped, s.offset_ready = parts.offset_ready;
   if (Status status = check_sizes(s, parts); !status.ok()) return status;
   if (Status status = check_values(s, parts); !status.ok()) return status;
-  if (config.recipe.lambda) {   // checked by now; set_lambda would refuse once tokens are packed
+  if (config.recipe.lambda) {  // checked by now; set_lambda would refuse once tokens are packed
     if (parts.lambda_k.empty() || parts.lambda_v.empty()) return damaged("lambda is missing");
     s.lambda_k = parts.lambda_k, s.lambda_v = parts.lambda_v;
     s.inverse_lambda_k = inverse_of(s.lambda_k), s.inverse_lambda_v = inverse_of(s.lambda_v);

@@ -47,8 +47,10 @@ class Pool {
     job_.notify_all();
     claim();
     for (int i = 0; busy_.load(std::memory_order_acquire); i++) {
-      if (i < kSpins) pause();
-      else std::this_thread::yield();   // a worker may be waiting for this very core
+      if (i < kSpins)
+        pause();
+      else
+        std::this_thread::yield();  // a worker may be waiting for this very core
     }
   }
 
@@ -94,7 +96,7 @@ void run_on_openmp(OpenMpParallel parallel, size_t n, const std::function<void(s
   parallel(claim, &job, (unsigned)threads, 0);
 }
 
-std::mutex mutex;   // one parallel_for at a time; a second caller runs its tasks itself
+std::mutex mutex;  // one parallel_for at a time; a second caller runs its tasks itself
 std::unique_ptr<Pool> pool;
 int wanted = (int)std::thread::hardware_concurrency();
 

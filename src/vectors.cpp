@@ -14,7 +14,7 @@ struct Block {
   explicit Block(const SideFormat& format) : codes(code_bytes(format)), scales(scales_bytes(format)) {}
 };
 
-constexpr size_t kVectorsEach = 1024;   // vectors a task
+constexpr size_t kVectorsEach = 1024;  // vectors a task
 
 // Calls task(from, to) for runs of whole blocks.
 template <class Task>
@@ -23,8 +23,10 @@ void for_runs(size_t n, Task task) {
                [&](size_t i) { task(i * kVectorsEach, std::min(n, (i + 1) * kVectorsEach)); });
 }
 
-EncodeArgs encode_args(const SideFormat& format, const RotationPlan& rotation, Side side, const float* x, int n, Block& block) {
-  EncodeArgs args{&format, &rotation, side, Dtype::float32, {}, n, 0, nullptr, nullptr, block.codes.data(), block.scales.data()};
+EncodeArgs encode_args(const SideFormat& format, const RotationPlan& rotation, Side side, const float* x, int n,
+                       Block& block) {
+  EncodeArgs args{
+      &format, &rotation, side, Dtype::float32, {}, n, 0, nullptr, nullptr, block.codes.data(), block.scales.data()};
   for (int i = 0; i < n; i++) args.rows[i] = x + (size_t)i * format.head_dim;
   return args;
 }
@@ -59,8 +61,8 @@ Status roundtrip(const float* x, float* out, size_t n, int head_dim, const Recip
       EncodeArgs args = encode_args(format, rotation, side, x + i * head_dim, count, block);
       args.offset = mu, args.lambda = lambda;
       encode_block(args);
-      decode_block({&format, &rotation, side, mu, lambda ? inverse_lambda.data() : nullptr,
-                    block.codes.data(), block.scales.data(), vectors.data()});
+      decode_block({&format, &rotation, side, mu, lambda ? inverse_lambda.data() : nullptr, block.codes.data(),
+                    block.scales.data(), vectors.data()});
       std::copy_n(vectors.data(), (size_t)count * head_dim, out + i * head_dim);
     }
   });
@@ -75,7 +77,8 @@ Status encode_only(const float* x, size_t n, int head_dim, const Recipe& recipe,
   for_runs(n, [&](size_t from, size_t to) {
     Block block(format);
     for (size_t i = from; i < to; i += kBlockTokens)
-      encode_block(encode_args(format, rotation, side, x + i * head_dim, (int)std::min<size_t>(kBlockTokens, to - i), block));
+      encode_block(
+          encode_args(format, rotation, side, x + i * head_dim, (int)std::min<size_t>(kBlockTokens, to - i), block));
   });
   return {};
 }
@@ -88,7 +91,8 @@ Status rotate(const float* x, float* out, size_t n, int head_dim, const Recipe& 
   for_runs(n, [&](size_t from, size_t to) {
     std::copy_n(x + from * head_dim, (to - from) * head_dim, out + from * head_dim);
     for (size_t i = from; i < to; i += kBlockTokens)
-      current_backend().rotate(rotation, inverse, out + i * head_dim, head_dim, (int)std::min<size_t>(kBlockTokens, to - i));
+      current_backend().rotate(rotation, inverse, out + i * head_dim, head_dim,
+                               (int)std::min<size_t>(kBlockTokens, to - i));
   });
   return {};
 }

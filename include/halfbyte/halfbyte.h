@@ -33,19 +33,19 @@ typedef enum halfbyte_rotation {
 
 /* How K and V become codes; docs/format.md defines each field to the bit. Flags are 0 or 1. */
 typedef struct halfbyte_recipe {
-  int rotation;     /* a halfbyte_rotation */
-  uint64_t seed;    /* of the rotation's signs */
-  int offset;       /* subtract the mean over the first prefill, or what halfbyte_set_offset gave */
-  int k_bits;       /* 4, 8, or 32: floats, not codes */
-  int k_group;      /* channels that share a scale: 16, 32, 64, or 0 for the whole vector */
+  int rotation;  /* a halfbyte_rotation */
+  uint64_t seed; /* of the rotation's signs */
+  int offset;    /* subtract the mean over the first prefill, or what halfbyte_set_offset gave */
+  int k_bits;    /* 4, 8, or 32: floats, not codes */
+  int k_group;   /* channels that share a scale: 16, 32, 64, or 0 for the whole vector */
   int v_bits;
   int v_group;
-  int scale_bits;   /* 16: fp16, 32: fp32 */
-  int search;       /* pick the scale among six by squared error */
-  int signed_scale; /* scales carry a sign, so that all codes are used */
-  int lambda;       /* per-channel factors, given by halfbyte_set_lambda */
-  int sink_tokens;  /* first tokens kept raw; a multiple of 16 */
-  int raw_window;   /* newest tokens kept raw besides the unfinished block; a multiple of 16 */
+  int scale_bits;    /* 16: fp16, 32: fp32 */
+  int search;        /* pick the scale among six by squared error */
+  int signed_scale;  /* scales carry a sign, so that all codes are used */
+  int lambda;        /* per-channel factors, given by halfbyte_set_lambda */
+  int sink_tokens;   /* first tokens kept raw; a multiple of 16 */
+  int raw_window;    /* newest tokens kept raw besides the unfinished block; a multiple of 16 */
   int offset_tokens; /* > 0: the mean over so many first tokens, raw until then; a multiple of 16 */
 } halfbyte_recipe;
 
@@ -119,10 +119,11 @@ halfbyte_status halfbyte_reset(halfbyte_layer* layer); /* forgets all tokens; ke
 /* float32 [kv_heads, head_dim] each; NULL leaves that side alone. Only while nothing is packed. */
 halfbyte_status halfbyte_set_offset(halfbyte_layer* layer, const float* k, const float* v);
 halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const float* v);
-/* R of a dense recipe: float32 [head_dim, head_dim] each, row-major, y = R (x - mu), orthonormal within 1e-3. NULL leaves
-   that side alone. Only while nothing is packed; halfbyte_append needs both. */
+/* R of a dense recipe: float32 [head_dim, head_dim] each, row-major, y = R (x - mu), orthonormal within 1e-3. NULL
+   leaves that side alone. Only while nothing is packed; halfbyte_append needs both. */
 halfbyte_status halfbyte_set_rotation(halfbyte_layer* layer, const float* k, const float* v);
-halfbyte_status halfbyte_record_past(halfbyte_layer* layer, int on); /* sliding: keep tokens behind the window while on */
+halfbyte_status halfbyte_record_past(halfbyte_layer* layer,
+                                     int on); /* sliding: keep tokens behind the window while on */
 
 /* 0 for a NULL layer. */
 int halfbyte_batch(const halfbyte_layer* layer);

@@ -23,14 +23,20 @@ using namespace halfbyte;
 namespace {
 
 using Address = uintptr_t;
-using Strides = std::tuple<ptrdiff_t, ptrdiff_t, ptrdiff_t>;   // batch, head, token; in elements
+using Strides = std::tuple<ptrdiff_t, ptrdiff_t, ptrdiff_t>;  // batch, head, token; in elements
 
 void check(const Status& status) {
   switch (status.code()) {
-    case Code::ok: return;
-    case Code::out_of_memory: PyErr_SetString(PyExc_MemoryError, status.message().c_str()); throw nb::python_error();
-    case Code::unsupported: PyErr_SetString(PyExc_NotImplementedError, status.message().c_str()); throw nb::python_error();
-    default: throw nb::value_error(status.message().c_str());
+    case Code::ok:
+      return;
+    case Code::out_of_memory:
+      PyErr_SetString(PyExc_MemoryError, status.message().c_str());
+      throw nb::python_error();
+    case Code::unsupported:
+      PyErr_SetString(PyExc_NotImplementedError, status.message().c_str());
+      throw nb::python_error();
+    default:
+      throw nb::value_error(status.message().c_str());
   }
 }
 
@@ -64,17 +70,19 @@ Side side_of(const std::string& name) {
   throw nb::value_error(("which is '" + name + "'; it takes 'k' or 'v'").c_str());
 }
 
-void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool offset, int k_bits, int v_bits, int k_group,
-                 int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens, int raw_window, int offset_tokens) {
-  Recipe recipe{rotation_of(rotation), seed, offset, {k_bits, k_group}, {v_bits, v_group}, scale_bits, search, signed_scale,
-                lambda, sink_tokens, raw_window, offset_tokens};
-  check(recipe.check(64));   // every field but the head size, which a recipe does not know
+void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool offset, int k_bits, int v_bits,
+                 int k_group, int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens,
+                 int raw_window, int offset_tokens) {
+  Recipe recipe{rotation_of(rotation), seed,   offset,      {k_bits, k_group}, {v_bits, v_group}, scale_bits, search,
+                signed_scale,          lambda, sink_tokens, raw_window,        offset_tokens};
+  check(recipe.check(64));  // every field but the head size, which a recipe does not know
   new (self) Recipe(recipe);
 }
 
 Layer* make_layer(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe,
                   int layer_index, int sliding_window) {
-  Result<Layer> layer = Layer::create({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window});
+  Result<Layer> layer =
+      Layer::create({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window});
   check(layer.status());
   return new Layer(std::move(layer.value()));
 }
@@ -110,8 +118,8 @@ nb::dict save(const Layer& layer) {
   return parts;
 }
 
-Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe, int layer_index,
-            int sliding_window, const nb::dict& parts) {
+Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dtype, const Recipe& recipe,
+            int layer_index, int sliding_window, const nb::dict& parts) {
   LayerParts p;
   p.batch = nb::cast<int>(parts["batch"]), p.length = nb::cast<uint64_t>(parts["length"]);
   p.first = nb::cast<uint64_t>(parts["first"]), p.packed_end = nb::cast<uint64_t>(parts["packed_end"]);
@@ -119,18 +127,19 @@ Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dty
   p.page_table = from_array<int32_t>(parts, "page_table"), p.pages = from_array<uint8_t>(parts, "pages");
   p.raw_k = from_array<uint8_t>(parts, "raw_k"), p.raw_v = from_array<uint8_t>(parts, "raw_v");
   p.offset_k = from_array<float>(parts, "offset_k"), p.offset_v = from_array<float>(parts, "offset_v");
-  p.given_offset_k = from_array<float>(parts, "given_offset_k"), p.given_offset_v = from_array<float>(parts, "given_offset_v");
+  p.given_offset_k = from_array<float>(parts, "given_offset_k"),
+  p.given_offset_v = from_array<float>(parts, "given_offset_v");
   p.lambda_k = from_array<float>(parts, "lambda_k"), p.lambda_v = from_array<float>(parts, "lambda_v");
   p.rotation_k = from_array<float>(parts, "rotation_k"), p.rotation_v = from_array<float>(parts, "rotation_v");
   p.counted = from_array<uint8_t>(parts, "counted");
-  Result<Layer> layer = Layer::load(
-      {kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window}, p);
+  Result<Layer> layer =
+      Layer::load({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window}, p);
   check(layer.status());
   return new Layer(std::move(layer.value()));
 }
 
-AttendArgs attend_args(Address q, Address out, int heads, int queries, const Strides& q_strides, const Strides& out_strides,
-                       float scale) {
+AttendArgs attend_args(Address q, Address out, int heads, int queries, const Strides& q_strides,
+                       const Strides& out_strides, float scale) {
   AttendArgs args;
   args.q = view(q, q_strides);
   args.out = {pointer<void>(out), std::get<0>(out_strides), std::get<1>(out_strides), std::get<2>(out_strides)};
@@ -140,8 +149,8 @@ AttendArgs attend_args(Address q, Address out, int heads, int queries, const Str
 
 void attend(Layer& layer, Address q, Address out, int heads, int queries, const Strides& q_strides,
             const Strides& out_strides, float scale, Address chunk_k, Address chunk_v, const Strides& chunk_k_strides,
-            const Strides& chunk_v_strides, Address mask, std::pair<ptrdiff_t, ptrdiff_t> mask_strides, size_t mask_tokens,
-            float softcap, Address sinks, bool causal, bool exact) {
+            const Strides& chunk_v_strides, Address mask, std::pair<ptrdiff_t, ptrdiff_t> mask_strides,
+            size_t mask_tokens, float softcap, Address sinks, bool causal, bool exact) {
   AttendArgs args = attend_args(q, out, heads, queries, q_strides, out_strides, scale);
   args.chunk_k = view(chunk_k, chunk_k_strides), args.chunk_v = view(chunk_v, chunk_v_strides);
   args.mask = pointer<const uint8_t>(mask), args.mask_tokens = mask_tokens;
@@ -155,8 +164,8 @@ void attend(Layer& layer, Address q, Address out, int heads, int queries, const 
   check(status);
 }
 
-void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const Strides& k_strides, const Strides& v_strides,
-            Address counted) {
+void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
+            const Strides& v_strides, Address counted) {
   Status status;
   {
     nb::gil_scoped_release release;
@@ -174,10 +183,9 @@ bool use_openmp_of(const std::string& path) {
 
 void bind_recipe(nb::module_& m) {
   nb::class_<Recipe>(m, "Recipe", "What a cache does to K and V; see docs/format.md for each field.")
-      .def("__init__", &make_recipe, nb::kw_only(), "rotation"_a = "srft", "seed"_a = 0, "offset"_a = true, "k_bits"_a = 4,
-           "v_bits"_a = 4, "k_group"_a = 32, "v_group"_a = 0, "scale_bits"_a = 16, "search"_a = true,
-           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0,
-           "offset_tokens"_a = 0)
+      .def("__init__", &make_recipe, nb::kw_only(), "rotation"_a = "srft", "seed"_a = 0, "offset"_a = true,
+           "k_bits"_a = 4, "v_bits"_a = 4, "k_group"_a = 32, "v_group"_a = 0, "scale_bits"_a = 16, "search"_a = true,
+           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0, "offset_tokens"_a = 0)
       .def_prop_ro("rotation", [](const Recipe& r) { return kRotations[(int)r.rotation]; })
       .def_ro("seed", &Recipe::seed)
       .def_ro("offset", &Recipe::offset)
@@ -202,30 +210,42 @@ void bind_layer(nb::module_& m) {
       .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0)
       .def("attend", &attend, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a,
            nb::kw_only(), "chunk_k"_a = 0, "chunk_v"_a = 0, "chunk_k_strides"_a = none, "chunk_v_strides"_a = none,
-           "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0, "softcap"_a = 0.0f,
-           "sinks"_a = 0, "causal"_a = true, "exact"_a = false)
-      .def("dequantize", [](const Layer& l, Address k, Address v) { check(l.decode(pointer<float>(k), pointer<float>(v))); },
-           "k_out"_a, "v_out"_a, "The newest `visible` tokens as float32 [batch, kv_heads, visible, head_dim].")
-      .def("crop", [](Layer& l, size_t length) { check(l.crop(length)); }, "length"_a)
-      .def("reserve", [](Layer& l, int batch, size_t tokens) { check(l.reserve(batch, tokens)); }, "batch"_a, "tokens"_a)
-      .def("select", [](Layer& l, const std::vector<size_t>& rows) { check(l.select(rows)); }, "rows"_a)
+           "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0,
+           "softcap"_a = 0.0f, "sinks"_a = 0, "causal"_a = true, "exact"_a = false)
+      .def(
+          "dequantize",
+          [](const Layer& l, Address k, Address v) { check(l.decode(pointer<float>(k), pointer<float>(v))); },
+          "k_out"_a, "v_out"_a, "The newest `visible` tokens as float32 [batch, kv_heads, visible, head_dim].")
+      .def(
+          "crop", [](Layer& l, size_t length) { check(l.crop(length)); }, "length"_a)
+      .def(
+          "reserve", [](Layer& l, int batch, size_t tokens) { check(l.reserve(batch, tokens)); }, "batch"_a, "tokens"_a)
+      .def(
+          "select", [](Layer& l, const std::vector<size_t>& rows) { check(l.select(rows)); }, "rows"_a)
       .def("reset", &Layer::reset)
-      .def("copy",
-           [](const Layer& l) {
-             auto copy = std::make_unique<Layer>();
-             check(copy->copy_from(l));
-             return copy.release();
-           },
-           nb::rv_policy::take_ownership)
+      .def(
+          "copy",
+          [](const Layer& l) {
+            auto copy = std::make_unique<Layer>();
+            check(copy->copy_from(l));
+            return copy.release();
+          },
+          nb::rv_policy::take_ownership)
       .def("save", &save, "The content as a dict of ints and one-dimensional arrays: the fields of LayerParts.")
       .def_static("load", &load, nb::kw_only(), "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "recipe"_a,
                   "layer_index"_a, "sliding_window"_a, "parts"_a, nb::rv_policy::take_ownership)
-      .def("set_offset", [](Layer& l, Address k, Address v) { check(l.set_offset(pointer<float>(k), pointer<float>(v))); },
-           "k"_a, "v"_a)
-      .def("set_lambda", [](Layer& l, Address k, Address v) { check(l.set_lambda(pointer<float>(k), pointer<float>(v))); },
-           "k"_a, "v"_a)
-      .def("set_rotation", [](Layer& l, Address k, Address v) { check(l.set_rotation(pointer<float>(k), pointer<float>(v))); },
-           "k"_a, "v"_a, "R of a dense recipe: float32 [head_dim, head_dim] row-major, y = R (x - mu).")
+      .def(
+          "set_offset",
+          [](Layer& l, Address k, Address v) { check(l.set_offset(pointer<float>(k), pointer<float>(v))); }, "k"_a,
+          "v"_a)
+      .def(
+          "set_lambda",
+          [](Layer& l, Address k, Address v) { check(l.set_lambda(pointer<float>(k), pointer<float>(v))); }, "k"_a,
+          "v"_a)
+      .def(
+          "set_rotation",
+          [](Layer& l, Address k, Address v) { check(l.set_rotation(pointer<float>(k), pointer<float>(v))); }, "k"_a,
+          "v"_a, "R of a dense recipe: float32 [head_dim, head_dim] row-major, y = R (x - mu).")
       .def("record_past", &Layer::record_past, "on"_a)
       .def_prop_ro("length", &Layer::length)
       .def_prop_ro("first", &Layer::first)
@@ -238,21 +258,29 @@ void bind_layer(nb::module_& m) {
 
 void bind_raw_cache(nb::module_& m) {
   nb::class_<RawCache>(m, "RawCache", "The tuned baseline: the same attention over K and V kept as given.")
-      .def("__init__", [](RawCache* self, int kv_heads, int head_dim, const std::string& dtype) {
-        new (self) RawCache(kv_heads, head_dim, dtype_of(dtype));
-      }, "kv_heads"_a, "head_dim"_a, "dtype"_a)
-      .def("append", [](RawCache& c, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
-                        const Strides& v_strides) { check(c.append(view(k, k_strides), view(v, v_strides), batch, tokens)); },
-           "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a)
-      .def("attend", [](RawCache& c, Address q, Address out, int heads, int queries, const Strides& q_strides,
-                        const Strides& out_strides, float scale) {
-             Status status;
-             {
-               nb::gil_scoped_release release;
-               status = c.attend(attend_args(q, out, heads, queries, q_strides, out_strides, scale));
-             }
-             check(status);
-           }, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a)
+      .def(
+          "__init__",
+          [](RawCache* self, int kv_heads, int head_dim, const std::string& dtype) {
+            new (self) RawCache(kv_heads, head_dim, dtype_of(dtype));
+          },
+          "kv_heads"_a, "head_dim"_a, "dtype"_a)
+      .def(
+          "append",
+          [](RawCache& c, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
+             const Strides& v_strides) { check(c.append(view(k, k_strides), view(v, v_strides), batch, tokens)); },
+          "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a)
+      .def(
+          "attend",
+          [](RawCache& c, Address q, Address out, int heads, int queries, const Strides& q_strides,
+             const Strides& out_strides, float scale) {
+            Status status;
+            {
+              nb::gil_scoped_release release;
+              status = c.attend(attend_args(q, out, heads, queries, q_strides, out_strides, scale));
+            }
+            check(status);
+          },
+          "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a)
       .def_prop_ro("length", &RawCache::length)
       .def_prop_ro("nbytes", &RawCache::bytes);
 }
@@ -274,27 +302,38 @@ double encode_seconds(Address x, size_t vectors, int head_dim, const Recipe& rec
 }
 
 void bind_vectors(nb::module_& m) {
-  m.def("roundtrip", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, const std::string& which,
-                        Address mu, Address lambda, int layer_index, Address matrix) {
-          check(roundtrip(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, side_of(which),
-                          pointer<const float>(mu), pointer<const float>(lambda), layer_index, pointer<const float>(matrix)));
-        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "which"_a, "mu"_a = 0, "lambda_"_a = 0, "layer_index"_a = 0,
-        "matrix"_a = 0,
-        "Codes float32 [vectors, head_dim] and decodes them again. mu, lambda_: float32 [head_dim], or 0; matrix: R of a "
-        "dense recipe, float32 [head_dim, head_dim].");
-  m.def("rotate", [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
-                     Address matrix) {
-          check(rotate(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, layer_index, inverse,
-                       pointer<const float>(matrix)));
-        }, "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "layer_index"_a = 0, "inverse"_a = false, "matrix"_a = 0);
-  m.def("encode_bench", &encode_seconds, "x"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "repeats"_a = 5,
-        "matrix"_a = 0, "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
-  m.def("read_bandwidth", [](size_t bytes, int threads, int repeats) { return read_bandwidth(bytes, threads, repeats) * 1e-9; },
-        "bytes"_a, "threads"_a, "repeats"_a = 5, "Median read bandwidth in GB/s (1e9 bytes).");
-  m.def("dot_peak", [](int threads) { return dot_peak(threads) * 1e-9; }, "threads"_a,
-        "The most the backend in use computes in bytes times 4-bit codes, in 1e9 operations a second; 0 for reference.");
-  m.def("fma_peak", [](int threads) { return fma_peak(threads) * 1e-9; }, "threads"_a,
-        "The same in float32, in GFLOP/s.");
+  m.def(
+      "roundtrip",
+      [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, const std::string& which,
+         Address mu, Address lambda, int layer_index, Address matrix) {
+        check(roundtrip(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, side_of(which),
+                        pointer<const float>(mu), pointer<const float>(lambda), layer_index,
+                        pointer<const float>(matrix)));
+      },
+      "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "which"_a, "mu"_a = 0, "lambda_"_a = 0,
+      "layer_index"_a = 0, "matrix"_a = 0,
+      "Codes float32 [vectors, head_dim] and decodes them again. mu, lambda_: float32 [head_dim], or 0; matrix: R of a "
+      "dense recipe, float32 [head_dim, head_dim].");
+  m.def(
+      "rotate",
+      [](Address x, Address out, size_t vectors, int head_dim, const Recipe& recipe, int layer_index, bool inverse,
+         Address matrix) {
+        check(rotate(pointer<const float>(x), pointer<float>(out), vectors, head_dim, recipe, layer_index, inverse,
+                     pointer<const float>(matrix)));
+      },
+      "x"_a, "out"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "layer_index"_a = 0, "inverse"_a = false, "matrix"_a = 0);
+  m.def("encode_bench", &encode_seconds, "x"_a, "vectors"_a, "head_dim"_a, "recipe"_a, "repeats"_a = 5, "matrix"_a = 0,
+        "Median seconds of coding float32 [vectors, head_dim] once, on one thread.");
+  m.def(
+      "read_bandwidth",
+      [](size_t bytes, int threads, int repeats) { return read_bandwidth(bytes, threads, repeats) * 1e-9; }, "bytes"_a,
+      "threads"_a, "repeats"_a = 5, "Median read bandwidth in GB/s (1e9 bytes).");
+  m.def(
+      "dot_peak", [](int threads) { return dot_peak(threads) * 1e-9; }, "threads"_a,
+      "The most the backend in use computes in bytes times 4-bit codes, in 1e9 operations a second; 0 for reference.");
+  m.def(
+      "fma_peak", [](int threads) { return fma_peak(threads) * 1e-9; }, "threads"_a,
+      "The same in float32, in GFLOP/s.");
 }
 
 }  // namespace
@@ -315,7 +354,8 @@ NB_MODULE(_native, m) {
   m.def("set_num_threads", &set_num_threads, "n"_a);
   m.def("num_threads", &num_threads);
   m.def("use_openmp", &use_openmp_of, "path"_a,
-        "Runs on the threads of the OpenMP runtime at `path` if it is loaded and GNU-style; '' goes back to the own pool. "
+        "Runs on the threads of the OpenMP runtime at `path` if it is loaded and GNU-style; '' goes back to the own "
+        "pool. "
         "Returns whether OpenMP is now in use.");
   bind_recipe(m);
   bind_layer(m);

@@ -20,7 +20,7 @@ namespace {
 #include "peak.h"
 
 bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");   // F16C came before both
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
 }
 
 }  // namespace
@@ -28,7 +28,7 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx2Backend = {"avx2",          avx2::supported, avx2::kRegisterRows, avx2::peak, avx2::rotate,
-                                     avx2::encode, avx2::decode, avx2::attend_packed, avx2::attend_raw};
+extern const Backend kAvx2Backend = {"avx2",       avx2::supported, avx2::kRegisterRows, avx2::peak,      avx2::rotate,
+                                     avx2::encode, avx2::decode,    avx2::attend_packed, avx2::attend_raw};
 
 }  // namespace halfbyte

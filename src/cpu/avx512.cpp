@@ -20,8 +20,9 @@ namespace {
 #include "peak.h"
 
 bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 }
 
 }  // namespace
@@ -29,7 +30,8 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx512Backend = {"avx512",          avx512::supported, avx512::kRegisterRows, avx512::peak, avx512::rotate,
-                                     avx512::encode, avx512::decode, avx512::attend_packed, avx512::attend_raw};
+extern const Backend kAvx512Backend = {"avx512",       avx512::supported,     avx512::kRegisterRows,
+                                       avx512::peak,   avx512::rotate,        avx512::encode,
+                                       avx512::decode, avx512::attend_packed, avx512::attend_raw};
 
 }  // namespace halfbyte

@@ -15,7 +15,7 @@ HALFBYTE_INLINE f32x16 inverse_scale(f32x16 scale) {
 }
 
 // Adding it to |x| < 2^22 rounds x to even and leaves it as an integer in the low bits.
-constexpr float kRounder = 12582912.0f;   // 1.5 · 2^23
+constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23
 
 // The scale of least squared error among the candidates; y: the group's channels [channels][16].
 static f32x16 search_scale(const SideFormat& format, const float* y, int channels, f32x16 covering) {
@@ -57,13 +57,16 @@ static f32x16 choose_scale(const SideFormat& format, const float* y, int channel
 
 // ---------------------------------------------------------------------------------------------- codes
 
-template <int kValue> struct Constant { static constexpr int value = kValue; };
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
 
 // Rotated vectors and what turns them into codes.
 struct Quantiser {
-  const float* y;              // [padded_dim][16]
-  const float* inverse;        // [padded_dim / 16][16]: 1 / scale of each 16 channels
-  int lowest;                  // unsigned code: 0, or 1 for the paper's symmetric ones
+  const float* y;        // [padded_dim][16]
+  const float* inverse;  // [padded_dim / 16][16]: 1 / scale of each 16 channels
+  int lowest;            // unsigned code: 0, or 1 for the paper's symmetric ones
 };
 
 // Codes of channels [c, c + 4) as the four bytes of each lane.
@@ -78,13 +81,16 @@ HALFBYTE_INLINE i32x16 code_word(const Quantiser& from, int c) {
   auto add_byte = [&](auto place) {
     f32x16 code = fma(load(from.y + (c + place.value) * kLanes), inverse, set1(kOrigin));
     if constexpr (kBits == 8) code = min(max(code, set1(kRounder + (float)from.lowest)), set1(kRounder + 255.0f));
-    if constexpr (place.value == 0) word = bits_of(code);
-    else word = add(word, shift_left<8 * place.value>(bits_of(code)));
+    if constexpr (place.value == 0)
+      word = bits_of(code);
+    else
+      word = add(word, shift_left<8 * place.value>(bits_of(code)));
   };
   add_byte(Constant<0>{}), add_byte(Constant<1>{}), add_byte(Constant<2>{}), add_byte(Constant<3>{});
-  constexpr uint32_t kRounderBits = 0x4b400000u * 0x01010101u;   // kRounder's share in the sum
+  constexpr uint32_t kRounderBits = 0x4b400000u * 0x01010101u;  // kRounder's share in the sum
   word = sub(word, set1((int)kRounderBits));
-  if constexpr (kBits == 4) word = add(limit_bytes(word, kSpare + from.lowest, 15 - from.lowest), set1(from.lowest * 0x01010101));
+  if constexpr (kBits == 4)
+    word = add(limit_bytes(word, kSpare + from.lowest, 15 - from.lowest), set1(from.lowest * 0x01010101));
   return word;
 }
 
@@ -99,7 +105,7 @@ static void pack_rows(const Quantiser& from, int span, i32x16* rows) {
 
 template <int kBits>
 static void pack(const EncodeArgs& args, const Quantiser& from, uint8_t* codes) {
-  constexpr int kRows = kBits == 4 ? 4 : 8;   // of a span
+  constexpr int kRows = kBits == 4 ? 4 : 8;  // of a span
   for (int span = 0; span < args.format->padded_dim; span += kSpan, codes += kRows * kRowBytes) {
     i32x16 rows[kRows];
     pack_rows<kBits>(from, span, rows);
@@ -148,7 +154,8 @@ static void pack_some(const EncodeArgs& args, Quantiser from) {
   const int padded_dim = args.format->padded_dim;
   alignas(64) float moved[kMaxHeadDim * kLanes] = {}, inverse[kMaxHeadDim / 16 * kLanes] = {};
   alignas(64) uint8_t aside[kMaxHeadDim * kLanes];
-  for (int c = 0; c < padded_dim; c++) memcpy(moved + c * kLanes + args.first_lane, from.y + c * kLanes, args.n * sizeof(float));
+  for (int c = 0; c < padded_dim; c++)
+    memcpy(moved + c * kLanes + args.first_lane, from.y + c * kLanes, args.n * sizeof(float));
   for (int g = 0; g < padded_dim / 16; g++)
     memcpy(inverse + g * kLanes + args.first_lane, from.inverse + g * kLanes, args.n * sizeof(float));
   from.y = moved, from.inverse = inverse;
@@ -158,8 +165,10 @@ static void pack_some(const EncodeArgs& args, Quantiser from) {
 
 template <int kBits>
 static void pack_block(const EncodeArgs& args, const Quantiser& from) {
-  if (args.n == kLanes) pack<kBits>(args, from, args.codes);
-  else pack_some<kBits>(args, from);
+  if (args.n == kLanes)
+    pack<kBits>(args, from, args.codes);
+  else
+    pack_some<kBits>(args, from);
 }
 
 static void encode(const EncodeArgs& args) {
@@ -175,8 +184,10 @@ static void encode(const EncodeArgs& args) {
     store_scales(args, g, scales);
   }
   const Quantiser from = {y, inverse, format.signed_scale || format.search ? 0 : 1};
-  if (format.bits == 4) pack_block<4>(args, from);
-  else pack_block<8>(args, from);
+  if (format.bits == 4)
+    pack_block<4>(args, from);
+  else
+    pack_block<8>(args, from);
 }
 
 // ---------------------------------------------------------------------------------------------- decode

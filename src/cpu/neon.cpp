@@ -27,7 +27,7 @@ bool supported() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
-  return true;   // Apple's 64-bit desktop CPUs all have it
+  return true;  // Apple's 64-bit desktop CPUs all have it
 #endif
 }
 
@@ -36,7 +36,7 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kNeonBackend = {"neon",          neon::supported, neon::kRegisterRows, neon::peak, neon::rotate,
-                                     neon::encode, neon::decode, neon::attend_packed, neon::attend_raw};
+extern const Backend kNeonBackend = {"neon",       neon::supported, neon::kRegisterRows, neon::peak,      neon::rotate,
+                                     neon::encode, neon::decode,    neon::attend_packed, neon::attend_raw};
 
 }  // namespace halfbyte

@@ -1,10 +1,11 @@
-// Sixteen vectors into lanes and through a rotation, and back. Included inside the target's namespace, before kernels.h.
+// Sixteen vectors into lanes and through a rotation, and back. Included inside the target's namespace, before
+// kernels.h.
 //
 // Vectors are worked on sixteen at a time, lane = token: a channel of sixteen tokens is one register, so rotations,
 // maxima and packing need no horizontal steps. A buffer of that kind is float [channels][16].
 
 constexpr int kLanes = kBlockTokens;
-constexpr float kNothing = -1e30f;   // attend.h: the score of a token that is not seen
+constexpr float kNothing = -1e30f;  // attend.h: the score of a token that is not seen
 
 // ---------------------------------------------------------------------------------------------- loading vectors
 
@@ -37,12 +38,12 @@ struct Rows {
 // The rows that most likely come next: sixteen more at the same distance. Fetched a few lines at a time all through the
 // work on these, because memory can not deliver them at once.
 struct Ahead {
-  const char* at = nullptr;   // of a row
+  const char* at = nullptr;  // of a row
   ptrdiff_t step = 0, bytes = 0, done = 0;
 
   // Without a branch, and past the sixteenth row if asked often enough: fetching any address is harmless.
   __attribute__((always_inline)) void fetch() {
-    constexpr int kLines = 6;   // for 128 float channels, 24 calls bring what is needed
+    constexpr int kLines = 6;  // for 128 float channels, 24 calls bring what is needed
     for (int i = 0; i < kLines; i++) {
       prefetch(at + done);
       done += 64;
@@ -87,16 +88,23 @@ static void load_transposed(const Rows& given, const float* offset, const float*
   int c = 0;
   for (; c + kLanes <= given.d; c += kLanes) {
     ahead.fetch();
-    load_tile<kDtype>(rows, c, offset ? load(offset + c) : set1(0.0f), factors ? load(factors + c) : set1(1.0f), y + c * kLanes);
+    load_tile<kDtype>(rows, c, offset ? load(offset + c) : set1(0.0f), factors ? load(factors + c) : set1(1.0f),
+                      y + c * kLanes);
   }
   if (c < given.d) load_last_tile(rows, kDtype, c, given.d - c, offset, factors, y + c * kLanes);
 }
 
 static void load_transposed(const Rows& rows, const float* offset, const float* factors, float* y, Ahead& ahead) {
   switch (rows.dtype) {
-    case Dtype::float32: load_transposed<Dtype::float32>(rows, offset, factors, y, ahead); break;
-    case Dtype::float16: load_transposed<Dtype::float16>(rows, offset, factors, y, ahead); break;
-    case Dtype::bfloat16: load_transposed<Dtype::bfloat16>(rows, offset, factors, y, ahead); break;
+    case Dtype::float32:
+      load_transposed<Dtype::float32>(rows, offset, factors, y, ahead);
+      break;
+    case Dtype::float16:
+      load_transposed<Dtype::float16>(rows, offset, factors, y, ahead);
+      break;
+    case Dtype::bfloat16:
+      load_transposed<Dtype::bfloat16>(rows, offset, factors, y, ahead);
+      break;
   }
 }
 
@@ -140,23 +148,27 @@ HALFBYTE_INLINE Complex plus_scaled(Complex a, Complex b, float x) {
 HALFBYTE_INLINE Complex less_scaled(Complex a, Complex b, float x) {
   return {fnma(b.re, set1(x), a.re), fnma(b.im, set1(x), a.im)};
 }
-HALFBYTE_INLINE Complex plus_i(Complex a, Complex b) { return {sub(a.re, b.im), add(a.im, b.re)}; }    // a + i·b
-HALFBYTE_INLINE Complex less_i(Complex a, Complex b) { return {add(a.re, b.im), sub(a.im, b.re)}; }    // a − i·b
+HALFBYTE_INLINE Complex plus_i(Complex a, Complex b) { return {sub(a.re, b.im), add(a.im, b.re)}; }  // a + i·b
+HALFBYTE_INLINE Complex less_i(Complex a, Complex b) { return {add(a.re, b.im), sub(a.im, b.re)}; }  // a − i·b
 HALFBYTE_INLINE Complex times(Complex a, float cos, float sin) {
   f32x16 c = set1(cos), s = set1(sin);
   return {fnma(a.im, s, mul(a.re, c)), fma(a.im, c, mul(a.re, s))};
 }
 
 // cos and sin of 2πk / radix, for odd radices.
-template <int kRadix> struct Roots;
-template <> struct Roots<3> {
+template <int kRadix>
+struct Roots;
+template <>
+struct Roots<3> {
   static constexpr float kCos[] = {1.0f, -0.5f, -0.5f}, kSin[] = {0.0f, 0.866025404f, -0.866025404f};
 };
-template <> struct Roots<5> {
+template <>
+struct Roots<5> {
   static constexpr float kCos[] = {1.0f, 0.309016994f, -0.809016994f, -0.809016994f, 0.309016994f};
   static constexpr float kSin[] = {0.0f, 0.951056516f, 0.587785252f, -0.587785252f, -0.951056516f};
 };
-template <> struct Roots<7> {
+template <>
+struct Roots<7> {
   static constexpr float kCos[] = {1.0f,          0.623489802f,  -0.222520934f, -0.900968868f,
                                    -0.900968868f, -0.222520934f, 0.623489802f};
   static constexpr float kSin[] = {0.0f,          0.781831482f,  0.974927912f, 0.433883739f,
@@ -173,7 +185,7 @@ HALFBYTE_INLINE void short_dft(Complex* a) {
     Complex s02 = add(a[0], a[2]), d02 = sub(a[0], a[2]), s13 = add(a[1], a[3]), d13 = sub(a[1], a[3]);
     a[0] = add(s02, s13), a[1] = less_i(d02, d13), a[2] = sub(s02, s13), a[3] = plus_i(d02, d13);
   } else if constexpr (kRadix == 8) {
-    constexpr float kHalf = 0.707106781f;   // √½
+    constexpr float kHalf = 0.707106781f;  // √½
     Complex even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
     short_dft<4>(even), short_dft<4>(odd);
     // Eighth turns, but for √½: (1 − i)·odd[1] and −(1 + i)·odd[3].
@@ -184,7 +196,7 @@ HALFBYTE_INLINE void short_dft(Complex* a) {
     a[2] = less_i(even[2], odd[2]), a[6] = plus_i(even[2], odd[2]);
     a[3] = {fma(turned3.re, set1(kHalf), even[3].re), fnma(turned3.im, set1(kHalf), even[3].im)};
     a[7] = {fnma(turned3.re, set1(kHalf), even[3].re), fma(turned3.im, set1(kHalf), even[3].im)};
-  } else {   // odd: inputs j and radix − j meet the same cosine, and opposite sines
+  } else {  // odd: inputs j and radix − j meet the same cosine, and opposite sines
     using Root = Roots<kRadix>;
     constexpr int kPairs = kRadix / 2;
     Complex sums[kPairs], gaps[kPairs], first = a[0];
@@ -246,13 +258,26 @@ static float* fft(const RotationPlan& plan, float* a, float* b, Ahead& ahead) {
   for (const FftPass& pass : plan.passes) {
     const float* twiddles = &plan.twiddles[pass.twiddle_at];
     switch (pass.radix) {
-      case 2: fft_pass<2>(pass, twiddles, a, b, ahead); break;
-      case 3: fft_pass<3>(pass, twiddles, a, b, ahead); break;
-      case 4: fft_pass<4>(pass, twiddles, a, b, ahead); break;
-      case 5: fft_pass<5>(pass, twiddles, a, b, ahead); break;
-      case 7: fft_pass<7>(pass, twiddles, a, b, ahead); break;
-      case 8: fft_pass<8>(pass, twiddles, a, b, ahead); break;
-      default: fft_pass_prime(pass, twiddles, a, b);
+      case 2:
+        fft_pass<2>(pass, twiddles, a, b, ahead);
+        break;
+      case 3:
+        fft_pass<3>(pass, twiddles, a, b, ahead);
+        break;
+      case 4:
+        fft_pass<4>(pass, twiddles, a, b, ahead);
+        break;
+      case 5:
+        fft_pass<5>(pass, twiddles, a, b, ahead);
+        break;
+      case 7:
+        fft_pass<7>(pass, twiddles, a, b, ahead);
+        break;
+      case 8:
+        fft_pass<8>(pass, twiddles, a, b, ahead);
+        break;
+      default:
+        fft_pass_prime(pass, twiddles, a, b);
     }
     float* swap = a;
     a = b, b = swap;
@@ -277,7 +302,7 @@ static float* srft_forward(const RotationPlan& plan, float* y, float* scratch, A
   store(out + n * kLanes, mul(sub(z0.re, z0.im), set1(kRoot2)));
   for (int k = 1; k <= n / 2 + n % 2 && k < n; k++) {
     Complex a = load_complex(z + 2 * kLanes * k), b = load_complex(z + 2 * kLanes * (n - k));
-    Complex even = {add(a.re, b.re), sub(a.im, b.im)}, odd = {add(a.im, b.im), sub(b.re, a.re)};   // twice E, O
+    Complex even = {add(a.re, b.re), sub(a.im, b.im)}, odd = {add(a.im, b.im), sub(b.re, a.re)};  // twice E, O
     Complex turned = times(odd, plan.unpack[2 * k], plan.unpack[2 * k + 1]);
     store(out + k * kLanes, add(even.re, turned.re));
     store(out + (n + k) * kLanes, add(even.im, turned.im));
@@ -337,23 +362,33 @@ static void dense(const RotationPlan& plan, const float* x, float* y) {
 
 static float* rotate_forward(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
   switch (plan.kind) {
-    case Rotation::identity: return y;
-    case Rotation::srft: return srft_forward(plan, y, scratch, ahead);
-    case Rotation::srht: hadamard(plan.head_dim, y); return y;
-    case Rotation::dense: dense<false>(plan, y, scratch); return scratch;
+    case Rotation::identity:
+      return y;
+    case Rotation::srft:
+      return srft_forward(plan, y, scratch, ahead);
+    case Rotation::srht:
+      hadamard(plan.head_dim, y);
+      return y;
+    case Rotation::dense:
+      dense<false>(plan, y, scratch);
+      return scratch;
   }
   return y;
 }
 
 static float* rotate_back(const RotationPlan& plan, float* y, float* scratch) {
   switch (plan.kind) {
-    case Rotation::identity: return y;
-    case Rotation::srft: return srft_inverse(plan, y, scratch);
+    case Rotation::identity:
+      return y;
+    case Rotation::srft:
+      return srft_inverse(plan, y, scratch);
     case Rotation::srht:
       hadamard(plan.head_dim, y);
       for (int c = 0; c < plan.head_dim; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(plan.factors[c])));
       return y;
-    case Rotation::dense: dense<true>(plan, y, scratch); return scratch;
+    case Rotation::dense:
+      dense<true>(plan, y, scratch);
+      return scratch;
   }
   return y;
 }
@@ -367,7 +402,8 @@ static void rotate(const RotationPlan& plan, bool inverse, float* x, size_t stri
   const void* rows[kLanes];
   for (int i = 0; i < n; i++) rows[i] = x + i * stride;
   Ahead nothing;
-  load_transposed({rows, n, Dtype::float32, plan.head_dim}, nullptr, inverse ? nullptr : load_factors(plan), y, nothing);
+  load_transposed({rows, n, Dtype::float32, plan.head_dim}, nullptr, inverse ? nullptr : load_factors(plan), y,
+                  nothing);
   const float* turned = inverse ? rotate_back(plan, y, scratch) : rotate_forward(plan, y, scratch, nothing);
   store_transposed(turned, plan.head_dim, x, stride, n);
 }

@@ -25,7 +25,8 @@ bool supported() { return true; }
 
 namespace halfbyte {
 
-extern const Backend kScalarBackend = {"scalar",          scalar::supported, scalar::kRegisterRows, scalar::peak, scalar::rotate,
-                                     scalar::encode, scalar::decode, scalar::attend_packed, scalar::attend_raw};
+extern const Backend kScalarBackend = {"scalar",       scalar::supported,     scalar::kRegisterRows,
+                                       scalar::peak,   scalar::rotate,        scalar::encode,
+                                       scalar::decode, scalar::attend_packed, scalar::attend_raw};
 
 }  // namespace halfbyte

@@ -4,11 +4,11 @@
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
-//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put back
-//   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two equals
-//   limit_bytes      each byte b of the lanes → min(max(b − less, 0), most)
-//   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
-//   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put
+//   back Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two
+//   equals limit_bytes      each byte b of the lanes → min(max(b − less, 0), most) transpose_bytes  four registers as
+//   16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte] dot4             acc + Σ of four codes ×
+//   four signed bytes, in each lane. Codes are unsigned; a target may count
 //                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
 //   dot4_weights     the same with nibbles and four unsigned bytes
 //   sum_four         the sums over the lanes of four registers
@@ -19,7 +19,7 @@ using mask16 = uint16_t;
 // For loops over a fixed array of registers: left to itself the compiler may keep the array in memory.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
 
-HALFBYTE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }   // any address will do
+HALFBYTE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }  // any address will do
 
 #if HALFBYTE_TARGET_AVX512
 
@@ -52,7 +52,9 @@ HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fnmadd
 HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 HALFBYTE_INLINE f32x16 abs(f32x16 a) { return _mm512_abs_ps(a); }
-HALFBYTE_INLINE f32x16 round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+HALFBYTE_INLINE f32x16 round(f32x16 a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 HALFBYTE_INLINE mask16 greater(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 HALFBYTE_INLINE mask16 greater_equal(f32x16 a, f32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 HALFBYTE_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no) { return _mm512_mask_blend_ps(m, no, yes); }
@@ -62,14 +64,19 @@ HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return _mm512_scalef
 
 using Extreme = f32x16;
 HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return x; }
-HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return _mm512_range_ps(e, x, 7); }   // larger magnitude, its own sign
+HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) {
+  return _mm512_range_ps(e, x, 7);
+}  // larger magnitude, its own sign
 HALFBYTE_INLINE f32x16 value_of(Extreme e) { return e; }
 
 HALFBYTE_INLINE i32x16 set1(int x) { return _mm512_set1_epi32(x); }
 HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return _mm512_add_epi32(a, b); }
 HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return _mm512_sub_epi32(a, b); }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return _mm512_or_si512(a, b); }
-template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return _mm512_slli_epi32(a, kBits); }
+template <int kBits>
+HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
+  return _mm512_slli_epi32(a, kBits);
+}
 HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return _mm512_cvtps_epi32(a); }
 HALFBYTE_INLINE void store(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a); }
@@ -100,7 +107,7 @@ HALFBYTE_INLINE i32x16 dot4_byte(i32x16 acc, u8x64 codes, int four) { return dot
 HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
   f32x16 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
   f32x16 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-  f32x16 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));   // a quad in each 128 bits
+  f32x16 c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));  // a quad in each 128 bits
   __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
 }
@@ -114,13 +121,13 @@ HALFBYTE_INLINE mask16 load_mask(const uint8_t* p) {
 }
 HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
   f32x16 t[16];
-  for (int i = 0; i < 16; i += 4) {   // 4×4 blocks inside each 128-bit lane
+  for (int i = 0; i < 16; i += 4) {  // 4×4 blocks inside each 128-bit lane
     f32x16 a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
     f32x16 c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
     t[i] = _mm512_shuffle_ps(a, c, 0x44), t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
     t[i + 2] = _mm512_shuffle_ps(b, d, 0x44), t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
   }
-  for (int i = 0; i < 4; i++) {       // then the lanes themselves
+  for (int i = 0; i < 4; i++) {  // then the lanes themselves
     f32x16 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
     f32x16 c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
     r[i] = _mm512_shuffle_f32x4(a, c, 0x88), r[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
@@ -130,19 +137,26 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 
 #elif HALFBYTE_TARGET_AVX2
 
-constexpr int kRegisterRows = 2;   // sixteen registers, two to a vector
+constexpr int kRegisterRows = 2;  // sixteen registers, two to a vector
 constexpr int kRegisterSums = 4;
 constexpr int kSearchAbreast = 1;
 
-struct f32x16 { __m256 lo, hi; };
-struct i32x16 { __m256i lo, hi; };
-struct u8x64 { __m256i lo, hi; };
+struct f32x16 {
+  __m256 lo, hi;
+};
+struct i32x16 {
+  __m256i lo, hi;
+};
+struct u8x64 {
+  __m256i lo, hi;
+};
 
 HALFBYTE_INLINE f32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 HALFBYTE_INLINE f32x16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 HALFBYTE_INLINE void store(float* p, f32x16 x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
 HALFBYTE_INLINE f32x16 load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 HALFBYTE_INLINE __m256 widen_bf16(const uint16_t* p) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -205,13 +219,17 @@ HALFBYTE_INLINE float reduce_max(f32x16 a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-HALFBYTE_INLINE __m256 scale_by_power(__m256 x, __m256 n) {   // n in [−126, 127]: 2^n through the exponent bits
+HALFBYTE_INLINE __m256 scale_by_power(__m256 x, __m256 n) {  // n in [−126, 127]: 2^n through the exponent bits
   __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x, _mm256_castsi256_ps(bits));
 }
-HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {scale_by_power(x.lo, n.lo), scale_by_power(x.hi, n.hi)}; }
+HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) {
+  return {scale_by_power(x.lo, n.lo), scale_by_power(x.hi, n.hi)};
+}
 
-struct Extreme { f32x16 high, low; };
+struct Extreme {
+  f32x16 high, low;
+};
 HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return {x, x}; }
 HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return {max(e.high, x), min(e.low, x)}; }
 HALFBYTE_INLINE f32x16 value_of(Extreme e) {
@@ -222,7 +240,8 @@ HALFBYTE_INLINE i32x16 set1(int x) { return {_mm256_set1_epi32(x), _mm256_set1_e
 HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
+template <int kBits>
+HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
   return {_mm256_slli_epi32(a.lo, kBits), _mm256_slli_epi32(a.hi, kBits)};
 }
 HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
@@ -236,8 +255,8 @@ HALFBYTE_INLINE i32x16 limit_bytes(i32x16 a, int less, int most) {
   return {_mm256_min_epu8(_mm256_subs_epu8(a.lo, down), top), _mm256_min_epu8(_mm256_subs_epu8(a.hi, down), top)};
 }
 HALFBYTE_INLINE void transpose_bytes(i32x16 r[4]) {
-  const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
-                                        0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13,
+                                        2, 6, 10, 14, 3, 7, 11, 15);
   __m256i lo[4], hi[4];
   for (int i = 0; i < 4; i++) lo[i] = _mm256_shuffle_epi8(r[i].lo, turn), hi[i] = _mm256_shuffle_epi8(r[i].hi, turn);
   // Now 128-bit pieces change places: piece j of row i becomes piece i of row j.
@@ -247,8 +266,8 @@ HALFBYTE_INLINE void transpose_bytes(i32x16 r[4]) {
   r[3] = {_mm256_permute2x128_si256(hi[0], hi[1], 0x31), _mm256_permute2x128_si256(hi[2], hi[3], 0x31)};
 }
 HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) {
-  __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1,
-                                  -1, -1, -1, -1, -1, -1, -1, -1);
+  __m256i pick = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1,
+                                  -1, -1, -1, -1, -1, -1, -1, -1, -1);
   __m256i lo = _mm256_shuffle_epi8(a.lo, pick), hi = _mm256_shuffle_epi8(a.hi, pick);
   int words[4] = {_mm256_extract_epi32(lo, 0), _mm256_extract_epi32(lo, 4), _mm256_extract_epi32(hi, 0),
                   _mm256_extract_epi32(hi, 4)};
@@ -269,7 +288,7 @@ HALFBYTE_INLINE u8x64 high_nibbles(u8x64 row) {
 HALFBYTE_INLINE __m256i sum_pairs(__m256i acc, __m256i pairs) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {   // 15·127·2 fits 16 bits
+HALFBYTE_INLINE i32x16 dot4_nibble(i32x16 acc, u8x64 codes, int four) {  // 15·127·2 fits 16 bits
   __m256i b = _mm256_set1_epi32(four);
   return {sum_pairs(acc.lo, _mm256_maddubs_epi16(codes.lo, b)), sum_pairs(acc.hi, _mm256_maddubs_epi16(codes.hi, b))};
 }
@@ -279,7 +298,7 @@ HALFBYTE_INLINE void sum_four(const f32x16 x[4], float* sums) {
   __m256 c = _mm256_hadd_ps(a, b);
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
 }
-HALFBYTE_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {   // so does 15·255·2
+HALFBYTE_INLINE i32x16 dot4_weights(i32x16 acc, u8x64 codes, int four) {  // so does 15·255·2
   __m256i b = _mm256_set1_epi32(four);
   return {sum_pairs(acc.lo, _mm256_maddubs_epi16(b, codes.lo)), sum_pairs(acc.hi, _mm256_maddubs_epi16(b, codes.hi))};
 }
@@ -287,7 +306,7 @@ HALFBYTE_INLINE u8x64 flip(u8x64 row, int four) {
   __m256i b = _mm256_set1_epi32(four);
   return {_mm256_xor_si256(row.lo, b), _mm256_xor_si256(row.hi, b)};
 }
-HALFBYTE_INLINE __m256i dot4_byte_half(__m256i acc, __m256i codes, __m256i b) {   // counted from 128: |−128|·127·2 fits
+HALFBYTE_INLINE __m256i dot4_byte_half(__m256i acc, __m256i codes, __m256i b) {  // counted from 128: |−128|·127·2 fits
   __m256i centred = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
   return sum_pairs(acc, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(b, centred)));
 }
@@ -312,7 +331,7 @@ HALFBYTE_INLINE void transpose8(__m256 r[8]) {
   }
 }
 HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
-  __m256 quarter[4][8];   // (row half, column half)
+  __m256 quarter[4][8];  // (row half, column half)
   for (int i = 0; i < 8; i++) {
     quarter[0][i] = r[i].lo, quarter[1][i] = r[i].hi, quarter[2][i] = r[i + 8].lo, quarter[3][i] = r[i + 8].hi;
   }
@@ -324,7 +343,7 @@ HALFBYTE_INLINE void transpose16(f32x16 r[16]) {
 
 #include "simd_neon.h"
 
-#else   // plain C++: the compiler's own vectors, correct on any CPU
+#else  // plain C++: the compiler's own vectors, correct on any CPU
 
 constexpr int kRegisterRows = 1;
 constexpr int kRegisterSums = 2;
@@ -369,7 +388,7 @@ HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return c - a * b; }
 HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 HALFBYTE_INLINE f32x16 abs(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
-HALFBYTE_INLINE f32x16 round(f32x16 a) {   // to even, for |a| < 2^22: adding 1.5 · 2^23 pushes the fraction out
+HALFBYTE_INLINE f32x16 round(f32x16 a) {  // to even, for |a| < 2^22: adding 1.5 · 2^23 pushes the fraction out
   f32x16 shift = set1(12582912.0f);
   return (a + shift) - shift;
 }
@@ -394,7 +413,9 @@ static float reduce_max(f32x16 a) {
   for (int i = 1; i < 16; i++) s = a[i] > s ? a[i] : s;
   return s;
 }
-struct Extreme { f32x16 high, low; };
+struct Extreme {
+  f32x16 high, low;
+};
 HALFBYTE_INLINE Extreme extreme_of(f32x16 x) { return {x, x}; }
 HALFBYTE_INLINE Extreme widen(Extreme e, f32x16 x) { return {max(e.high, x), min(e.low, x)}; }
 HALFBYTE_INLINE f32x16 value_of(Extreme e) {
@@ -404,7 +425,10 @@ HALFBYTE_INLINE i32x16 set1(int x) { return x - i32x16{}; }
 HALFBYTE_INLINE i32x16 add(i32x16 a, i32x16 b) { return (i32x16)((u32x16)a + (u32x16)b); }
 HALFBYTE_INLINE i32x16 sub(i32x16 a, i32x16 b) { return (i32x16)((u32x16)a - (u32x16)b); }
 HALFBYTE_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { return a | b; }
-template <int kBits> HALFBYTE_INLINE i32x16 shift_left(i32x16 a) { return (i32x16)((u32x16)a << kBits); }
+template <int kBits>
+HALFBYTE_INLINE i32x16 shift_left(i32x16 a) {
+  return (i32x16)((u32x16)a << kBits);
+}
 HALFBYTE_INLINE f32x16 to_f32(i32x16 a) { return __builtin_convertvector(a, f32x16); }
 HALFBYTE_INLINE i32x16 to_i32(f32x16 a) { return __builtin_convertvector(round(a), i32x16); }
 HALFBYTE_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return x * (f32x16)((to_i32(n) + 127) << 23); }
@@ -464,10 +488,11 @@ static void transpose16(f32x16 r[16]) {
 
 #endif
 
-// e^x for x <= 0, relative error under 4e-6 + 1.2e-7·|x| (the polynomial's, and x's own rounding); below −87 it is e^−87, which no float sum notices.
+// e^x for x <= 0, relative error under 4e-6 + 1.2e-7·|x| (the polynomial's, and x's own rounding); below −87 it is
+// e^−87, which no float sum notices.
 HALFBYTE_INLINE f32x16 exp_negative(f32x16 x) {
   f32x16 t = mul(max(x, set1(-87.0f)), set1(1.44269504f)), n = round(t), f = sub(t, n);
-  f32x16 p = set1(1.33335581e-3f);   // Taylor coefficients of 2^f, |f| <= 1/2
+  f32x16 p = set1(1.33335581e-3f);  // Taylor coefficients of 2^f, |f| <= 1/2
   p = fma(p, f, set1(9.61812911e-3f));
   p = fma(p, f, set1(5.55041087e-2f));
   p = fma(p, f, set1(2.40226507e-1f));

@@ -10,7 +10,7 @@
 #define gpu_global  // address spaces, which CUDA infers
 #define gpu_shared
 #define gpu_const const
-#define gpu_barrier() __syncthreads()  // of the threadgroup, reached by all of its threads
+#define gpu_barrier() __syncthreads()    // of the threadgroup, reached by all of its threads
 #define gpu_simd_barrier() __syncwarp()  // of the simdgroup
 #define gpu_lane_xor(value, mask) __shfl_xor_sync(0xffffffffu, value, mask)
 #define gpu_lane_get(value, lane) __shfl_sync(0xffffffffu, value, lane)

@@ -35,7 +35,7 @@ TEST(Append, AnyChunkingGivesIdenticalBytes) {
       const std::vector<float> mu = random.normals(2 * d);
       auto build = [&](const std::vector<size_t>& at) {
         Layer layer = make_layer(config_of(2, d, dtype, recipe));
-        if (recipe.offset) must(layer.set_offset(mu.data(), mu.data()));   // else the first chunk's size decides μ
+        if (recipe.offset) must(layer.set_offset(mu.data(), mu.data()));  // else the first chunk's size decides μ
         for (size_t i = 1; i < at.size(); i++) must(append(layer, k, v, at[i - 1], at[i]));
         return layer;
       };
@@ -62,7 +62,7 @@ TEST(Append, ABlockIsPackedWhenAQueryHasLeftIt) {
       const Array k = random_array(random, 1, 1, 150, 32), v = random_array(random, 1, 1, 150, 32);
       for (size_t n = 1; n <= 150; n++) {
         must(append(layer, k, v, n - 1, n));
-        const int packed = (int)((n - 1) / 16 * 16) - sinks - window;   // the block of the newest token stays raw
+        const int packed = (int)((n - 1) / 16 * 16) - sinks - window;  // the block of the newest token stays raw
         ASSERT_EQ(layer.packed_tokens(), (size_t)std::max(0, packed)) << n;
         ASSERT_EQ(layer.length(), n);
         ASSERT_EQ(layer.visible(), n);
@@ -85,7 +85,8 @@ TEST(Append, StridesAreFollowed) {
         }
   Layer plain = make_layer(config_of(3, 32)), strided = make_layer(config_of(3, 32));
   must(append(plain, k, v));
-  must(strided.append({k_rows.data(), 50 * 3 * wide, wide, 3 * wide}, {v_rows.data(), 50 * 3 * wide, wide, 3 * wide}, 2, 50));
+  must(strided.append({k_rows.data(), 50 * 3 * wide, wide, 3 * wide}, {v_rows.data(), 50 * 3 * wide, wide, 3 * wide}, 2,
+                      50));
   EXPECT_TRUE(same_bits(decode(plain), decode(strided)));
 }
 
@@ -116,7 +117,7 @@ TEST(Append, OffsetIsTheMeanOverTheFirstPrefill) {
   EXPECT_FALSE(layer.has_offset());
   must(append(layer, k, k, 10, 100));
   EXPECT_TRUE(layer.has_offset());
-  EXPECT_LT(error_of_layer(layer, k, 0, 96), 0.15);   // 4 bits of spread 1: 0.08
+  EXPECT_LT(error_of_layer(layer, k, 0, 96), 0.15);  // 4 bits of spread 1: 0.08
 }
 
 TEST(Append, OffsetIsFixedOnce) {
@@ -129,12 +130,12 @@ TEST(Append, OffsetIsFixedOnce) {
   const Decoded after = decode(layer);
   for (size_t t = 0; t < 32; t++)
     for (int c = 0; c < 64; c++) ASSERT_EQ(before.k.get(0, 0, t, c), after.k.get(0, 0, t, c));
-  EXPECT_GT(error_of_layer(layer, far, 0, 0 + 1), 100.0);   // token 0 is `near`: a sanity check of the helper
+  EXPECT_GT(error_of_layer(layer, far, 0, 0 + 1), 100.0);  // token 0 is `near`: a sanity check of the helper
 }
 
 TEST(Append, PaddingIsNotCounted) {
   Random random;
-  for (size_t first : {1, 20, 60}) {   // padding may come before, or with, the append that fixes the offset
+  for (size_t first : {1, 20, 60}) {  // padding may come before, or with, the append that fixes the offset
     Array k = biased(random, 60, 500.0f);
     std::vector<uint8_t> counted(60, 1);
     for (size_t t = 0; t < 12; t++) {
@@ -170,7 +171,7 @@ TEST(Append, GivenOffsetHoldsForOneSideAndUntilPacking) {
   for (int c = 0; c < 64; c++) mu.push_back(c % 3 ? 500.0f : -500.0f);
   Layer layer = make_layer(config_of(1, 64));
   must(append(layer, k, k, 0, 16));
-  must(layer.set_offset(mu.data(), nullptr));   // V's is still found by itself
+  must(layer.set_offset(mu.data(), nullptr));  // V's is still found by itself
   must(append(layer, k, k, 16, 40));
   EXPECT_LT(error_of_layer(layer, k, 0, 32), 0.15);
   const Status late = layer.set_offset(mu.data(), mu.data());
@@ -187,7 +188,7 @@ TEST(Append, GivenOffsetHoldsForOneSideAndUntilPacking) {
 
 struct Given {
   Array k, v;
-  std::vector<uint8_t> counted;   // [batch, tokens]
+  std::vector<uint8_t> counted;  // [batch, tokens]
 };
 
 Given given(Random& random, size_t tokens, Dtype dtype = Dtype::float32) {
@@ -314,7 +315,8 @@ TEST(OffsetTokens, AGivenOffsetNeedsNoWaiting) {
   Random random;
   const Given x = given(random, 100);
   const std::vector<float> mu_k = random.normals(2 * 32), mu_v = random.normals(2 * 48);
-  Layer both = make_layer(warm_up_config(64)), never = make_layer(warm_up_config(0)), one = make_layer(warm_up_config(64));
+  Layer both = make_layer(warm_up_config(64)), never = make_layer(warm_up_config(0)),
+        one = make_layer(warm_up_config(64));
   must(both.set_offset(mu_k.data(), mu_v.data())), must(never.set_offset(mu_k.data(), mu_v.data()));
   must(one.set_offset(mu_k.data(), nullptr));
   for (size_t t = 0; t < 40; t++) {
@@ -348,8 +350,8 @@ TEST(OffsetTokens, AnOffsetGivenAfterACropIsUsed) {
 // ---- refused input
 
 // The layer must be as if the refused append had never been: same tokens, same attention, same bytes later.
-void expect_refused(Layer& layer, Layer& untouched, const Array& k, const Array& v, const Array& bad_k, const Array& bad_v,
-                    Code code, const std::vector<std::string>& parts) {
+void expect_refused(Layer& layer, Layer& untouched, const Array& k, const Array& v, const Array& bad_k,
+                    const Array& bad_v, Code code, const std::vector<std::string>& parts) {
   const size_t bytes = layer.bytes(), length = layer.length();
   const Status status = append(layer, bad_k, bad_v);
   EXPECT_EQ(status.code(), code);
@@ -368,7 +370,7 @@ TEST(Append, NamesTheTokenThatIsNotANumber) {
   Random random;
   for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16})
     for (float bad : {NAN, INFINITY, -INFINITY})
-      for (size_t tokens : {1, 17, 80})   // a decode step, a short chunk, one that is checked by threads
+      for (size_t tokens : {1, 17, 80})  // a decode step, a short chunk, one that is checked by threads
         for (int side = 0; side < 2; side++) {
           const size_t held = random.below(3) * 13;
           Layer layer = make_layer(config_of(2, 80, dtype)), untouched = make_layer(config_of(2, 80, dtype));
@@ -376,7 +378,8 @@ TEST(Append, NamesTheTokenThatIsNotANumber) {
             const Array x = random_array(random, 2, 2, held, 80, dtype);
             must(append(layer, x, x)), must(append(untouched, x, x));
           }
-          const Array k = random_array(random, 2, 2, tokens, 80, dtype), v = random_array(random, 2, 2, tokens, 80, dtype);
+          const Array k = random_array(random, 2, 2, tokens, 80, dtype),
+                      v = random_array(random, 2, 2, tokens, 80, dtype);
           Array bad_k = k, bad_v = v;
           const int b = random.below(2), h = random.below(2), c = random.below(80);
           const size_t t = random.below((int)tokens);
@@ -413,11 +416,12 @@ TEST(Append, NamesValuesTooLargeForTheirScales) {
     large.set(0, 0, 33, 7, over);
     expect_refused(layer, untouched, k, k, large, k, Code::bad_value,
                    {"K of sequence 0, head 0, token 33 ", "scale_bits=" + std::to_string(scale_bits)});
-    EXPECT_TRUE(all_finite(decode(layer).k));   // the largest values allowed stay numbers
+    EXPECT_TRUE(all_finite(decode(layer).k));  // the largest values allowed stay numbers
     double worst = 0.0;
     const Decoded held = decode(layer);
     for (size_t t = 0; t < 32; t++)
-      for (int c = 0; c < 512; c++) worst = std::max(worst, std::fabs((double)held.k.get(0, 0, t, c) - k.get(0, 0, t, c)));
+      for (int c = 0; c < 512; c++)
+        worst = std::max(worst, std::fabs((double)held.k.get(0, 0, t, c) - k.get(0, 0, t, c)));
     EXPECT_LT(worst, 0.15 * most);
   }
 }
@@ -472,7 +476,7 @@ TEST(Append, DenseRotationIsNeededCheckedAndKept) {
   Result<Layer> loaded = Layer::load(layer.config(), parts);
   ASSERT_TRUE(loaded.ok()) << loaded.status().message();
   const Decoded held = decode(layer);
-  must(layer.crop(0));   // as reset does
+  must(layer.crop(0));  // as reset does
   must(append(layer, x, x));
   for (Layer* other : {&layer, &copy, &loaded.value()}) EXPECT_TRUE(same_bits(decode(*other), held));
   must(copy.crop(40)), must(loaded.value().crop(40)), must(layer.crop(40));
@@ -499,9 +503,12 @@ TEST(Append, SavedRotationsAreChecked) {
   };
   EXPECT_EQ(refusal([](LayerParts&) {}), "");
   EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k.clear(); }).find("rotation_k is missing"), std::string::npos);
-  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v.pop_back(); }).find("rotation_v has another size"), std::string::npos);
-  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k[5] = NAN; }).find("rotation_k is not orthonormal"), std::string::npos);
-  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v[0] += 1.0f; }).find("rotation_v is not orthonormal"), std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v.pop_back(); }).find("rotation_v has another size"),
+            std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_k[5] = NAN; }).find("rotation_k is not orthonormal"),
+            std::string::npos);
+  EXPECT_NE(refusal([](LayerParts& p) { p.rotation_v[0] += 1.0f; }).find("rotation_v is not orthonormal"),
+            std::string::npos);
 }
 
 TEST(Append, NamesBadLambda) {

@@ -51,22 +51,25 @@ Recipe random_recipe(Random& random, int d) {
   recipe.search = random.below(2), recipe.signed_scale = random.below(2), recipe.offset = random.below(2);
   recipe.sink_tokens = random.below(4) ? 0 : 16, recipe.raw_window = random.below(4) ? 0 : 16;
   const int rotation = random.below(4);
-  recipe.rotation = rotation == 0 ? Rotation::identity : rotation == 1 && !(d & (d - 1)) ? Rotation::srht : Rotation::srft;
+  recipe.rotation = rotation == 0                     ? Rotation::identity
+                    : rotation == 1 && !(d & (d - 1)) ? Rotation::srht
+                                                      : Rotation::srft;
   return recipe;
 }
 
 std::string describe(const Recipe& r, int d, size_t tokens, int group) {
-  return "d " + std::to_string(d) + ", tokens " + std::to_string(tokens) + ", query heads " + std::to_string(group) + ", K " +
-         std::to_string(r.k.bits) + "/" + std::to_string(r.k.group) + ", V " + std::to_string(r.v.bits) + "/" +
-         std::to_string(r.v.group) + ", sinks " + std::to_string(r.sink_tokens) + ", window " + std::to_string(r.raw_window);
+  return "d " + std::to_string(d) + ", tokens " + std::to_string(tokens) + ", query heads " + std::to_string(group) +
+         ", K " + std::to_string(r.k.bits) + "/" + std::to_string(r.k.group) + ", V " + std::to_string(r.v.bits) + "/" +
+         std::to_string(r.v.group) + ", sinks " + std::to_string(r.sink_tokens) + ", window " +
+         std::to_string(r.raw_window);
 }
 
 void check_random_layer(Random& random, int d, size_t tokens, Dtype dtype) {
   const Recipe recipe = random_recipe(random, d);
-  const int group = 1 + random.below(9);   // one register tile and more
+  const int group = 1 + random.below(9);  // one register tile and more
   Layer layer = make_layer(config_of(2, d, dtype, recipe));
   {
-    UseBackend use(fast_backends().front());   // the double rotation takes d² cosines a vector
+    UseBackend use(fast_backends().front());  // the double rotation takes d² cosines a vector
     must(append(layer, random_array(random, 2, 2, tokens, d, dtype), random_array(random, 2, 2, tokens, d, dtype)));
     attend_everywhere(layer, random_array(random, 2, 2 * group, 1, d, dtype)).check(describe(recipe, d, tokens, group));
   }
@@ -127,7 +130,7 @@ TEST(Attend, DenseRotationCancels) {
     const Array q = random_array(random, 1, 6, 1, d_k);
     attend_everywhere(layer, q).check("dense " + std::to_string(d_k));
     const Decoded held = decode(layer);
-    for (size_t i = 0; i < k.size(); i++) ASSERT_NEAR(held.k.flat(i), k.flat(i), 0.7f) << d_k;   // a few 4-bit steps
+    for (size_t i = 0; i < k.size(); i++) ASSERT_NEAR(held.k.flat(i), k.flat(i), 0.7f) << d_k;  // a few 4-bit steps
     for (size_t i = 0; i < v.size(); i++) ASSERT_NEAR(held.v.flat(i), v.flat(i), 0.9f) << d_v;
   }
 }
@@ -172,7 +175,7 @@ TEST(Attend, ScoresAreExactWhenTheQueryIsBytes) {
           const std::vector<float> sinks(3, 0.5f);
           Array out = poisoned(1, 3, 1, d);
           AttendArgs args = args_of(q, out);
-          args.scale = 1.0f / (float)(127 * top * 10);   // scores of a few units
+          args.scale = 1.0f / (float)(127 * top * 10);  // scores of a few units
           args.mask = mask.data(), args.mask_tokens = tokens, args.sinks = sinks.data();
           must(layer.attend(args));
           for (int h = 0; h < 3; h++) {
@@ -180,7 +183,8 @@ TEST(Attend, ScoresAreExactWhenTheQueryIsBytes) {
             for (int c = 0; c < d; c++) score += (double)q.get(0, h, 0, c) * k.get(0, 0, seen, c) * args.scale;
             const double p = 1.0 / (1.0 + std::exp(0.5 - score));
             for (int c = 0; c < d; c++)
-              ASSERT_NEAR(out.get(0, h, 0, c), p * v.get(0, 0, seen, c), 5e-6 * top) << name << " d " << d << " token " << seen;
+              ASSERT_NEAR(out.get(0, h, 0, c), p * v.get(0, 0, seen, c), 5e-6 * top)
+                  << name << " d " << d << " token " << seen;
           }
         }
       }
@@ -203,14 +207,15 @@ TEST(Attend, MeansAreExactWhenWeightsAreEqual) {
           for (int c = 0; c < d; c++) {
             double mean = 0.0;
             for (size_t t = 0; t < tokens; t++) mean += v.get(0, 0, t, c) / (double)tokens;
-            for (int h = 0; h < 2; h++) ASSERT_NEAR(out.get(0, h, 0, c), mean, 1e-5 * top) << name << " d " << d << " " << tokens;
+            for (int h = 0; h < 2; h++)
+              ASSERT_NEAR(out.get(0, h, 0, c), mean, 1e-5 * top) << name << " d " << d << " " << tokens;
           }
         }
       }
 }
 
-// q·k = q·(k − μ) + q·μ and Σ p v = Σ p (v − μ) + μ: K, V are integers whose codes are exact with and without μ (8 bits,
-// scale 1, held there by channel 0), so that nothing but μ's arithmetic is left to differ.
+// q·k = q·(k − μ) + q·μ and Σ p v = Σ p (v − μ) + μ: K, V are integers whose codes are exact with and without μ (8
+// bits, scale 1, held there by channel 0), so that nothing but μ's arithmetic is left to differ.
 TEST(Attend, AnyOffsetLeavesUnquantisedAttentionUnchanged) {
   Random random;
   for (int d : {16, 80, 128}) {
@@ -231,7 +236,7 @@ TEST(Attend, AnyOffsetLeavesUnquantisedAttentionUnchanged) {
       must(layer.set_offset(mu_k.data(), mu_v.data()));
       must(append(layer, k, v));
       const Decoded held = decode(layer);
-      for (size_t i = 0; i < k.size(); i++) EXPECT_NEAR(held.k.flat(i), k.flat(i), 1e-4);   // nothing was rounded
+      for (size_t i = 0; i < k.size(); i++) EXPECT_NEAR(held.k.flat(i), k.flat(i), 1e-4);  // nothing was rounded
       return attend(layer, q);
     };
     Array any = poisoned(1, 4, 1, d);
@@ -273,18 +278,20 @@ double mean_square(const std::vector<double>& a, const std::vector<double>& b) {
   return sum / (double)a.size();
 }
 
-// Root mean square error of the kernels against double on the same codes, over that of the codes against what was packed.
+// Root mean square error of the kernels against double on the same codes, over that of the codes against what was
+// packed.
 double added_error(Random& random, int d, const Recipe& recipe, float spread, const std::string& name) {
-  const size_t tokens = 1041;   // the last block is raw
+  const size_t tokens = 1041;  // the last block is raw
   UseBackend use(name);
   Layer layer = make_layer(config_of(1, d, Dtype::float32, recipe));
   const Array k = random_array(random, 1, 1, tokens, d), v = random_array(random, 1, 1, tokens, d);
   must(append(layer, k, v));
   const Decoded held = decode(layer);
-  const Array q = random_array(random, 1, 32, 1, d, Dtype::float32, spread);   // scores of that spread
+  const Array q = random_array(random, 1, 32, 1, d, Dtype::float32, spread);  // scores of that spread
   const Array out = attend(layer, q);
   Array any = poisoned(1, 32, 1, d);
-  const Plain codes = plain_attention(args_of(q, any), q, held.k, held.v), packed = plain_attention(args_of(q, any), q, k, v);
+  const Plain codes = plain_attention(args_of(q, any), q, held.k, held.v),
+              packed = plain_attention(args_of(q, any), q, k, v);
   std::vector<double> got(out.size());
   for (size_t i = 0; i < out.size(); i++) got[i] = out.flat(i);
   return std::sqrt(mean_square(got, codes.out) / mean_square(codes.out, packed.out));
@@ -300,7 +307,7 @@ TEST(Attend, BytesAddUnderATenthOfTheCodesError) {
           recipe.v = v;
           const double share = added_error(random, d, recipe, spread, name);
           EXPECT_LT(share, 0.1) << name << " d " << d << " V group " << v.group << " spread " << spread;
-          EXPECT_GT(share, 1e-3);   // or it is not the bytes that were measured
+          EXPECT_GT(share, 1e-3);  // or it is not the bytes that were measured
         }
 }
 
@@ -337,7 +344,8 @@ TEST(Attend, LargeScoresStayFinite) {
   for (const std::string& name : usable_backends()) {
     UseBackend use(name);
     Layer layer = make_layer(config_of(1, 64));
-    must(append(layer, random_array(random, 1, 1, 70, 64, Dtype::float32, 1000.0f), random_array(random, 1, 1, 70, 64)));
+    must(
+        append(layer, random_array(random, 1, 1, 70, 64, Dtype::float32, 1000.0f), random_array(random, 1, 1, 70, 64)));
     EXPECT_TRUE(all_finite(attend(layer, random_array(random, 1, 2, 1, 64, Dtype::float32, 1000.0f)))) << name;
   }
 }
@@ -352,7 +360,7 @@ TEST(Attend, MasksDecideAlone) {
       const Array q = random_array(random, 2, 4, 1, 64);
       std::vector<uint8_t> mask(2 * covered);
       for (uint8_t& byte : mask) byte = random.below(3) > 0;
-      for (size_t i = 0; i < std::min<size_t>(covered, 20); i++) mask[i] = 0;   // left padding of sequence 0
+      for (size_t i = 0; i < std::min<size_t>(covered, 20); i++) mask[i] = 0;  // left padding of sequence 0
       Array any = poisoned(2, 4, 1, 64);
       AttendArgs args = args_of(q, any);
       args.mask = mask.data(), args.mask_tokens = covered, args.mask_batch_stride = (ptrdiff_t)covered;
@@ -366,7 +374,8 @@ TEST(Attend, MasksDecideAlone) {
         Array out = poisoned(2, 4, 1, 64);
         args.out = out.out();
         must(layer.attend(args));
-        EXPECT_LT(error_of(out, plain), name == "reference" ? 2e-5 : kByteRounding) << name << " " << tokens << " " << covered;
+        EXPECT_LT(error_of(out, plain), name == "reference" ? 2e-5 : kByteRounding)
+            << name << " " << tokens << " " << covered;
       }
     }
 }

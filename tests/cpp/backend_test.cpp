@@ -13,7 +13,7 @@ using namespace testing;
 TEST(Backend, ScalarAndReferenceAlwaysExist) {
   const std::vector<std::string> usable = usable_backends();
   EXPECT_NE(std::find(usable.begin(), usable.end(), "scalar"), usable.end());
-  EXPECT_EQ(usable.back(), "reference");   // best first, and the reference is never chosen by itself
+  EXPECT_EQ(usable.back(), "reference");  // best first, and the reference is never chosen by itself
   for (const std::string& name : usable) {
     UseBackend use(name);
     EXPECT_EQ(backend(), name);
@@ -50,7 +50,7 @@ int exits_with_backend(const char* wanted) {
 }
 
 TEST(BackendDeathTest, TheEnvironmentChooses) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");   // starts the program anew, so that nothing has been chosen yet
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // starts the program anew, so that nothing has been chosen yet
   for (const char* name : {"scalar", "reference", "no-such-backend"})
     EXPECT_EXIT(std::exit(exits_with_backend(name)), ::testing::ExitedWithCode(0), "") << name;
 }

@@ -47,11 +47,13 @@ TEST(CApi, DefaultsAreThoseOfCpp) {
   EXPECT_EQ((int)Dtype::float32, HALFBYTE_FLOAT32);
   EXPECT_EQ((int)Dtype::float16, HALFBYTE_FLOAT16);
   EXPECT_EQ((int)Dtype::bfloat16, HALFBYTE_BFLOAT16);
-  const std::vector<int> got = {c.k_bits, c.k_group, c.v_bits, c.v_group, c.scale_bits, c.offset, c.search,
-                                c.signed_scale, c.lambda, c.sink_tokens, c.raw_window, c.offset_tokens, (int)c.seed};
-  const std::vector<int> want = {recipe.k.bits, recipe.k.group, recipe.v.bits, recipe.v.group, recipe.scale_bits,
-                                 recipe.offset, recipe.search, recipe.signed_scale, recipe.lambda, recipe.sink_tokens,
-                                 recipe.raw_window, recipe.offset_tokens, (int)recipe.seed};
+  const std::vector<int> got = {c.k_bits,     c.k_group,       c.v_bits,       c.v_group, c.scale_bits,
+                                c.offset,     c.search,        c.signed_scale, c.lambda,  c.sink_tokens,
+                                c.raw_window, c.offset_tokens, (int)c.seed};
+  const std::vector<int> want = {recipe.k.bits,     recipe.k.group,     recipe.v.bits,     recipe.v.group,
+                                 recipe.scale_bits, recipe.offset,      recipe.search,     recipe.signed_scale,
+                                 recipe.lambda,     recipe.sink_tokens, recipe.raw_window, recipe.offset_tokens,
+                                 (int)recipe.seed};
   EXPECT_EQ(got, want);
   const halfbyte_attend_args args = halfbyte_default_attend_args();
   EXPECT_EQ(args.queries, 1);
@@ -121,7 +123,8 @@ TEST(CApi, AttendsAsCppDoes) {
     args.chunk_k = k.view(90), args.chunk_v = v.view(90), args.softcap = 5.0f, args.sinks = sinks.data();
     args.exact = exact;
     args.mask = mask.data(), args.mask_tokens = 90 + chunk;
-    args.mask_query_stride = (ptrdiff_t)args.mask_tokens, args.mask_batch_stride = (ptrdiff_t)(chunk * args.mask_tokens);
+    args.mask_query_stride = (ptrdiff_t)args.mask_tokens,
+    args.mask_batch_stride = (ptrdiff_t)(chunk * args.mask_tokens);
     must(layer.attend(args));
 
     CLayer c(c_config(2, 64));
@@ -140,7 +143,7 @@ TEST(CApi, AttendsAsCppDoes) {
     ASSERT_EQ(halfbyte_attend(c, &c_args), HALFBYTE_OK) << halfbyte_last_error();
     EXPECT_TRUE(same_bits(got, want));
     EXPECT_TRUE(all_finite(got));
-    args.exact = !exact;   // which makes a difference that must have arrived
+    args.exact = !exact;  // which makes a difference that must have arrived
     must(layer.attend(args));
     EXPECT_FALSE(same_bits(got, want));
     EXPECT_EQ(halfbyte_length(c), layer.length());
@@ -195,7 +198,8 @@ TEST(CApi, EveryErrorHasACodeAndAMessage) {
   expect_failed(halfbyte_append(good, &view, nullptr, 1, 20, nullptr), HALFBYTE_BAD_ARGUMENT, "v is NULL");
   expect_failed(halfbyte_attend(good, nullptr), HALFBYTE_BAD_ARGUMENT, "args is NULL");
   x.set(0, 0, 13, 5, NAN);
-  expect_failed(halfbyte_append(good, &view, &view, 1, 20, nullptr), HALFBYTE_BAD_VALUE, "K of sequence 0, head 0, token 13");
+  expect_failed(halfbyte_append(good, &view, &view, 1, 20, nullptr), HALFBYTE_BAD_VALUE,
+                "K of sequence 0, head 0, token 13");
   EXPECT_EQ(halfbyte_length(good), 0u);
   expect_failed(halfbyte_decode(good, nullptr, nullptr), HALFBYTE_BAD_ARGUMENT, "k_out is NULL");
   expect_failed(halfbyte_select(good, nullptr, 0), HALFBYTE_BAD_ARGUMENT, "rows is NULL");

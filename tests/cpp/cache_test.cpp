@@ -123,7 +123,7 @@ Array attend_step(Layer& layer, const Array& q, const Array& k, const Array& v) 
 struct Rejection {
   Recipe recipe;
   int sliding_window = 0;
-  size_t before = 0, accepted = 0, rejected = 0, after = 0;   // tokens; the last append holds `accepted` + `rejected`
+  size_t before = 0, accepted = 0, rejected = 0, after = 0;  // tokens; the last append holds `accepted` + `rejected`
 };
 
 void check_rejection(Random& random, const Rejection& c) {
@@ -146,7 +146,8 @@ void check_rejection(Random& random, const Rejection& c) {
   const std::string what = backend() + ": " + std::to_string(c.before) + " + " + std::to_string(c.accepted) + " + " +
                            std::to_string(c.rejected) + ", then " + std::to_string(c.after) + "; sinks " +
                            std::to_string(c.recipe.sink_tokens) + ", window " + std::to_string(c.recipe.raw_window) +
-                           ", sliding " + std::to_string(c.sliding_window) + ", bits " + std::to_string(c.recipe.k.bits);
+                           ", sliding " + std::to_string(c.sliding_window) + ", bits " +
+                           std::to_string(c.recipe.k.bits);
   EXPECT_EQ(difference(save(layer), save(never)), "") << what << ", cropped";
   EXPECT_TRUE(same_bits(attend(layer, one), attend(never, one))) << what << ", cropped";
   must(append(layer, other_k, other_v)), must(append(never, other_k, other_v));
@@ -164,7 +165,7 @@ TEST(Undo, RejectedTokensLeaveNoTrace) {
       if (i % 5 == 0) c.recipe = plain_recipe();
       c.recipe.sink_tokens = 16 * random.below(3), c.recipe.raw_window = 16 * random.below(4);
       c.before = 1 + random.below(100), c.rejected = 1 + random.below(64);
-      c.accepted = std::max<size_t>(c.rejected == 1, random.below(30));   // the last append is of several tokens
+      c.accepted = std::max<size_t>(c.rejected == 1, random.below(30));  // the last append is of several tokens
       c.after = 1 + random.below(40);
       if (c.accepted && i % 3 == 0) c.sliding_window = 2 + random.below(80);
       check_rejection(random, c);
@@ -174,7 +175,8 @@ TEST(Undo, RejectedTokensLeaveNoTrace) {
 TEST(Undo, EveryLengthOfADraftCanBeRejected) {
   Random random;
   for (size_t before : {1, 15, 16, 17, 31, 32, 64, 70})
-    for (size_t rejected = 2; rejected <= 64; rejected += 1 + before % 3) check_rejection(random, {{}, 0, before, 0, rejected, 3});
+    for (size_t rejected = 2; rejected <= 64; rejected += 1 + before % 3)
+      check_rejection(random, {{}, 0, before, 0, rejected, 3});
 }
 
 TEST(Undo, AFirstPromptCanBeRejectedInPart) {
@@ -200,10 +202,11 @@ TEST(Undo, DeeperCropsKeepCodes) {
 TEST(Undo, OnlySeveralTokensAtOnceAreKeptForItAndOnlyIfAskedFor) {
   Random random;
   const Array k = random_array(random, 1, 1, 101, 64), v = random_array(random, 1, 1, 101, 64);
-  Layer layer = make_layer(config_of(1, 64)), singly = make_layer(config_of(1, 64)), unasked = make_layer(config_of(1, 64));
+  Layer layer = make_layer(config_of(1, 64)), singly = make_layer(config_of(1, 64)),
+        unasked = make_layer(config_of(1, 64));
   layer.record_past(true), singly.record_past(true);
   must(append(layer, k, v, 0, 100)), must(append(unasked, k, v, 0, 100));
-  EXPECT_GE(layer.bytes(), unasked.bytes() + 2 * 64 * 64 * sizeof(float));   // the newest 64 tokens that it packed, raw
+  EXPECT_GE(layer.bytes(), unasked.bytes() + 2 * 64 * 64 * sizeof(float));  // the newest 64 tokens that it packed, raw
   must(append(layer, k, v, 100, 101));
   for (size_t t = 0; t < 101; t++) must(append(singly, k, v, t, t + 1));
   for (Layer* each : {&layer, &singly, &unasked}) {
@@ -220,16 +223,18 @@ TEST(Cache, CropToNothingAndResetStartAnew) {
     Layer layer = make_layer(config_of(1, 64)), fresh = make_layer(config_of(1, 64));
     must(layer.set_offset(mu.data(), nullptr)), must(fresh.set_offset(mu.data(), nullptr));
     must(append(layer, k, v));
-    if (by_crop) must(layer.crop(0));
-    else layer.reset();
+    if (by_crop)
+      must(layer.crop(0));
+    else
+      layer.reset();
     EXPECT_EQ(layer.length(), 0u);
     EXPECT_EQ(layer.batch(), 0);
     EXPECT_FALSE(layer.has_offset());
-    EXPECT_LE(layer.bytes(), 64 * sizeof(float));   // the offset it was given, nothing else
+    EXPECT_LE(layer.bytes(), 64 * sizeof(float));  // the offset it was given, nothing else
     const Array q = random_array(random, 2, 1, 1, 64);
     Array out = poisoned(2, 1, 1, 64);
     EXPECT_FALSE(layer.attend(args_of(q, out)).ok());
-    const Array k1 = random_array(random, 1, 1, 40, 64);   // another batch
+    const Array k1 = random_array(random, 1, 1, 40, 64);  // another batch
     must(append(layer, k1, k1)), must(append(fresh, k1, k1));
     EXPECT_TRUE(same_bits(decode(layer), decode(fresh)));
   }
@@ -278,7 +283,7 @@ TEST(Cache, SharedPagesAreCopiedOnWrite) {
     const Array more = random_array(random, 3, 2, 40, 64);
     must(append(beams, more, more));
     const Decoded held = decode(beams);
-    for (int b = 0; b < 3; b++) {   // each beam alone
+    for (int b = 0; b < 3; b++) {  // each beam alone
       Layer alone = start(1);
       must(alone.append({more.bytes.data() + more.at(b, 0, 0, 0) * 4, 0, 40 * 64, 64},
                         {more.bytes.data() + more.at(b, 0, 0, 0) * 4, 0, 40 * 64, 64}, 1, 40));
@@ -300,7 +305,7 @@ TEST(Cache, CopiesAreIndependent) {
   must(copy.copy_from(layer));
   EXPECT_TRUE(same_bits(decode(copy), before));
   must(append(copy, other, other));
-  EXPECT_TRUE(same_bits(decode(layer), before));   // the copy's write is the copy's
+  EXPECT_TRUE(same_bits(decode(layer), before));  // the copy's write is the copy's
   must(layer.crop(37));
   must(append(layer, other, other));
   const Decoded of_copy = decode(copy);
@@ -319,12 +324,12 @@ TEST(Cache, BytesShowSharing) {
   Layer one = filled(x, x);
   const size_t alone = one.bytes();
   must(one.select({0, 0, 0, 0}));
-  EXPECT_LT(one.bytes(), alone + alone / 2);   // four raw tails and lists of pages; its pages once
+  EXPECT_LT(one.bytes(), alone + alone / 2);  // four raw tails and lists of pages; its pages once
   const size_t shared = one.bytes();
   const Array more = random_array(random, 4, 2, 20, 64);
   must(append(one, more, more));
   EXPECT_GT(one.bytes(), shared);
-  EXPECT_LT(one.bytes(), shared + alone);   // the page written and new ones, four times
+  EXPECT_LT(one.bytes(), shared + alone);  // the page written and new ones, four times
 }
 
 TEST(Cache, BytesAreAsTheFormatPromises) {
@@ -333,9 +338,9 @@ TEST(Cache, BytesAreAsTheFormatPromises) {
   for (Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {
     const Array x = random_array(random, 1, 2, tokens, 128, dtype);
     Layer layer = filled(x, x);
-    const size_t pages = 2 * 138 * tokens;   // 138 bytes a token and KV head
+    const size_t pages = 2 * 138 * tokens;  // 138 bytes a token and KV head
     EXPECT_GE(layer.bytes(), pages);
-    EXPECT_LT(layer.bytes(), pages + pages / 40);   // the raw tail: 16 tokens of 512 bytes a side and head
+    EXPECT_LT(layer.bytes(), pages + pages / 40);  // the raw tail: 16 tokens of 512 bytes a side and head
   }
 }
 
@@ -382,7 +387,8 @@ TEST(Cache, SlidingWindowsDropPages) {
     args.mask = mask.data(), args.mask_tokens = 1000;
     must(kept.attend(args));
     const Array got = attend(layer, q);
-    for (size_t i = 0; i < out.size(); i++) EXPECT_NEAR(got.flat(i), out.flat(i), 0.02) << window;   // bytes of p by pass
+    for (size_t i = 0; i < out.size(); i++)
+      EXPECT_NEAR(got.flat(i), out.flat(i), 0.02) << window;  // bytes of p by pass
   }
 }
 
@@ -397,8 +403,8 @@ TEST(Cache, SlidingCropNeedsItsPast) {
   EXPECT_EQ(status.code(), Code::bad_argument);
   EXPECT_NE(status.message().find("record_past"), std::string::npos) << status.message();
   EXPECT_EQ(layer.length(), 200u);
-  EXPECT_EQ(layer.crop(198).code(), Code::bad_argument);   // the next query would miss a token of its window
-  must(layer.crop(199));                                   // the newest append can always be undone
+  EXPECT_EQ(layer.crop(198).code(), Code::bad_argument);  // the next query would miss a token of its window
+  must(layer.crop(199));                                  // the newest append can always be undone
   EXPECT_EQ(layer.length(), 199u);
 
   layer.record_past(true);
@@ -410,12 +416,12 @@ TEST(Cache, SlidingCropNeedsItsPast) {
   for (size_t t = 0; t < 211; t++) must(append(never, x, x, t, t + 1));
   EXPECT_EQ(layer.visible(), never.visible());
   const Decoded a = decode(layer), b = decode(never);
-  EXPECT_TRUE(same_tokens(a.k, b.k, 0, 208 - layer.first()));   // codes are codes, however the tokens came
+  EXPECT_TRUE(same_tokens(a.k, b.k, 0, 208 - layer.first()));  // codes are codes, however the tokens came
   const Array q = random_array(random, 1, 2, 1, 32);
   const Array got = attend(layer, q), want = attend(never, q);
   Array any = poisoned(1, 2, 1, 32);
   const Plain plain = plain_attention(args_of(q, any), q, b.k, b.v);
-  EXPECT_LT(error_of(got, want, plain), 0.1);   // tokens of the half packed block are codes in one and raw in the other
+  EXPECT_LT(error_of(got, want, plain), 0.1);  // tokens of the half packed block are codes in one and raw in the other
   EXPECT_LT(error_of(want, plain), kByteRounding);
 }
 

@@ -20,7 +20,7 @@ TEST(Decode, EveryBackendReadsRandomBytesAsTheReferenceDoes) {
         Recipe recipe;
         recipe.k = recipe.v = {bits, group};
         recipe.scale_bits = ++turn % 2 ? 16 : 32;
-        if (d > 128 && turn % 4) recipe.rotation = Rotation::identity;   // the double rotation takes d² cosines a vector
+        if (d > 128 && turn % 4) recipe.rotation = Rotation::identity;  // the double rotation takes d² cosines a vector
         const Side side = turn / 2 % 2 ? Side::k : Side::v;
         const SideFormat format = make_side_format(recipe, side, d);
         const RotationPlan rotation = make_rotation(recipe.rotation, d, 1, 2);
@@ -31,7 +31,7 @@ TEST(Decode, EveryBackendReadsRandomBytesAsTheReferenceDoes) {
         const std::vector<float> offset = random.normals(d);
         std::vector<float> lambda;
         // λ within a factor of 2 either way: a group's step is set by its largest λ and undone by each channel's own.
-  for (int c = 0; c < d; c++) lambda.push_back(std::exp2(std::clamp(random.normal() / 2, -1.0f, 1.0f)));
+        for (int c = 0; c < d; c++) lambda.push_back(std::exp2(std::clamp(random.normal() / 2, -1.0f, 1.0f)));
         auto decoded = [&](const std::string& name) {
           UseBackend use(name);
           std::vector<float> out((size_t)kBlockTokens * d, NAN);
@@ -68,10 +68,11 @@ TEST(Decode, RoundTripsLoseWhatTheDesignMeasured) {
   struct Case {
     Codec codec;
     bool search, signed_scale;
-    double error;   // squared, of Gaussian groups: docs/decisions/signed-scales.md
+    double error;  // squared, of Gaussian groups: docs/decisions/signed-scales.md
   };
-  for (const Case& c : {Case{{4, 16}, true, true, 5.16e-3}, Case{{4, 32}, true, true, 6.71e-3}, Case{{4, 0}, true, true, 9.44e-3},
-                        Case{{4, 32}, false, false, 9.40e-3}, Case{{4, 32}, false, true, 7.38e-3}})
+  for (const Case& c :
+       {Case{{4, 16}, true, true, 5.16e-3}, Case{{4, 32}, true, true, 6.71e-3}, Case{{4, 0}, true, true, 9.44e-3},
+        Case{{4, 32}, false, false, 9.40e-3}, Case{{4, 32}, false, true, 7.38e-3}})
     for (const std::string& name : usable_backends()) {
       UseBackend use(name);
       Recipe recipe;
@@ -91,7 +92,8 @@ TEST(Decode, EightBitsLoseLittle) {
       UseBackend use(name);
       Recipe recipe;
       recipe.k = recipe.v = {8, 32};
-      for (Side side : {Side::k, Side::v}) EXPECT_LT(relative_error(through_codes(x, d, recipe, side), x), 4e-5) << name << d;
+      for (Side side : {Side::k, Side::v})
+        EXPECT_LT(relative_error(through_codes(x, d, recipe, side), x), 4e-5) << name << d;
     }
   }
 }
@@ -129,7 +131,7 @@ TEST(Decode, LayerGivesRawTokensExactlyAndPackedOnesAsTheirRoundTrip) {
       Layer layer = make_layer(config);
       const Array k = random_array(random, 2, 2, 75, 80, dtype), v = random_array(random, 2, 2, 75, 48, dtype);
       must(append(layer, k, v));
-      EXPECT_EQ(layer.packed_tokens(), 48u);   // 16 sinks, 48 packed, 11 raw
+      EXPECT_EQ(layer.packed_tokens(), 48u);  // 16 sinks, 48 packed, 11 raw
       const Decoded held = decode(layer);
       for (Side side : {Side::k, Side::v}) {
         const Array &given = side == Side::k ? k : v, &got = side == Side::k ? held.k : held.v;

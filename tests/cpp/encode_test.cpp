@@ -18,11 +18,14 @@ struct Block {
   std::vector<uint8_t> codes, scales;
 
   Block(const Recipe& recipe, Side side, int d)
-      : format(make_side_format(recipe, side, d)), side(side), codes(code_bytes(format), 0xa5),
+      : format(make_side_format(recipe, side, d)),
+        side(side),
+        codes(code_bytes(format), 0xa5),
         scales(scales_bytes(format), 0xa5) {}
 
   int code(int token, int channel) const {
-    CodePlace place = side == Side::k ? k_code_place(format.bits, token, channel) : v_code_place(format.bits, token, channel);
+    CodePlace place =
+        side == Side::k ? k_code_place(format.bits, token, channel) : v_code_place(format.bits, token, channel);
     return (codes[place.byte] >> place.shift & (format.bits == 4 ? 15 : 255)) - zero_code(format.bits);
   }
   float scale(int token, int group) const {
@@ -33,7 +36,7 @@ struct Block {
 
 struct Input {
   RotationPlan rotation;
-  Array x;   // [1, 1, 16, d]
+  Array x;  // [1, 1, 16, d]
   std::vector<float> offset, lambda;
   int n = kBlockTokens, first_lane = 0;
 };
@@ -41,7 +44,12 @@ struct Input {
 Input random_input(Random& random, const Recipe& recipe, int d, Dtype dtype, bool offset, bool lambda) {
   std::vector<float> matrix;
   if (recipe.rotation == Rotation::dense) matrix = random_rotation(random, d);
-  Input in{make_rotation(recipe.rotation, d, 3, 1, matrix.data()), random_array(random, 1, 1, kBlockTokens, d, dtype), {}, {}, kBlockTokens, 0};
+  Input in{make_rotation(recipe.rotation, d, 3, 1, matrix.data()),
+           random_array(random, 1, 1, kBlockTokens, d, dtype),
+           {},
+           {},
+           kBlockTokens,
+           0};
   if (offset) in.offset = random.normals(d);
   if (lambda)
     for (int c = 0; c < d; c++) in.lambda.push_back(std::exp(0.5f * random.normal()));
@@ -49,9 +57,17 @@ Input random_input(Random& random, const Recipe& recipe, int d, Dtype dtype, boo
 }
 
 void encode(const Input& in, Block& block) {
-  EncodeArgs args{&block.format, &in.rotation, block.side, in.x.dtype, {}, in.n, in.first_lane,
-                  in.offset.empty() ? nullptr : in.offset.data(), in.lambda.empty() ? nullptr : in.lambda.data(),
-                  block.codes.data(), block.scales.data()};
+  EncodeArgs args{&block.format,
+                  &in.rotation,
+                  block.side,
+                  in.x.dtype,
+                  {},
+                  in.n,
+                  in.first_lane,
+                  in.offset.empty() ? nullptr : in.offset.data(),
+                  in.lambda.empty() ? nullptr : in.lambda.data(),
+                  block.codes.data(),
+                  block.scales.data()};
   for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
   current_backend().encode(args);
 }
@@ -60,7 +76,8 @@ void encode(const Input& in, Block& block) {
 std::vector<double> targets(const Input& in, const SideFormat& format) {
   std::vector<double> y((size_t)kBlockTokens * format.padded_dim), x(format.head_dim);
   for (int t = 0; t < in.n; t++) {
-    for (int c = 0; c < format.head_dim; c++) x[c] = (double)in.x.get(0, 0, t, c) - (in.offset.empty() ? 0.0f : in.offset[c]);
+    for (int c = 0; c < format.head_dim; c++)
+      x[c] = (double)in.x.get(0, 0, t, c) - (in.offset.empty() ? 0.0f : in.offset[c]);
     double* row = &y[(size_t)t * format.padded_dim];
     rotate_reference(in.rotation, false, x.data(), row);
     for (int c = 0; c < format.head_dim && !in.lambda.empty(); c++) row[c] *= in.lambda[c];
@@ -88,8 +105,8 @@ void expect_equivalent(const Input& in, const std::vector<double>& y, const Bloc
       const int lane = in.first_lane + i, from = g * f.group, to = std::min(from + f.group, f.padded_dim);
       const double* row = &y[(size_t)i * f.padded_dim];
       const double scale = fast.scale(lane, g);
-      double rounding = 2e-6 * std::sqrt(std::inner_product(row, row + f.padded_dim, row, 0.0));   // of a float FFT
-      if (f.scale_bytes == 2)   // a candidate near the middle of two halves may round to the other one
+      double rounding = 2e-6 * std::sqrt(std::inner_product(row, row + f.padded_dim, row, 0.0));  // of a float FFT
+      if (f.scale_bytes == 2)  // a candidate near the middle of two halves may round to the other one
         rounding += 5e-4 * std::sqrt(std::inner_product(row + from, row + to, row + from, 0.0));
       ASSERT_LE(std::sqrt(squared_error(fast, row, lane, from, to)),
                 std::sqrt(squared_error(reference, row, lane, from, to)) + rounding)
@@ -97,8 +114,10 @@ void expect_equivalent(const Input& in, const std::vector<double>& y, const Bloc
       for (int c = from; c < to; c++) {
         const double nearest = std::clamp(row[c] / scale, (double)lowest, half - 1.0);
         // 1e-5 of the code range: the rotation's float rounding, in steps.
-        if (scale != 0.0) ASSERT_NEAR(fast.code(lane, c), nearest, 0.5 + 1e-5 * half) << what << " channel " << c;
-        else ASSERT_EQ(fast.code(lane, c), 0) << what;
+        if (scale != 0.0)
+          ASSERT_NEAR(fast.code(lane, c), nearest, 0.5 + 1e-5 * half) << what << " channel " << c;
+        else
+          ASSERT_EQ(fast.code(lane, c), 0) << what;
         *differing += fast.code(lane, c) != reference.code(lane, c);
       }
     }
@@ -123,12 +142,14 @@ TEST(Encode, EveryBackendCodesAsWellAsTheReference) {
   const std::vector<Recipe> all = recipes();
   int turn = 0;
   for (int d : kHeadDims)
-    for (size_t i = 0; i < all.size(); i += 3, turn++) {   // 3 and 32 share no factor: every recipe meets several sizes
+    for (size_t i = 0; i < all.size(); i += 3, turn++) {  // 3 and 32 share no factor: every recipe meets several sizes
       Recipe recipe = all[(i + turn) % all.size()];
       const Dtype dtype = std::array{Dtype::float32, Dtype::float16, Dtype::bfloat16}[turn % 3];
       const Side side = turn % 2 ? Side::k : Side::v;
-      if (turn % 7 == 0 && d <= 256) recipe.rotation = Rotation::dense;
-      else if (d > 256 && turn % 3) recipe.rotation = Rotation::identity;   // the double rotation takes d² cosines a vector
+      if (turn % 7 == 0 && d <= 256)
+        recipe.rotation = Rotation::dense;
+      else if (d > 256 && turn % 3)
+        recipe.rotation = Rotation::identity;  // the double rotation takes d² cosines a vector
       Input in = random_input(random, recipe, d, dtype, turn % 4 < 2, turn % 5 == 0);
       if (turn % 2) in.n = 1 + random.below(16), in.first_lane = random.below(17 - in.n);
       Block reference(recipe, side, d);
@@ -161,7 +182,8 @@ TEST(Encode, NibblesLieWhereTheFormatSays) {
         const int top = zero_code(bits) - 1;
         Input in = random_input(random, recipe, d, Dtype::float32, false, false);
         for (int t = 0; t < kBlockTokens; t++)
-          for (int c = 0; c < d; c++) in.x.set(0, 0, t, c, c == t % d ? (float)top : (float)(random.below(2 * top + 1) - top));
+          for (int c = 0; c < d; c++)
+            in.x.set(0, 0, t, c, c == t % d ? (float)top : (float)(random.below(2 * top + 1) - top));
         for (const std::string& name : usable_backends()) {
           UseBackend use(name);
           Block block(recipe, side, d);
@@ -169,7 +191,8 @@ TEST(Encode, NibblesLieWhereTheFormatSays) {
           for (int t = 0; t < kBlockTokens; t++) {
             ASSERT_NEAR(block.scale(t, 0), 1.0f, 1e-6f) << name;
             for (int c = 0; c < block.format.padded_dim; c++)
-              ASSERT_EQ(block.code(t, c), c < d ? (int)in.x.get(0, 0, t, c) : 0) << name << " token " << t << " channel " << c;
+              ASSERT_EQ(block.code(t, c), c < d ? (int)in.x.get(0, 0, t, c) : 0)
+                  << name << " token " << t << " channel " << c;
           }
         }
       }
@@ -193,9 +216,11 @@ TEST(Encode, PartOfABlockLeavesItsOtherTokensAlone) {
           for (int t = 0; t < kBlockTokens; t++) {
             const bool written = t >= lane && t < lane + in.n;
             for (int c = 0; c < part.format.padded_dim; c++)
-              ASSERT_EQ(part.code(t, c), written ? whole.code(t - lane, c) : before.code(t, c)) << name << " token " << t;
+              ASSERT_EQ(part.code(t, c), written ? whole.code(t - lane, c) : before.code(t, c))
+                  << name << " token " << t;
             for (int g = 0; g < part.format.n_groups; g++)
-              ASSERT_EQ(float_to_bits(part.scale(t, g)), float_to_bits(written ? whole.scale(t - lane, g) : before.scale(t, g)));
+              ASSERT_EQ(float_to_bits(part.scale(t, g)),
+                        float_to_bits(written ? whole.scale(t - lane, g) : before.scale(t, g)));
           }
         }
   }

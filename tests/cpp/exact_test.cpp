@@ -65,7 +65,8 @@ void check_plain(Random& random, const Shape& shape, size_t tokens) {
   const Array one = random_array(random, 2, 6, 1, shape.d_k, shape.dtype);
   const Array some = random_array(random, 2, 6, newest, shape.d_k, shape.dtype);
   Array any = poisoned(2, 6, newest, shape.d_v, shape.dtype);
-  const Plain of_one = plain_attention(args_of(one, any), one, k, v), of_some = plain_attention(args_of(some, any), some, k, v);
+  const Plain of_one = plain_attention(args_of(one, any), one, k, v),
+              of_some = plain_attention(args_of(some, any), some, k, v);
   for (const std::string& name : usable_backends()) {
     UseBackend use(name);
     Recipe recipe = plain_recipe();
@@ -73,8 +74,8 @@ void check_plain(Random& random, const Shape& shape, size_t tokens) {
     Layer layer = make_layer(config_of(shape, 2, recipe));
     if (newest < tokens) must(append(layer, k, v, 0, tokens - newest));
     must(append(layer, k, v, tokens - newest, tokens));
-    const std::string what = name + ", d " + std::to_string(shape.d_k) + " and " + std::to_string(shape.d_v) + ", tokens " +
-                             std::to_string(tokens);
+    const std::string what = name + ", d " + std::to_string(shape.d_k) + " and " + std::to_string(shape.d_v) +
+                             ", tokens " + std::to_string(tokens);
     EXPECT_TRUE(holds(layer, k, v)) << what;
     for (bool exact : {false, true}) {
       AttendArgs args = args_of(some, any);
@@ -96,8 +97,8 @@ TEST(Plain, EveryTailSizeIsKeptAndAttendedTo) {
 
 TEST(Plain, EveryHeadSizeAndDtypeIsKeptAndAttendedTo) {
   Random random;
-  for (auto [d_k, d_v] : {std::pair{16, 16}, std::pair{80, 80}, std::pair{128, 128}, std::pair{256, 256}, std::pair{80, 48},
-                          std::pair{16, 256}, std::pair{512, 510}})
+  for (auto [d_k, d_v] : {std::pair{16, 16}, std::pair{80, 80}, std::pair{128, 128}, std::pair{256, 256},
+                          std::pair{80, 48}, std::pair{16, 256}, std::pair{512, 510}})
     for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16})
       for (size_t tokens : {17, 33, 97}) check_plain(random, {d_k, d_v, dtype}, tokens);
 }
@@ -106,7 +107,9 @@ TEST(Plain, EveryHeadSizeAndDtypeIsKeptAndAttendedTo) {
 TEST(Plain, LargeValuesAreKept) {
   for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
     Array x(1, 1, 40, 32, dtype);
-    const float largest = dtype == Dtype::float16 ? 65504.0f : dtype == Dtype::bfloat16 ? bf16_to_float(0x7f7f) : 3.4e38f;
+    const float largest = dtype == Dtype::float16    ? 65504.0f
+                          : dtype == Dtype::bfloat16 ? bf16_to_float(0x7f7f)
+                                                     : 3.4e38f;
     for (size_t t = 0; t < 40; t++)
       for (int c = 0; c < 32; c++) x.set(0, 0, t, c, (t + c) % 2 ? largest : -largest / 4);
     Layer layer = make_layer(config_of({32, 32, dtype}, 1, plain_recipe()));
@@ -153,10 +156,12 @@ struct Walk {
   Array pool_k, pool_v;
   Layer layer = make_layer(config);
   Sequences sequences = Sequences(1);
-  size_t first = 0, newest = 0;   // oldest token held; tokens of the last append, 0 when something came after it
+  size_t first = 0, newest = 0;  // oldest token held; tokens of the last append, 0 when something came after it
 
   Walk(Random& random, const LayerConfig& config)
-      : random(random), config(config), pool_k(random_array(random, 1, config.kv_heads, 100, config.head_dim_k, config.dtype)),
+      : random(random),
+        config(config),
+        pool_k(random_array(random, 1, config.kv_heads, 100, config.head_dim_k, config.dtype)),
         pool_v(random_array(random, 1, config.kv_heads, 100, config.head_dim_v, config.dtype)) {}
 
   size_t length() const { return sequences[0].size(); }
@@ -177,7 +182,8 @@ struct Walk {
     if (!newest) return;
     const size_t n = random.below(2) ? newest : 1, from = length() - newest, window = config.sliding_window;
     const int heads = config.kv_heads * (1 + random.below(3));
-    const Array chunk_k = gather(pool_k, sequences, from, length()), chunk_v = gather(pool_v, sequences, from, length());
+    const Array chunk_k = gather(pool_k, sequences, from, length()),
+                chunk_v = gather(pool_v, sequences, from, length());
     const Array q = random_array(random, (int)sequences.size(), heads, n, config.head_dim_k, config.dtype);
     Array out = poisoned(q.batch, heads, n, config.head_dim_v, config.dtype);
     AttendArgs args = args_of(q, out);
@@ -235,11 +241,21 @@ struct Walk {
       return;
     }
     switch (random.below(12)) {
-      case 0: case 1: crop(); break;
-      case 2: select(); break;
-      case 3: copy(); break;
-      case 4: save_and_load(); break;
-      default: append_tokens();
+      case 0:
+      case 1:
+        crop();
+        break;
+      case 2:
+        select();
+        break;
+      case 3:
+        copy();
+        break;
+      case 4:
+        save_and_load();
+        break;
+      default:
+        append_tokens();
     }
     if (length() > 300) {
       layer.reset();
@@ -287,8 +303,8 @@ struct Setting {
   Recipe recipe;
   Shape shape{32, 32, Dtype::float32};
   int batch = 1, kv_heads = 1, group = 1, sliding_window = 0;
-  size_t quiet = 0, tokens = 100;   // tokens without queries, appended at once; all tokens
-  size_t cropped = 0;               // tokens appended behind the quiet ones and cropped again, when they are codes
+  size_t quiet = 0, tokens = 100;  // tokens without queries, appended at once; all tokens
+  size_t cropped = 0;              // tokens appended behind the quiet ones and cropped again, when they are codes
   float softcap = 0.0f;
   bool sinks = false, mask = false;
 
@@ -299,11 +315,22 @@ struct Setting {
 std::string describe(const Setting& s) {
   const Recipe& r = s.recipe;
   std::string text = backend();
-  for (auto [name, value] : {std::pair<const char*, int>{"K bits", r.k.bits}, {"d_k", s.shape.d_k}, {"d_v", s.shape.d_v},
-                             {"dtype", (int)s.shape.dtype}, {"batch", s.batch}, {"heads", s.heads()}, {"group", s.group},
-                             {"sinks", r.sink_tokens}, {"raw window", r.raw_window}, {"offset tokens", r.offset_tokens},
-                             {"sliding", s.sliding_window}, {"quiet", (int)s.quiet}, {"cropped", (int)s.cropped},
-                             {"tokens", (int)s.tokens}, {"mask", s.mask}, {"logits", s.sinks}})
+  for (auto [name, value] : {std::pair<const char*, int>{"K bits", r.k.bits},
+                             {"d_k", s.shape.d_k},
+                             {"d_v", s.shape.d_v},
+                             {"dtype", (int)s.shape.dtype},
+                             {"batch", s.batch},
+                             {"heads", s.heads()},
+                             {"group", s.group},
+                             {"sinks", r.sink_tokens},
+                             {"raw window", r.raw_window},
+                             {"offset tokens", r.offset_tokens},
+                             {"sliding", s.sliding_window},
+                             {"quiet", (int)s.quiet},
+                             {"cropped", (int)s.cropped},
+                             {"tokens", (int)s.tokens},
+                             {"mask", s.mask},
+                             {"logits", s.sinks}})
     text += std::string(", ") + name + " " + std::to_string(value);
   return text;
 }
@@ -311,7 +338,7 @@ std::string describe(const Setting& s) {
 struct Input {
   Array k, v, q, rejected_k, rejected_v;
   std::vector<float> mu_k, mu_v, sinks;
-  std::vector<uint8_t> mask, counted;   // [batch, tokens, tokens]; [batch, tokens]
+  std::vector<uint8_t> mask, counted;  // [batch, tokens, tokens]; [batch, tokens]
   size_t mask_first = 0;
 
   Input(Random& random, const Setting& s)
@@ -320,8 +347,11 @@ struct Input {
         q(random_array(random, s.batch, s.heads(), s.tokens, s.shape.d_k, s.shape.dtype)),
         rejected_k(random_array(random, s.batch, s.kv_heads, s.cropped, s.shape.d_k, s.shape.dtype)),
         rejected_v(random_array(random, s.batch, s.kv_heads, s.cropped, s.shape.d_v, s.shape.dtype)),
-        mu_k(random.normals(s.kv_heads * s.shape.d_k, 0.3f)), mu_v(random.normals(s.kv_heads * s.shape.d_v, 0.3f)),
-        sinks(random.normals(s.heads())), mask(s.mask ? s.batch * s.tokens * s.tokens : 0), counted(s.batch * s.tokens) {
+        mu_k(random.normals(s.kv_heads * s.shape.d_k, 0.3f)),
+        mu_v(random.normals(s.kv_heads * s.shape.d_v, 0.3f)),
+        sinks(random.normals(s.heads())),
+        mask(s.mask ? s.batch * s.tokens * s.tokens : 0),
+        counted(s.batch * s.tokens) {
     for (uint8_t& byte : counted) byte = random.below(5) > 0;
     mask_first = random.below(5);
     for (size_t i = 0; i < mask.size(); i++) {
@@ -382,11 +412,12 @@ Plain by_the_rule(const Setting& s, const Input& in) {
   Setting kept = s;
   kept.sliding_window = 0;
   Layer layer = start(kept, in);
-  const size_t codes_stay = (sink + layer.packed_tokens() + 15) / 16 * 16;   // a block that crop halved is filled up packed
+  const size_t codes_stay =
+      (sink + layer.packed_tokens() + 15) / 16 * 16;  // a block that crop halved is filled up packed
   must(append_counted(layer, in, s.quiet, s.tokens));
   const Array pad_k(s.batch, s.kv_heads, 17 + window + s.recipe.offset_tokens, s.shape.d_k, s.shape.dtype);
   const Array pad_v(s.batch, s.kv_heads, pad_k.tokens, s.shape.d_v, s.shape.dtype);
-  must(append(layer, pad_k, pad_v));   // so that all blocks are packed by now
+  must(append(layer, pad_k, pad_v));  // so that all blocks are packed by now
   const Decoded held = decode(layer);
   auto packed = [&](size_t p, size_t t) {
     const size_t block = p / 16 * 16;
@@ -396,7 +427,8 @@ Plain by_the_rule(const Setting& s, const Input& in) {
   const AttendArgs args = [&] {
     Array any(1, 1, 1, 16);
     AttendArgs args = args_of(in.q, any);
-    args.queries = (int)(s.tokens - s.quiet), args.softcap = s.softcap, args.sinks = s.sinks ? in.sinks.data() : nullptr;
+    args.queries = (int)(s.tokens - s.quiet), args.softcap = s.softcap,
+    args.sinks = s.sinks ? in.sinks.data() : nullptr;
     return args;
   }();
   Array newest(s.batch, s.heads(), s.tokens - s.quiet, s.shape.d_k, s.shape.dtype);
@@ -432,12 +464,13 @@ void check_setting(Random& random, const Setting& s) {
   }();
   for (int threads : {1, 2, 3}) {
     UseThreads use(threads);
-    const Array got = attend_in_steps(s, in, threads == 2 ? std::vector{s.quiet, s.tokens} : cuts(random, s.quiet, s.tokens));
+    const Array got =
+        attend_in_steps(s, in, threads == 2 ? std::vector{s.quiet, s.tokens} : cuts(random, s.quiet, s.tokens));
     EXPECT_TRUE(same_bits(got, want)) << threads << " threads, " << describe(s);
   }
   Plain plain = by_the_rule(s, in);
   for (double& size : plain.size)
-    if (size == 0.0) size = 1.0;   // a row that sees a sink alone: zeros
+    if (size == 0.0) size = 1.0;  // a row that sees a sink alone: zeros
   Array newest(s.batch, s.heads(), s.tokens - s.quiet, s.shape.d_v, s.shape.dtype);
   for (int b = 0; b < s.batch; b++)
     for (int h = 0; h < s.heads(); h++)
@@ -456,7 +489,8 @@ Setting random_setting(Random& random, bool small) {
   s.recipe.sink_tokens = std::array{0, 0, 16, 32}[random.below(4)];
   s.recipe.raw_window = std::array{0, 0, 16, 48}[random.below(4)];
   const int dims[] = {16, 80, 128, 18, 256};
-  s.shape.d_k = small ? 16 : dims[random.below(5)], s.shape.d_v = random.below(2) || small ? s.shape.d_k : dims[random.below(5)];
+  s.shape.d_k = small ? 16 : dims[random.below(5)],
+  s.shape.d_v = random.below(2) || small ? s.shape.d_k : dims[random.below(5)];
   s.shape.dtype = std::array{Dtype::float32, Dtype::float16, Dtype::bfloat16}[random.below(3)];
   s.batch = 1 + random.below(2), s.kv_heads = 1 + random.below(2), s.group = std::array{1, 1, 2, 5}[random.below(4)];
   s.sliding_window = random.below(3) ? 0 : 2 + random.below(90);
@@ -476,7 +510,7 @@ TEST(Exact, ResultsDoNotDependOnHowQueriesAreBatched) {
     }
 }
 
-TEST(Exact, TokensThatSlideOutLeaveTheSameBits) {   // the oldest visible token lies anywhere in its block
+TEST(Exact, TokensThatSlideOutLeaveTheSameBits) {  // the oldest visible token lies anywhere in its block
   Random random;
   for (const std::string& name : fast_backends())
     for (int window : {2, 7, 16, 33, 64, 100})
@@ -488,7 +522,7 @@ TEST(Exact, TokensThatSlideOutLeaveTheSameBits) {   // the oldest visible token 
       }
 }
 
-TEST(Exact, ManyTasksGiveTheSameBits) {   // past the number of tokens at which the work is cut
+TEST(Exact, ManyTasksGiveTheSameBits) {  // past the number of tokens at which the work is cut
   Random random;
   for (const std::string& name : fast_backends())
     for (int form = 0; form < 6; form++) {
@@ -502,7 +536,7 @@ TEST(Exact, ManyTasksGiveTheSameBits) {   // past the number of tokens at which 
     }
 }
 
-TEST(Exact, RawTokensGiveTheSameBits) {   // the baseline of benchmarks
+TEST(Exact, RawTokensGiveTheSameBits) {  // the baseline of benchmarks
   Random random;
   for (const std::string& name : usable_backends())
     for (Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {

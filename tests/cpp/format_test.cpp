@@ -59,7 +59,7 @@ TEST(Format, AreasOfAPageDoNotOverlap) {
         for (size_t i = at; i < at + n; i++) uses.at(i)++;
       };
       for (int block = 0; block < kPageBlocks; block++) {
-        EXPECT_EQ(k_codes_at(page, block) % kRowBytes, 0u);   // rows stay on cache lines
+        EXPECT_EQ(k_codes_at(page, block) % kRowBytes, 0u);  // rows stay on cache lines
         EXPECT_EQ(v_codes_at(page, block) % kRowBytes, 0u);
         use(k_codes_at(page, block), code_bytes(page.k)), use(v_codes_at(page, block), code_bytes(page.v));
         use(k_scales_at(page, block), scales_bytes(page.k)), use(v_scales_at(page, block), scales_bytes(page.v));
@@ -72,7 +72,7 @@ TEST(Format, AreasOfAPageDoNotOverlap) {
 
 TEST(Format, DefaultRecipeTakes138BytesATokenAtHeadSize128) {
   const PageFormat page = make_page_format(Recipe{}, 128, 128);
-  EXPECT_EQ(page_head_bytes(page), 138u * kPageTokens);   // 4.31 bits a value
+  EXPECT_EQ(page_head_bytes(page), 138u * kPageTokens);  // 4.31 bits a value
 }
 
 TEST(Format, PlainBlocksHoldFloatsAndNoScales) {
@@ -94,8 +94,9 @@ TEST(Format, GroupsCoverThePaddedHead) {
   struct Case {
     int d, group, padded, resolved, groups;
   };
-  for (const Case& c : {Case{80, 0, 96, 96, 1}, Case{80, 64, 96, 64, 2}, Case{16, 32, 32, 32, 1}, Case{18, 16, 32, 16, 2},
-                        Case{16, 64, 32, 32, 1}, Case{112, 64, 128, 64, 2}, Case{510, 16, 512, 16, 32}}) {
+  for (const Case& c :
+       {Case{80, 0, 96, 96, 1}, Case{80, 64, 96, 64, 2}, Case{16, 32, 32, 32, 1}, Case{18, 16, 32, 16, 2},
+        Case{16, 64, 32, 32, 1}, Case{112, 64, 128, 64, 2}, Case{510, 16, 512, 16, 32}}) {
     Recipe recipe;
     recipe.k.group = c.group;
     const SideFormat format = make_side_format(recipe, Side::k, c.d);
@@ -137,7 +138,7 @@ TEST(Numbers, HalfAndBf16RoundToNearestEven) {
     }
     ASSERT_EQ(bf16_to_float(float_to_bf16(x)), (float)round_to(x, 7, -126)) << x;
   }
-  EXPECT_EQ(half_to_float(float_to_half(2049.0f)), 2048.0f);   // a tie: to even
+  EXPECT_EQ(half_to_float(float_to_half(2049.0f)), 2048.0f);  // a tie: to even
   EXPECT_EQ(half_to_float(float_to_half(2051.0f)), 2052.0f);
   EXPECT_TRUE(std::isinf(half_to_float(float_to_half(65520.0f))));
   EXPECT_EQ(half_to_float(float_to_half(65519.0f)), 65504.0f);
@@ -156,7 +157,8 @@ std::string worked_example() {
   rotate_reference(rotation, false, exact, y);
   const SideFormat format = make_side_format(Recipe{}, Side::k, d);
   std::vector<uint8_t> codes(code_bytes(format)), scales(scales_bytes(format));
-  EncodeArgs args{&format, &rotation, Side::k, Dtype::float32, {x}, 1, 0, nullptr, nullptr, codes.data(), scales.data()};
+  EncodeArgs args{&format, &rotation, Side::k, Dtype::float32, {x},          1,
+                  0,       nullptr,   nullptr, codes.data(),   scales.data()};
   encode_reference(args);
 
   std::string text;
@@ -174,14 +176,20 @@ std::string worked_example() {
   line("y     ", "%.4f", [&](int i) { return y[i]; }, d);
   line("scale ", "%.10g", [&](int) { return (double)load_element(scales.data(), Dtype::float16, 0); }, 1);
   line("scale's fp16 bits", "%04x", [&](int) { return scales[0] | scales[1] << 8; }, 1);
-  line("codes, signed  ", "%d", [&](int c) {
-    const CodePlace place = k_code_place(4, 0, c);
-    return (codes[place.byte] >> place.shift & 15) - 8;
-  }, d);
-  line("codes, stored  ", "%d", [&](int c) {
-    const CodePlace place = k_code_place(4, 0, c);
-    return codes[place.byte] >> place.shift & 15;
-  }, d);
+  line(
+      "codes, signed  ", "%d",
+      [&](int c) {
+        const CodePlace place = k_code_place(4, 0, c);
+        return (codes[place.byte] >> place.shift & 15) - 8;
+      },
+      d);
+  line(
+      "codes, stored  ", "%d",
+      [&](int c) {
+        const CodePlace place = k_code_place(4, 0, c);
+        return codes[place.byte] >> place.shift & 15;
+      },
+      d);
   for (int row = 0; row < 4; row++) {
     std::snprintf(number, sizeof number, "row %d, bytes 0-3 ", row);
     const std::string name = number;
@@ -195,8 +203,8 @@ TEST(Format, WorkedExampleOfTheDocumentIsWhatTheReferenceComputes) {
   ASSERT_TRUE(file) << "docs/format.md";
   std::stringstream document;
   document << file.rdbuf();
-  EXPECT_NE(document.str().find(worked_example()), std::string::npos)
-      << "docs/format.md should hold these lines:\n" << worked_example();
+  EXPECT_NE(document.str().find(worked_example()), std::string::npos) << "docs/format.md should hold these lines:\n"
+                                                                      << worked_example();
 }
 
 }  // namespace

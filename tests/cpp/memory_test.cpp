@@ -24,8 +24,9 @@ bool fails() {
 
 void* allocate(size_t bytes, size_t alignment) {
   if (fails()) throw std::bad_alloc();
-  void* p = alignment <= alignof(std::max_align_t) ? std::malloc(bytes ? bytes : 1)
-                                                   : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  void* p = alignment <= alignof(std::max_align_t)
+                ? std::malloc(bytes ? bytes : 1)
+                : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   if (!p) throw std::bad_alloc();
   return p;
 }
@@ -65,7 +66,7 @@ class FailAt {
 // failure. Returns how many allocations the call makes. A call that fails must leave things so that it can be repeated.
 template <class Call, class Check>
 int fail_everywhere(Call call, Check check) {
-  parallel_for(64, [](size_t) {});   // the threads exist already
+  parallel_for(64, [](size_t) {});  // the threads exist already
   for (int n = 0;; n++) {
     Status status;
     for (bool all_after : {false, true}) {
@@ -89,7 +90,7 @@ struct Case {
   const char* name;
   size_t held, more;
   Recipe recipe;
-  int rows;              // sequences made by select after the first append
+  int rows;  // sequences made by select after the first append
   int sliding_window;
   bool recorded = false;
 };
@@ -99,12 +100,22 @@ std::vector<Case> cases() {
   sinks.sink_tokens = 32, sinks.raw_window = 16;
   no_offset.offset = false;
   warm_up.offset_tokens = 32;
-  return {{"empty", 0, 100, {}, 1, 0},         {"empty and short", 0, 5, {}, 1, 0},    {"empty with sinks", 0, 100, sinks, 1, 0},
-          {"before the offset", 9, 3, {}, 1, 0}, {"offset is fixed", 9, 60, {}, 1, 0}, {"in place", 70, 3, {}, 1, 0},
-          {"in the page", 70, 30, {}, 1, 0},   {"new pages", 70, 300, {}, 1, 0},       {"shared pages", 70, 40, {}, 3, 0},
-          {"sinks", 20, 40, sinks, 1, 0},      {"no offset", 10, 90, no_offset, 1, 0}, {"sliding", 300, 70, {}, 2, 100},
-          {"warm up goes on", 9, 20, warm_up, 1, 0}, {"warm up ends", 20, 40, warm_up, 1, 0},
-          {"warm up at once", 0, 100, warm_up, 1, 0}, {"recorded", 70, 40, {}, 1, 0, true},
+  return {{"empty", 0, 100, {}, 1, 0},
+          {"empty and short", 0, 5, {}, 1, 0},
+          {"empty with sinks", 0, 100, sinks, 1, 0},
+          {"before the offset", 9, 3, {}, 1, 0},
+          {"offset is fixed", 9, 60, {}, 1, 0},
+          {"in place", 70, 3, {}, 1, 0},
+          {"in the page", 70, 30, {}, 1, 0},
+          {"new pages", 70, 300, {}, 1, 0},
+          {"shared pages", 70, 40, {}, 3, 0},
+          {"sinks", 20, 40, sinks, 1, 0},
+          {"no offset", 10, 90, no_offset, 1, 0},
+          {"sliding", 300, 70, {}, 2, 100},
+          {"warm up goes on", 9, 20, warm_up, 1, 0},
+          {"warm up ends", 20, 40, warm_up, 1, 0},
+          {"warm up at once", 0, 100, warm_up, 1, 0},
+          {"recorded", 70, 40, {}, 1, 0, true},
           {"recorded from the start", 0, 200, sinks, 1, 0, true}};
 }
 
@@ -130,23 +141,22 @@ TEST(Memory, AppendFailsWithoutATrace) {
       const Array more = random_array(random, c.held ? c.rows : 1, 2, c.more, 64);
       Layer layer = layer_of(c, k), untouched = layer_of(c, k);
       const size_t bytes = layer.bytes();
-      const int allocations = fail_everywhere(
-          [&] { return append(layer, more, more); },
-          [&] {
-            EXPECT_EQ(layer.length(), c.held);
-            EXPECT_EQ(layer.visible(), untouched.visible());
-            EXPECT_EQ(layer.packed_tokens(), untouched.packed_tokens());
-            EXPECT_EQ(layer.batch(), untouched.batch());
-            EXPECT_EQ(layer.bytes(), bytes);
-            EXPECT_EQ(layer.has_offset(), untouched.has_offset());
-            if (c.held) {
-              EXPECT_EQ(difference(save(layer), save(untouched)), "");
-            }
-          });
+      const int allocations = fail_everywhere([&] { return append(layer, more, more); },
+                                              [&] {
+                                                EXPECT_EQ(layer.length(), c.held);
+                                                EXPECT_EQ(layer.visible(), untouched.visible());
+                                                EXPECT_EQ(layer.packed_tokens(), untouched.packed_tokens());
+                                                EXPECT_EQ(layer.batch(), untouched.batch());
+                                                EXPECT_EQ(layer.bytes(), bytes);
+                                                EXPECT_EQ(layer.has_offset(), untouched.has_offset());
+                                                if (c.held) {
+                                                  EXPECT_EQ(difference(save(layer), save(untouched)), "");
+                                                }
+                                              });
       if (c.more > 20) {
         EXPECT_GT(allocations, 2);
       }
-      must(append(untouched, more, more));   // the last try went through: as if the others had never been
+      must(append(untouched, more, more));  // the last try went through: as if the others had never been
       EXPECT_TRUE(same_bits(decode(layer), decode(untouched)));
     }
 }
@@ -162,10 +172,10 @@ TEST(Memory, AttendFailsWithoutATrace) {
     const Array want = attend(layer, q);
     Array out = want;
     auto step = [&] { return layer.attend(args_of(q, out)); };
-    std::thread([&] { EXPECT_GT(fail_everywhere(step, [] {}), 1); }).join();   // it has no working memory yet
+    std::thread([&] { EXPECT_GT(fail_everywhere(step, [] {}), 1); }).join();  // it has no working memory yet
     EXPECT_TRUE(same_bits(attend(layer, q), want));
     if (threads == 1) {
-      EXPECT_EQ(fail_everywhere(step, [] {}), 0);   // a decoding step allocates nothing
+      EXPECT_EQ(fail_everywhere(step, [] {}), 0);  // a decoding step allocates nothing
     }
   }
 }
@@ -241,7 +251,7 @@ TEST(Memory, SaveAndLoadFailWithoutATrace) {
     const size_t bytes = layer.bytes();
     EXPECT_GT(fail_everywhere([&] { return layer.save(parts); },
                               [&] {
-                                EXPECT_EQ(difference(parts, other), "");   // not half of a layer
+                                EXPECT_EQ(difference(parts, other), "");  // not half of a layer
                                 EXPECT_EQ(layer.bytes(), bytes);
                               }),
               1);
@@ -256,7 +266,8 @@ TEST(Memory, CCallsReportItToo) {
   config.kv_heads = 1, config.head_dim_k = config.head_dim_v = 64;
   halfbyte_layer* layer = nullptr;
   auto status_of = [](halfbyte_status status) {
-    return status == HALFBYTE_OK ? Status{} : Status{status == HALFBYTE_OUT_OF_MEMORY ? Code::out_of_memory : Code::bad_value, ""};
+    return status == HALFBYTE_OK ? Status{}
+                                 : Status{status == HALFBYTE_OUT_OF_MEMORY ? Code::out_of_memory : Code::bad_value, ""};
   };
   fail_everywhere([&] { return status_of(halfbyte_create(&config, &layer)); }, [&] { EXPECT_EQ(layer, nullptr); });
   ASSERT_NE(layer, nullptr);

@@ -51,7 +51,8 @@ std::vector<double> srht_by_definition(const std::vector<float>& x, const std::v
   const int d = (int)x.size();
   std::vector<double> y(d);
   for (int i = 0; i < d; i++)
-    for (int j = 0; j < d; j++) y[i] += (std::popcount((unsigned)(i & j)) % 2 ? -1 : 1) * signs[j] * x[j] / std::sqrt(d);
+    for (int j = 0; j < d; j++)
+      y[i] += (std::popcount((unsigned)(i & j)) % 2 ? -1 : 1) * signs[j] * x[j] / std::sqrt(d);
   return y;
 }
 
@@ -84,7 +85,8 @@ TEST(Rotation, SignsAreThePublishedSplitmix64) {
     const std::vector<double> words = published_signs(seed, 4 * 512);
     for (int layer : {0, 3})
       for (int c : {0, 1, 255, 511})
-        EXPECT_EQ(make_rotation(Rotation::srft, 512, seed, layer).signs[c], words[layer * 512 + c]) << seed << " " << layer;
+        EXPECT_EQ(make_rotation(Rotation::srft, 512, seed, layer).signs[c], words[layer * 512 + c])
+            << seed << " " << layer;
   }
 }
 
@@ -134,7 +136,7 @@ TEST(Rotation, SrftIsOrthonormal) {
   for (const std::string& name : usable_backends()) {
     UseBackend use(name);
     for (int d : head_dims())
-      if (name != "reference" || d <= 128) expect_orthonormal(Rotation::srft, d, name);   // d³ cosines otherwise
+      if (name != "reference" || d <= 128) expect_orthonormal(Rotation::srft, d, name);  // d³ cosines otherwise
   }
 }
 
@@ -171,20 +173,22 @@ TEST(Rotation, DenseIsTheMatrixAndItsTranspose) {
   Random random;
   const Recipe recipe = recipe_of(Rotation::dense);
   for (int d : head_dims()) {
-    if (d > 256) continue;   // d³ to make one
+    if (d > 256) continue;  // d³ to make one
     const std::vector<float> r = random_rotation(random, d);
     for (const std::string& name : usable_backends()) {
       UseBackend use(name);
       for (int n : {1, 16, 33}) {
         const std::vector<float> x = random.normals((size_t)n * d);
-        const std::vector<float> y = rotated(x, d, recipe, 0, false, r.data()), z = rotated(x, d, recipe, 0, true, r.data());
+        const std::vector<float> y = rotated(x, d, recipe, 0, false, r.data()),
+                                 z = rotated(x, d, recipe, 0, true, r.data());
         for (int i = 0; i < n * d; i++) {
           double forward = 0.0, inverse = 0.0;
           for (int j = 0; j < d; j++) {
             forward += (double)r[(size_t)(i % d) * d + j] * x[i / d * d + j];
             inverse += (double)r[(size_t)j * d + i % d] * x[i / d * d + j];
           }
-          // A running sum of size 2 rounds d times by up to 1.2e-7: √d of that, and four times as much for the worst of many.
+          // A running sum of size 2 rounds d times by up to 1.2e-7: √d of that, and four times as much for the worst of
+          // many.
           ASSERT_NEAR(y[i], forward, 1e-5) << name << " d " << d << " n " << n << " at " << i;
           ASSERT_NEAR(z[i], inverse, 1e-5) << name << " d " << d << " n " << n << " at " << i;
         }

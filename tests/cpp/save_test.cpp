@@ -17,8 +17,8 @@ struct Form {
   Recipe recipe;
   size_t tokens;
   int sliding_window = 0;
-  size_t cropped_to = 0;             // 0: not cropped
-  std::vector<size_t> rows = {};     // for select; none: not selected
+  size_t cropped_to = 0;          // 0: not cropped
+  std::vector<size_t> rows = {};  // for select; none: not selected
   int d_k = 32, d_v = 32;
   Dtype dtype = Dtype::float32;
   bool offset_given = false, padded = false, recorded = false;
@@ -31,7 +31,8 @@ std::vector<Form> forms() {
   lambda.lambda = true;
   g16.k.group = g16.v.group = 16;
   k8v4.k.bits = 8;
-  sinks.sink_tokens = 32, window.raw_window = 128, both.sink_tokens = 16, both.raw_window = 16, warm_up.offset_tokens = 48;
+  sinks.sink_tokens = 32, window.raw_window = 128, both.sink_tokens = 16, both.raw_window = 16,
+  warm_up.offset_tokens = 48;
   Recipe plain_sinks = plain_recipe();
   plain_sinks.sink_tokens = 80, plain_sinks.raw_window = 16;
   return {
@@ -132,7 +133,7 @@ TEST(Save, LayersComeBackAndGoOnAsTheyWere) {
       UseBackend use(name);
       Layer layer = layer_of(random, form), loaded = load(config_of(form), save(layer));
       expect_same(layer, loaded, random);
-      append_to_both(layer, loaded, 1, random);    // a single token: from here on neither can go back into an append
+      append_to_both(layer, loaded, 1, random);  // a single token: from here on neither can go back into an append
       append_to_both(layer, loaded, 37, random);
       expect_same(layer, loaded, random);
       const size_t length = layer.length() - 11;
@@ -184,7 +185,7 @@ TEST(Save, SharedPagesAreSavedAndLoadedOnce) {
     for (int i = 0; i < 11; i++) table.push_back(sequence * 11 + i);
   EXPECT_EQ(shared.page_table, table);
   Layer loaded = load(layer.config(), shared);
-  EXPECT_LT(loaded.bytes(), bytes_apart + bytes_apart / 3);   // the raw tokens of two more sequences
+  EXPECT_LT(loaded.bytes(), bytes_apart + bytes_apart / 3);  // the raw tokens of two more sequences
   // One beam writes: the others keep what they had.
   const Array more = random_array(random, 4, 2, 30, 64);
   must(append(layer, more, more)), must(append(loaded, more, more));
@@ -194,7 +195,12 @@ TEST(Save, SharedPagesAreSavedAndLoadedOnce) {
 // What a crop left behind in a page must not reach a file.
 TEST(Save, SlotsWithoutATokenAreZero) {
   Random random;
-  for (const Recipe& recipe : {Recipe{}, [] { Recipe r; r.k = {8, 16}, r.v = {8, 0}, r.scale_bits = 32; return r; }(),
+  for (const Recipe& recipe : {Recipe{},
+                               [] {
+                                 Recipe r;
+                                 r.k = {8, 16}, r.v = {8, 0}, r.scale_bits = 32;
+                                 return r;
+                               }(),
                                plain_recipe()})
     for (size_t left : {65, 69, 80, 83, 100, 127}) {
       const PageFormat format = make_page_format(recipe, 48, 32);
@@ -350,7 +356,7 @@ void use(Layer& layer, Random& random) {
   attend(layer, q);
   if (random.below(2)) append_some(1, true);
   append_some(20, random.below(2));
-  (void)layer.crop(layer.length() - random.below((int)std::min<size_t>(layer.length(), 100)));   // a window may refuse
+  (void)layer.crop(layer.length() - random.below((int)std::min<size_t>(layer.length(), 100)));  // a window may refuse
   must(layer.select({(size_t)random.below(batch), (size_t)random.below(batch)}));
   append_some(random.below(2) ? 1 : 90, false);
   decode(layer);
@@ -360,9 +366,34 @@ void use(Layer& layer, Random& random) {
 
 uint64_t odd_number(Random& random, uint64_t value) {
   constexpr uint64_t kOnes = UINT64_MAX;
-  const uint64_t numbers[] = {0, 1, 2, 15, 16, 17, 31, 48, 63, 64, 65, 127, 128, 129, 1000, 1u << 20, 0x7fffffff,
-                              0x80000000, 0xffffffff, (uint64_t)1 << 32, ((uint64_t)1 << 40) - 1, (uint64_t)1 << 40,
-                              ((uint64_t)1 << 40) + 1, (uint64_t)1 << 62, (uint64_t)1 << 63, kOnes, kOnes - 15, kOnes - 63};
+  const uint64_t numbers[] = {0,
+                              1,
+                              2,
+                              15,
+                              16,
+                              17,
+                              31,
+                              48,
+                              63,
+                              64,
+                              65,
+                              127,
+                              128,
+                              129,
+                              1000,
+                              1u << 20,
+                              0x7fffffff,
+                              0x80000000,
+                              0xffffffff,
+                              (uint64_t)1 << 32,
+                              ((uint64_t)1 << 40) - 1,
+                              (uint64_t)1 << 40,
+                              ((uint64_t)1 << 40) + 1,
+                              (uint64_t)1 << 62,
+                              (uint64_t)1 << 63,
+                              kOnes,
+                              kOnes - 15,
+                              kOnes - 63};
   const uint64_t steps[] = {1, 2, 15, 16, 17, 64, 128};
   if (random.below(2)) return numbers[random.below((int)std::size(numbers))];
   const uint64_t step = steps[random.below((int)std::size(steps))];
@@ -372,17 +403,26 @@ uint64_t odd_number(Random& random, uint64_t value) {
 template <class T>
 void damage(Random& random, std::vector<T>& x) {
   switch (random.below(6)) {
-    case 0: x.clear(); break;
-    case 1: x.resize(x.size() - std::min<size_t>(x.size(), 1 + random.below(70))); break;
-    case 2: x.resize(x.size() + 1 + random.below(70)); break;
-    case 3: x.resize(x.size() * (size_t)random.below(3)); break;
+    case 0:
+      x.clear();
+      break;
+    case 1:
+      x.resize(x.size() - std::min<size_t>(x.size(), 1 + random.below(70)));
+      break;
+    case 2:
+      x.resize(x.size() + 1 + random.below(70));
+      break;
+    case 3:
+      x.resize(x.size() * (size_t)random.below(3));
+      break;
     default:
       for (int i = random.below(4); i >= 0 && !x.empty(); i--) {
         T& item = x[random.below((int)x.size())];
         uint8_t bytes[sizeof(T)];
         memcpy(bytes, &item, sizeof(T));
         bytes[random.below(sizeof(T))] ^= (uint8_t)(1 << random.below(8));
-        if (random.below(3) == 0) std::fill_n(bytes, sizeof(T), (uint8_t)(random.below(2) ? 0xff : 0x7c));   // NaN; large
+        if (random.below(3) == 0)
+          std::fill_n(bytes, sizeof(T), (uint8_t)(random.below(2) ? 0xff : 0x7c));  // NaN; large
         memcpy(&item, bytes, sizeof(T));
       }
   }
@@ -390,13 +430,25 @@ void damage(Random& random, std::vector<T>& x) {
 
 void damage_counts(Random& random, LayerParts& parts) {
   switch (random.below(7)) {
-    case 0: parts.batch = (int)odd_number(random, (uint64_t)parts.batch); break;
-    case 1: parts.length = odd_number(random, parts.length); break;
-    case 2: parts.first = odd_number(random, parts.first); break;
-    case 3: parts.packed_end = odd_number(random, parts.packed_end); break;
-    case 4: parts.pages_dropped = odd_number(random, parts.pages_dropped); break;
-    case 5: parts.offset_ready = !parts.offset_ready; break;
-    case 6: {   // all of it further on, as in a long sliding sequence
+    case 0:
+      parts.batch = (int)odd_number(random, (uint64_t)parts.batch);
+      break;
+    case 1:
+      parts.length = odd_number(random, parts.length);
+      break;
+    case 2:
+      parts.first = odd_number(random, parts.first);
+      break;
+    case 3:
+      parts.packed_end = odd_number(random, parts.packed_end);
+      break;
+    case 4:
+      parts.pages_dropped = odd_number(random, parts.pages_dropped);
+      break;
+    case 5:
+      parts.offset_ready = !parts.offset_ready;
+      break;
+    case 6: {  // all of it further on, as in a long sliding sequence
       const uint64_t shift = 64 * (uint64_t)random.below(1 << 20);
       parts.length += shift, parts.first += shift, parts.packed_end += shift, parts.pages_dropped += shift / 64;
     }
@@ -405,17 +457,39 @@ void damage_counts(Random& random, LayerParts& parts) {
 
 void damage_arrays(Random& random, LayerParts& parts) {
   switch (random.below(11)) {
-    case 0: damage(random, parts.page_table); break;
-    case 1: damage(random, parts.pages); break;
-    case 2: damage(random, parts.raw_k); break;
-    case 3: damage(random, parts.raw_v); break;
-    case 4: damage(random, parts.offset_k); break;
-    case 5: damage(random, parts.offset_v); break;
-    case 6: damage(random, parts.given_offset_k); break;
-    case 7: damage(random, parts.given_offset_v); break;
-    case 8: damage(random, parts.lambda_k); break;
-    case 9: damage(random, parts.lambda_v); break;
-    case 10: damage(random, parts.counted); break;
+    case 0:
+      damage(random, parts.page_table);
+      break;
+    case 1:
+      damage(random, parts.pages);
+      break;
+    case 2:
+      damage(random, parts.raw_k);
+      break;
+    case 3:
+      damage(random, parts.raw_v);
+      break;
+    case 4:
+      damage(random, parts.offset_k);
+      break;
+    case 5:
+      damage(random, parts.offset_v);
+      break;
+    case 6:
+      damage(random, parts.given_offset_k);
+      break;
+    case 7:
+      damage(random, parts.given_offset_v);
+      break;
+    case 8:
+      damage(random, parts.lambda_k);
+      break;
+    case 9:
+      damage(random, parts.lambda_v);
+      break;
+    case 10:
+      damage(random, parts.counted);
+      break;
   }
 }
 
@@ -423,14 +497,17 @@ void damage_arrays(Random& random, LayerParts& parts) {
 void fit_arrays(const LayerConfig& config, LayerParts& parts) {
   const uint64_t sink = config.recipe.sink_tokens, last = (parts.packed_end + 63) / 64;
   const uint64_t pages = parts.packed_end > sink && last > parts.pages_dropped ? last - parts.pages_dropped : 0;
-  const uint64_t raw = std::min(sink, parts.length) + (parts.length > parts.packed_end ? parts.length - parts.packed_end : 0);
+  const uint64_t raw =
+      std::min(sink, parts.length) + (parts.length > parts.packed_end ? parts.length - parts.packed_end : 0);
   if (parts.batch < 1 || parts.batch > 8 || pages > 100 || raw > 1000) return;
   const size_t rows = (size_t)parts.batch * config.kv_heads, bytes = dtype_bytes(config.dtype);
   const size_t offsets = config.recipe.offset && parts.offset_ready ? rows : 0;
   parts.page_table.resize(parts.batch * pages);
   if (parts.pages.empty() && pages)
-    parts.pages.resize(config.kv_heads * page_head_bytes(make_page_format(config.recipe, config.head_dim_k, config.head_dim_v)));
-  parts.raw_k.resize(rows * raw * config.head_dim_k * bytes), parts.raw_v.resize(rows * raw * config.head_dim_v * bytes);
+    parts.pages.resize(config.kv_heads *
+                       page_head_bytes(make_page_format(config.recipe, config.head_dim_k, config.head_dim_v)));
+  parts.raw_k.resize(rows * raw * config.head_dim_k * bytes),
+      parts.raw_v.resize(rows * raw * config.head_dim_v * bytes);
   parts.offset_k.resize(offsets * config.head_dim_k), parts.offset_v.resize(offsets * config.head_dim_v);
   parts.counted.clear();
 }
@@ -451,9 +528,9 @@ bool survives(const LayerConfig& config, const LayerParts& parts, Random& random
 }
 
 std::string counts_of(const LayerParts& p) {
-  return "batch " + std::to_string(p.batch) + ", length " + std::to_string(p.length) + ", first " + std::to_string(p.first) +
-         ", packed_end " + std::to_string(p.packed_end) + ", pages_dropped " + std::to_string(p.pages_dropped) +
-         ", offset_ready " + std::to_string(p.offset_ready);
+  return "batch " + std::to_string(p.batch) + ", length " + std::to_string(p.length) + ", first " +
+         std::to_string(p.first) + ", packed_end " + std::to_string(p.packed_end) + ", pages_dropped " +
+         std::to_string(p.pages_dropped) + ", offset_ready " + std::to_string(p.offset_ready);
 }
 
 TEST(Damage, AtRandomGivesAnErrorOrALayerThatWorks) {
@@ -461,13 +538,14 @@ TEST(Damage, AtRandomGivesAnErrorOrALayerThatWorks) {
   UseBackend use_backend(fast_backends().front());
   int loaded = 0, refused = 0;
   for (Form form : forms()) {
-    form.d_k = std::min(form.d_k, 32), form.d_v = std::min(form.d_v, 18);   // many small ones rather than few large ones
+    form.d_k = std::min(form.d_k, 32), form.d_v = std::min(form.d_v, 18);  // many small ones rather than few large ones
     const LayerConfig config = config_of(form);
     const LayerParts good = save(layer_of(random, form));
     for (int i = 0; i < 160; i++) {
       LayerParts bad = good;
       const bool fits = i % 2;
-      for (int n = random.below(3); n >= 0; n--) fits || random.below(3) == 0 ? damage_counts(random, bad) : damage_arrays(random, bad);
+      for (int n = random.below(3); n >= 0; n--)
+        fits || random.below(3) == 0 ? damage_counts(random, bad) : damage_arrays(random, bad);
       if (fits) fit_arrays(config, bad);
       (survives(config, bad, random) ? loaded : refused)++;
       ASSERT_FALSE(HasFailure()) << form.name << ": " << counts_of(bad);
@@ -490,7 +568,8 @@ std::string worked_example() {
   const LayerParts parts = save(layer);
   std::stringstream text;
   text << "batch " << parts.batch << ", length " << parts.length << ", first " << parts.first << ", packed_end "
-       << parts.packed_end << ", pages_dropped " << parts.pages_dropped << ", offset_ready " << parts.offset_ready << "\n";
+       << parts.packed_end << ", pages_dropped " << parts.pages_dropped << ", offset_ready " << parts.offset_ready
+       << "\n";
   text << "page_table";
   for (int32_t page : parts.page_table) text << " " << page;
   text << "\npages   " << parts.pages.size() << " bytes\nraw_k   " << parts.raw_k.size() << " bytes, raw_v "
@@ -512,8 +591,8 @@ TEST(Save, WorkedExampleOfTheDocumentIsWhatSaveGives) {
   ASSERT_TRUE(file) << "docs/format.md";
   std::stringstream document;
   document << file.rdbuf();
-  EXPECT_NE(document.str().find(worked_example()), std::string::npos)
-      << "docs/format.md should hold these lines:\n" << worked_example();
+  EXPECT_NE(document.str().find(worked_example()), std::string::npos) << "docs/format.md should hold these lines:\n"
+                                                                      << worked_example();
 }
 
 }  // namespace

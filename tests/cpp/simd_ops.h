@@ -6,8 +6,8 @@
 namespace halfbyte::testing {
 
 struct SimdOps {
-  const char* name;   // of the backend that is built from them
-  void (*round)(const float* x, float* out);             // all arrays of floats: [16]
+  const char* name;                           // of the backend that is built from them
+  void (*round)(const float* x, float* out);  // all arrays of floats: [16]
   void (*round_f16)(const float* x, float* out);
   void (*exp_negative)(const float* x, float* out);
   void (*tanh)(const float* x, float* out);
@@ -20,18 +20,18 @@ struct SimdOps {
   uint16_t (*greater_equal)(const float* a, const float* b);
   void (*select)(uint16_t mask, const float* yes, const float* no, float* out);
   float (*reduce_add)(const float* x);
-  void (*sum_four)(const float* x, float* sums);         // x [4][16]
+  void (*sum_four)(const float* x, float* sums);  // x [4][16]
   float (*reduce_max)(const float* x);
-  void (*transpose16)(float* x);                         // [16][16]
-  void (*store_low_bytes)(const float* x, uint8_t* out); // of x rounded to ints
+  void (*transpose16)(float* x);                          // [16][16]
+  void (*store_low_bytes)(const float* x, uint8_t* out);  // of x rounded to ints
   void (*extreme)(const float* x, int n, float* out);     // x [n][16]
   void (*limit_bytes)(const int32_t* x, int less, int most, int32_t* out);
-  void (*transpose_bytes)(int32_t* rows);                // [4][16]
+  void (*transpose_bytes)(int32_t* rows);  // [4][16]
   void (*sums)(const int32_t* a, const int32_t* b, int32_t* sum, int32_t* gap, int32_t* shifted);
   uint16_t (*load_mask)(const uint8_t* x);
-  void (*nibbles)(const uint8_t* row, int four, int32_t* low, int32_t* high);   // row [64]: dot products of both halves
-  void (*weights)(const uint8_t* row, int flipped, int four, int32_t* low);     // of row's low nibbles, flipped before
-  void (*bytes)(const uint8_t* row, int four, int32_t* out, int32_t* zero);     // of row and of a row of zero codes
+  void (*nibbles)(const uint8_t* row, int four, int32_t* low, int32_t* high);  // row [64]: dot products of both halves
+  void (*weights)(const uint8_t* row, int flipped, int four, int32_t* low);    // of row's low nibbles, flipped before
+  void (*bytes)(const uint8_t* row, int four, int32_t* out, int32_t* zero);    // of row and of a row of zero codes
 };
 
 // Makes one instruction set known to the tests; each calls it as the program starts.

@@ -29,7 +29,8 @@ using Floats = std::array<float, 16>;
 std::vector<const SimdOps*> all_ops() {
   const std::vector<std::string> usable = usable_backends();
   std::vector<const SimdOps*> list = built();
-  std::erase_if(list, [&](const SimdOps* ops) { return std::find(usable.begin(), usable.end(), ops->name) == usable.end(); });
+  std::erase_if(list,
+                [&](const SimdOps* ops) { return std::find(usable.begin(), usable.end(), ops->name) == usable.end(); });
   return list;
 }
 
@@ -96,7 +97,8 @@ TEST(Simd, ExponentialsAndTangents) {
       for (int i = 0; i < 16; i++) {
         const double want = std::exp(std::max((double)x[i], -87.0));
         // 4e-6 of the series; and x · log2(e), a float, is off by a part in 2^24 of itself.
-        ASSERT_NEAR(out[i], want, (4e-6 + 1.2e-7 * std::fabs(std::max(x[i], -87.0f))) * want) << ops->name << " e^" << x[i];
+        ASSERT_NEAR(out[i], want, (4e-6 + 1.2e-7 * std::fabs(std::max(x[i], -87.0f))) * want)
+            << ops->name << " e^" << x[i];
       }
       ASSERT_EQ(out[0], 1.0f) << ops->name;
       x = random_floats(random, 3.0f), x[0] = 0.0f, x[1] = 100.0f, x[2] = -1e5f;
@@ -158,7 +160,8 @@ TEST(Simd, SumsOfFourAtOnce) {
     for (int turn = 0; turn < 100; turn++) {
       std::array<float, 64> x;
       std::array<float, 4> sums;
-      for (float& element : x) element = (float)(random.below(2001) - 1000);   // whole numbers: any order gives the same sum
+      for (float& element : x)
+        element = (float)(random.below(2001) - 1000);  // whole numbers: any order gives the same sum
       ops->sum_four(x.data(), sums.data());
       for (int i = 0; i < 4; i++) {
         float want = 0.0f;
@@ -192,7 +195,7 @@ TEST(Simd, ExtremesKeepTheirSign) {
     for (int turn = 0; turn < 200; turn++) {
       const int n = 1 + random.below(20);
       std::vector<float> x = random.normals(16 * n);
-      for (int i = 0; i < n && turn % 2; i++) x[16 * i] = random.below(2) ? 3.0f : -3.0f;   // the positive one of equals
+      for (int i = 0; i < n && turn % 2; i++) x[16 * i] = random.below(2) ? 3.0f : -3.0f;  // the positive one of equals
       Floats out;
       ops->extreme(x.data(), n, out.data());
       for (int lane = 0; lane < 16; lane++) {
@@ -209,7 +212,8 @@ TEST(Simd, IntegersAndTheirBytes) {
   for (const SimdOps* ops : all_ops())
     for (int turn = 0; turn < 200; turn++) {
       std::array<int32_t, 16> a, b, sum, gap, shifted, limited;
-      for (int i = 0; i < 16; i++) a[i] = (int32_t)(random.below(1 << 30) * 4u + random.below(4)), b[i] = random.below(1 << 30);
+      for (int i = 0; i < 16; i++)
+        a[i] = (int32_t)(random.below(1 << 30) * 4u + random.below(4)), b[i] = random.below(1 << 30);
       ops->sums(a.data(), b.data(), sum.data(), gap.data(), shifted.data());
       const int less = random.below(256), most = random.below(256);
       ops->limit_bytes(a.data(), less, most, limited.data());
@@ -220,14 +224,15 @@ TEST(Simd, IntegersAndTheirBytes) {
         for (int j = 0; j < 32; j += 8)
           ASSERT_EQ(limited[i] >> j & 255, std::min(std::max((a[i] >> j & 255) - less, 0), most)) << ops->name;
       }
-      std::array<std::array<std::array<uint8_t, 4>, 16>, 4> from, to;   // [row][lane][byte]
+      std::array<std::array<std::array<uint8_t, 4>, 16>, 4> from, to;  // [row][lane][byte]
       for (auto& row : from)
         for (auto& lane : row)
           for (uint8_t& byte : lane) byte = (uint8_t)random.below(256);
       to = from;
       ops->transpose_bytes(reinterpret_cast<int32_t*>(&to));
       for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) ASSERT_EQ(to[i / 4][j][i % 4], from[j / 4][i][j % 4]) << ops->name << " " << i << " " << j;
+        for (int j = 0; j < 16; j++)
+          ASSERT_EQ(to[i / 4][j][i % 4], from[j / 4][i][j % 4]) << ops->name << " " << i << " " << j;
     }
 }
 

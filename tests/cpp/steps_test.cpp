@@ -13,7 +13,7 @@ struct Story {
   Recipe recipe;
   int d = 64;
   int sliding_window = 0;
-  size_t before = 0, chunk = 0;   // tokens held, then tokens of the step
+  size_t before = 0, chunk = 0;  // tokens held, then tokens of the step
   float softcap = 0.0f;
 };
 
@@ -27,7 +27,7 @@ Layer start(const Story& story, const Array& k, const Array& v, const std::vecto
   LayerConfig config = config_of(2, story.d, k.dtype, story.recipe);
   config.sliding_window = story.sliding_window;
   Layer layer = make_layer(config);
-  must(layer.set_offset(mu.data(), mu.data()));   // else the first chunk's size would decide μ
+  must(layer.set_offset(mu.data(), mu.data()));  // else the first chunk's size would decide μ
   if (story.before) must(append_coded(layer, k, v, 0, story.before));
   return layer;
 }
@@ -67,7 +67,7 @@ Plain by_the_rule(const Story& story, const Array& q, const Array& k, const Arra
   must(append(layer, k, v, story.before, k.tokens));
   const Array pad = random_array(random, k.batch, k.heads, 17 + story.recipe.raw_window, k.d, k.dtype);
   layer.record_past(true);
-  must(append(layer, pad, pad));   // so that all blocks of the story are packed by now
+  must(append(layer, pad, pad));  // so that all blocks of the story are packed by now
   const Decoded held = decode(layer);
   const size_t first = layer.first();
   auto packed = [&](int query, size_t t) {
@@ -91,11 +91,12 @@ Plain by_the_rule(const Story& story, const Array& q, const Array& k, const Arra
 
 void check_story(Random& random, const Story& story, Dtype dtype = Dtype::float32) {
   const size_t total = story.before + story.chunk;
-  const Array k = random_array(random, 2, 2, total, story.d, dtype), v = random_array(random, 2, 2, total, story.d, dtype);
+  const Array k = random_array(random, 2, 2, total, story.d, dtype),
+              v = random_array(random, 2, 2, total, story.d, dtype);
   const Array q = random_array(random, 2, 4, story.chunk, story.d, dtype);
   const std::vector<float> mu = random.normals(2 * story.d, 0.3f);
   const Plain plain = [&] {
-    UseBackend use(fast_backends().front());   // to decode as it was coded
+    UseBackend use(fast_backends().front());  // to decode as it was coded
     return by_the_rule(story, q, k, v, mu);
   }();
   const std::string what = std::to_string(story.before) + " + " + std::to_string(story.chunk) + " tokens, d " +
@@ -122,7 +123,8 @@ TEST(Steps, SinksAndRawWindow) {
   Random random;
   for (int sinks : {0, 16, 32})
     for (int window : {0, 16, 48})
-      for (auto [before, chunk] : {std::pair{0, 9}, std::pair{10, 20}, std::pair{33, 5}, std::pair{70, 40}, std::pair{64, 2}}) {
+      for (auto [before, chunk] :
+           {std::pair{0, 9}, std::pair{10, 20}, std::pair{33, 5}, std::pair{70, 40}, std::pair{64, 2}}) {
         Story story{{}, 32, 0, (size_t)before, (size_t)chunk, 0.0f};
         story.recipe.sink_tokens = sinks, story.recipe.raw_window = window;
         check_story(random, story);
@@ -132,7 +134,8 @@ TEST(Steps, SinksAndRawWindow) {
 TEST(Steps, SlidingWindows) {
   Random random;
   for (int window : {2, 5, 16, 20, 40})
-    for (auto [before, chunk] : {std::pair{0, 30}, std::pair{10, 3}, std::pair{50, 1}, std::pair{63, 4}, std::pair{100, 20}}) {
+    for (auto [before, chunk] :
+         {std::pair{0, 30}, std::pair{10, 3}, std::pair{50, 1}, std::pair{63, 4}, std::pair{100, 20}}) {
       // Before the step the cache may hold no more than the window, as it does when it grows token by token.
       check_story(random, {{}, 32, window, (size_t)before, (size_t)chunk, 0.0f});
     }
@@ -149,7 +152,7 @@ TEST(Steps, Softcap) {
   check_story(random, {{}, 64, 0, 40, 11, 2.0f});
 }
 
-TEST(Steps, MaskMayShowTheFuture) {   // bidirectional spans, as image tokens have them
+TEST(Steps, MaskMayShowTheFuture) {  // bidirectional spans, as image tokens have them
   Random random;
   const Story story{{}, 32, 0, 37, 12, 0.0f};
   const Array k = random_array(random, 1, 2, 49, 32), v = random_array(random, 1, 2, 49, 32);

@@ -41,7 +41,7 @@ class Random {
   Random() : engine_(test_seed()) {}
   int below(int n) { return (int)(engine_() % (uint64_t)n); }
   float normal() { return normal_(engine_); }
-  float factor() { return std::exp2((float)below(2001) / 1000.0f - 1.0f); }   // a λ, between 1/2 and 2
+  float factor() { return std::exp2((float)below(2001) / 1000.0f - 1.0f); }  // a λ, between 1/2 and 2
   std::vector<float> normals(size_t n, float spread = 1.0f) {
     std::vector<float> x(n);
     for (float& value : x) value = spread * normal();
@@ -116,7 +116,11 @@ struct Array {
   std::vector<uint8_t> bytes;
 
   Array(int batch, int heads, size_t tokens, int d, Dtype dtype = Dtype::float32)
-      : batch(batch), heads(heads), tokens(tokens), d(d), dtype(dtype),
+      : batch(batch),
+        heads(heads),
+        tokens(tokens),
+        d(d),
+        dtype(dtype),
         bytes(batch * heads * tokens * d * dtype_bytes(dtype)) {}
 
   size_t at(int b, int h, size_t t, int c) const { return (((size_t)b * heads + h) * tokens + t) * d + c; }
@@ -245,8 +249,8 @@ inline Array attend(Layer& layer, const Array& q) {
 
 // Plain attention in double over K, V [batch, kv_heads, tokens, d], and the size its errors are measured against.
 struct Plain {
-  std::vector<double> out;    // [batch, heads, queries, d_v]
-  std::vector<double> size;   // [batch, heads, queries]: Σ p · root mean square of v; never near zero as outputs can be
+  std::vector<double> out;   // [batch, heads, queries, d_v]
+  std::vector<double> size;  // [batch, heads, queries]: Σ p · root mean square of v; never near zero as outputs can be
 };
 
 // sees(b, query, token) decides visibility; k_of(b, kv_head, query, token, c) and v_of give the values.
@@ -323,8 +327,8 @@ inline double output_rounding(Dtype dtype) {
   return dtype == Dtype::float32 ? 1e-6 : dtype == Dtype::float16 ? 4e-3 : 3e-2;
 }
 
-// Kernels turn q into bytes, within 1/254 of its group's largest, and p·scale too: scores of spread 1 are off by under 1 %,
-// and the worst of a run's million outputs by some 3 %.
+// Kernels turn q into bytes, within 1/254 of its group's largest, and p·scale too: scores of spread 1 are off by under
+// 1 %, and the worst of a run's million outputs by some 3 %.
 constexpr double kByteRounding = 0.06;
 // Backends share those bytes; they differ by the order of float sums, root mean square. Where one of them falls on the
 // other side of a tie, a score moves by up to 1/127 of a product, and one row's outputs with it.

@@ -21,7 +21,7 @@ void expect_each_once(size_t n) {
 }
 
 TEST(Threads, EveryTaskRunsOnce) {
-  for (int threads : {1, 2, 3, 5, 2}) {   // and the pool is made anew when the number changes
+  for (int threads : {1, 2, 3, 5, 2}) {  // and the pool is made anew when the number changes
     UseThreads use(threads);
     for (size_t n : {0, 1, 2, 3, 7, 64, 1000}) expect_each_once(n);
   }
@@ -59,10 +59,10 @@ TEST(Threads, ResultsDoNotDependOnTheirNumber) {
       UseThreads use(threads);
       Layer other = make_layer(config_of(1, 64));
       must(append(other, k, v));
-      EXPECT_TRUE(same_bits(decode(other), held)) << threads;   // codes to the bit
+      EXPECT_TRUE(same_bits(decode(other), held)) << threads;  // codes to the bit
       // Partial softmaxes start from their own maxima, so p's bytes may round the other way; then the merge rounds.
       EXPECT_LT(error_of(attend(other, q), want, plain), 3e-3) << threads << " threads, " << tokens << " tokens";
-      UseBackend reference("reference");   // no bytes: the merge alone
+      UseBackend reference("reference");  // no bytes: the merge alone
       const Array merged = attend(layer, q);
       EXPECT_LT(error_of(merged, plain), 2e-5) << threads;
     }
@@ -88,7 +88,8 @@ TEST(Threads, AnyBatchIsSharedAmongAnyThreads) {
         return out;
       };
       const Array want = attend_with(1);
-      Plain scale{{}, std::vector<double>(batch * 5 * queries, 0.05)};   // means of about 2000 values of size 1, with peaks
+      Plain scale{{},
+                  std::vector<double>(batch * 5 * queries, 0.05)};  // means of about 2000 values of size 1, with peaks
       for (int threads : {2, 3, 4, 7, 16})
         EXPECT_LT(mean_error_of(attend_with(threads), want, scale), 1e-2) << batch << " " << queries << " " << threads;
     }
@@ -117,7 +118,8 @@ TEST(Threads, LayersMayBeUsedFromDifferentThreads) {
   Layer alone = start(), a = start(), b = start();
   const std::vector<uint8_t> want = decode_steps(alone, k, q, 640, 700);
   std::vector<uint8_t> of_a, of_b;
-  std::thread first([&] { of_a = decode_steps(a, k, q, 640, 700); }), second([&] { of_b = decode_steps(b, k, q, 640, 700); });
+  std::thread first([&] { of_a = decode_steps(a, k, q, 640, 700); }),
+      second([&] { of_b = decode_steps(b, k, q, 640, 700); });
   first.join(), second.join();
   EXPECT_EQ(of_a, want);
   EXPECT_EQ(of_b, want);
@@ -133,7 +135,8 @@ TEST(Threads, CopiesMayBeUsedFromDifferentThreads) {
     must(append(a, k, k, 0, 40));
     must(b.copy_from(a)), must(c.copy_from(a));
     std::vector<uint8_t> of_a, of_b;
-    std::thread first([&] { of_a = decode_steps(a, k, q, 40, 100); }), second([&] { of_b = decode_steps(b, k, q, 40, 100); });
+    std::thread first([&] { of_a = decode_steps(a, k, q, 40, 100); }),
+        second([&] { of_b = decode_steps(b, k, q, 40, 100); });
     first.join(), second.join();
     const std::vector<uint8_t> want = decode_steps(c, k, q, 40, 100);
     EXPECT_EQ(of_a, want);
@@ -141,7 +144,7 @@ TEST(Threads, CopiesMayBeUsedFromDifferentThreads) {
   }
 }
 
-#if !defined(__SANITIZE_THREAD__)   // which ends a forked child that starts threads
+#if !defined(__SANITIZE_THREAD__)  // which ends a forked child that starts threads
 TEST(Threads, AForkedChildHasItsOwn) {
   Random random;
   UseThreads use(3);
@@ -153,14 +156,14 @@ TEST(Threads, AForkedChildHasItsOwn) {
     const pid_t child = fork();
     ASSERT_GE(child, 0);
     if (child == 0) {
-      alarm(20);   // a child that waits for threads it does not have would wait for ever
+      alarm(20);  // a child that waits for threads it does not have would wait for ever
       const bool same = same_bits(attend(layer, q), want);
       _exit(same && append(layer, k, k, 0, 100).ok() ? 0 : 1);
     }
     int status = -1;
     ASSERT_EQ(waitpid(child, &status, 0), child);
     EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
-    EXPECT_TRUE(same_bits(attend(layer, q), want));   // and the parent goes on
+    EXPECT_TRUE(same_bits(attend(layer, q), want));  // and the parent goes on
   }
 }
 #endif
@@ -180,7 +183,7 @@ TEST(Threads, AForeignRuntimeRunsTheTasks) {
   use_openmp(foreign_parallel);
   foreign_calls = 0;
   for (size_t n : {0, 1, 2, 50}) expect_each_once(n);
-  EXPECT_EQ(foreign_calls, 2);   // not for a single task
+  EXPECT_EQ(foreign_calls, 2);  // not for a single task
   EXPECT_EQ(foreign_threads, 3);
   use_openmp(nullptr);
   expect_each_once(50);
