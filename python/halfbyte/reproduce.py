@@ -207,7 +207,8 @@ def _memory_rows(model, ids):
 
     rows = []
     for tokens in PAPER_BYTES:
-        text = torch.as_tensor(ids).reshape(1, -1)[:, : tokens + 1]
+        text = torch.as_tensor(ids).reshape(1, -1)
+        text = text.repeat(1, tokens // text.shape[1] + 1)[:, : tokens + 1]  # bytes do not depend on what it says
         full, packed = DynamicCache(config=model.config), Int4Cache(model.config)
         for cache, attention in ((full, "sdpa"), (packed, "halfbyte")):
             with attention_set_to(model, attention):
