@@ -1,4 +1,4 @@
-"""Squared error of ways to choose a group's 4-bit scale, on Gaussian values: the figures of docs/decisions/signed-scales.md."""
+"""Squared error of ways to choose a group's 4-bit scale, on Gaussian values: docs/decisions/signed-scales.md."""
 
 import argparse
 
