@@ -10,6 +10,8 @@ _PAPER = {"offset": False, "search": False, "signed_scale": False, "scale_bits":
 RECIPES: dict[str, Recipe] = {
     "default": Recipe(),
     "no-offset": Recipe(offset=False),
+    "fixed-offset": Recipe(offset_span=0),
+    "turning": Recipe(offset_span=16),
     "paper-per-token": Recipe(k_group=0, v_group=0, **_PAPER),
     "paper-g32": Recipe(k_group=32, v_group=32, **_PAPER),
     "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),
@@ -36,6 +38,7 @@ FIELDS = (
     "sink_tokens",
     "raw_window",
     "offset_tokens",
+    "offset_span",
 )
 
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import Cohere2Config
 
 from halfbyte import Int4Cache, Int4StaticCache
 from halfbyte.auto import bias_sizes
@@ -81,6 +82,17 @@ def test_auto_sees_the_planted_biases_and_says_so(qwen, gemma):
     ):
         assert len(cache.explain().splitlines()) == 3
         assert reason in cache.explain()
+
+
+def test_explain_says_whether_the_offset_turns(qwen, gemma):
+    for config, recipe, said in (
+        (qwen.config, "default", ", offset turning with RoPE every 64 tokens, "),
+        (gemma.config, "turning", ", offset turning with RoPE every 16 tokens, "),
+        (qwen.config, "fixed-offset", ", fixed offset, "),
+        (qwen.config, "no-offset", ", no offset, "),
+        (Cohere2Config(num_hidden_layers=4), "default", "every 64 tokens in 3 of 4 layers, "),
+    ):
+        assert said in Int4Cache(config, recipe).explain()
 
 
 def test_explain_counts_bits_by_layer(qwen):

@@ -70,7 +70,7 @@ def test_drawings_are_well_formed_and_inside_their_frame(page):
 def test_the_frontier_is_what_nothing_beats():
     rows = [evaluated("a", 4, 0.1), evaluated("b", 4.5, 0.2), evaluated("c", 5, 0.05), evaluated("d", 5, 0.04)]
     assert [row["recipe"] for row in frontier(rows)] == ["a", "d"]
-    assert [kind_of(name) for name in ("default", "turning", "q4_0")] == [
+    assert [kind_of(name) for name in ("turning", "turning-token", "q4_0")] == [
         "halfbyte", "halfbyte, simulated", "others, simulated"]  # fmt: skip
 
 
