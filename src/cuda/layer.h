@@ -30,6 +30,23 @@ inline Pages pages_of(const HalfbyteCudaPages& pages) {
 
 inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed}; }
 
+// Launches go to one device of several while this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) cudaSetDevice((int)device), changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 inline int multiprocessors() {
   int device = 0, n = 0;
   cudaGetDevice(&device);
