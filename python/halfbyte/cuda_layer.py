@@ -429,9 +429,9 @@ class CudaLayer:
             pages = tensors["pages"].view(-1, self._kernels.page_bytes)[table]
             self._pages.add(pages.to(self.device))
         for side, name in enumerate("kv"):
-            raw = tensors[f"raw_{name}"].view(self.dtype)
-            raw = raw.view(self.batch, self.kv_heads, -1, self.dims[side]) if raw.numel() else None
-            at = 0
+            raw, at = tensors[f"raw_{name}"], 0
+            if raw.numel():
+                raw = raw.view(self.dtype).view(self.batch, self.kv_heads, -1, self.dims[side])
             for first, end, pair in self._raw_spans():
                 pair[side][:, :, : end - first] = raw[:, :, at : at + end - first].to(self.device)
                 at += end - first
