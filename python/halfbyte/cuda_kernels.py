@@ -13,9 +13,10 @@ ROTATIONS = ("identity", "srft", "srht", "dense")
 LARGEST = {16: 1e4, 32: 1e15}  # codable magnitudes by scale_bits, as in the C++ Layer
 
 
-def view(tensor):
-    """A [batch, heads, tokens, channels] tensor for the library; channels lie in one piece."""
-    return _cuda.View(tensor.data_ptr(), *tensor.stride()[:3])
+def describe(view, tensor):
+    """Writes a [batch, heads, tokens, channels] tensor into a View of the library; channels lie in one piece."""
+    view.data = tensor.data_ptr()
+    view.batch_stride, view.head_stride, view.token_stride, _ = tensor.stride()
 
 
 class Kernels:
@@ -24,6 +25,8 @@ class Kernels:
     def __init__(self, device, recipe, kv_heads, head_dim_k, head_dim_v, dtype, layer_index):
         self.device, self.recipe = device, recipe
         self._library = _cuda.load()
+        names = "encode", "copy", "attend", "decode"
+        self._functions = {name: getattr(self._library, f"halfbyte_cuda_{name}") for name in names}
         self._description = _cuda.LayerDescription(
             kv_heads, head_dim_k, head_dim_v, DTYPES[dtype],
             recipe.k_bits, recipe.v_bits, recipe.k_group, recipe.v_group, recipe.scale_bits, recipe.search,
@@ -75,7 +78,11 @@ class Kernels:
         self._attend.causal = 1
         for name, value in constants.items():
             setattr(self._attend, name, value)
-        self._q, self._out = self._attend.q, self._attend.out  # the structures inside, for writing to
+        # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
+        self._q, self._out, self._raw = self._attend.q, self._attend.out, list(self._attend.raw)
+        self._k, self._v = self._copy.k, self._copy.v
+        self._room = self._scratch_key = None
+        self._spans = [None] * len(self._raw)
 
     def _stream(self):
         return torch._C._cuda_getCurrentRawStream(
@@ -84,22 +91,35 @@ class Kernels:
 
     def _launch(self, name, call):
         call.stream = self._stream()
-        error = getattr(self._library, f"halfbyte_cuda_{name}")(call)
+        error = self._functions[name](call)
         if error:
             raise RuntimeError(f"CUDA: {self._library.halfbyte_cuda_error(error).decode()}")
 
     def encode(self, pair, data_first, begin, end):
         """Packs tokens [begin, end) of (K, V), which start at position data_first."""
         call = self._encode
-        call.k, call.v = view(pair[0]), view(pair[1])
+        describe(call.k, pair[0])
+        describe(call.v, pair[1])
         call.data_first, call.first_token, call.tokens = data_first, begin, end - begin
         self._launch("encode", call)
 
     def copy_raw(self, pair, room, slot):
         """Copies (K, V) to where raw tokens are kept, from `slot` on."""
         call = self._copy
-        call.k, call.v, call.tokens = view(pair[0]), view(pair[1]), pair[0].shape[2]
-        call.k_to, call.v_to = (view(x[:, :, slot:]) for x in room)
+        k, v = pair
+        describe(self._k, k)
+        describe(self._v, v)
+        if room is not self._room:
+            self._room = room
+            k_to, v_to = self._to = call.k_to, call.v_to
+            describe(k_to, room[0])
+            describe(v_to, room[1])
+            self._start = k_to.data, v_to.data
+        k_to, v_to = self._to
+        element = k.element_size()
+        k_to.data = self._start[0] + slot * k_to.token_stride * element
+        v_to.data = self._start[1] + slot * v_to.token_stride * element
+        call.tokens = k.shape[2]
         self._launch("copy", call)
 
     def decode(self, first_token, tokens, out_first, parts):
@@ -110,24 +130,42 @@ class Kernels:
         self._launch("decode", call)
 
     def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
-        """As CudaLayer.attend. counts: length, first, packed_end, kept; spans: (K, V, first, begin, end, are sinks)."""
-        call, q, result = self._attend, self._q, self._out
-        _, call.heads, call.queries, _ = query.shape
-        call.scale, call.softcap = scale, softcap
+        """As CudaLayer.attend. counts: length, first, packed_end, kept.
+
+        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens.
+        """
+        call, result = self._attend, self._out
+        _, heads, queries, _ = query.shape
+        call.heads, call.queries, call.scale, call.softcap = heads, queries, scale, softcap
         call.length, call.first, call.packed_end, call.kept = counts
-        q.data, result.data = query.data_ptr(), out.data_ptr()
-        q.batch_stride, q.head_stride, q.token_stride, _ = query.stride()
+        describe(self._q, query)
+        result.data = out.data_ptr()
         result.batch_stride, result.token_stride, result.head_stride, _ = out.stride()
         call.sinks = None if sinks is None else sinks.data_ptr()
         call.mask = None
         if mask is not None:
             call.mask, call.mask_tokens = mask.data_ptr(), mask.shape[3]
             call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
-        for i, (k, v, *positions) in enumerate(spans):
-            call.raw[i] = _cuda.Raw(view(k), view(v), *positions)
+        for i, span in enumerate(spans):
+            self._describe_span(i, *span)
         call.n_raw = len(spans)
-        call.space, call.arrivals = Scratch.of(self.device, self._stream()).addresses(self._library, call)
+        key = heads, queries, self._stream()
+        if key != self._scratch_key:
+            self._scratch = Scratch.of(self.device, key[2])
+            self._scratch.make_room(self._library, call)
+            self._scratch_key = key
+        call.space, call.arrivals = self._scratch.where
         self._launch("attend", call)
+        if queries > 1:
+            self._spans = [None] * len(self._raw)  # the chunk is not this layer's to keep
+
+    def _describe_span(self, i, pair, first, begin, end, are_sinks):
+        raw = self._raw[i]
+        if pair is not self._spans[i]:
+            self._spans[i] = pair
+            describe(raw.k, pair[0])
+            describe(raw.v, pair[1])
+        raw.first, raw.begin, raw.end, raw.are_sinks = first, begin, end, are_sinks
 
 
 class Scratch:
@@ -137,8 +175,8 @@ class Scratch:
 
     def __init__(self, device):
         self.device = device
-        self._sizes = {}  # of calls seen: (bytes, counters)
-        self._space = self._arrivals = None
+        self._space = torch.empty(0, dtype=torch.uint8, device=device)
+        self._arrivals = torch.zeros(0, dtype=torch.int32, device=device)
 
     @classmethod
     def of(cls, device, stream):
@@ -147,19 +185,16 @@ class Scratch:
             cls._of[key] = cls(device)
         return cls._of[key]
 
-    def addresses(self, library, call):
-        """(space, counters) for an attention call."""
-        shape = call.batch, call.heads, call.queries, call.layer.kv_heads, call.layer.head_dim_v
-        if shape not in self._sizes:
-            batch, heads, queries, kv_heads, _ = shape
-            counters = batch * kv_heads * -(-heads // kv_heads * queries // ROW_TILE)
-            self._sizes[shape] = size = library.halfbyte_cuda_attend_space(call), counters
-            if self._space is None or self._space.numel() < size[0]:
-                self._space = torch.empty(size[0], dtype=torch.uint8, device=self.device)
-            if self._arrivals is None or self._arrivals.numel() < size[1]:
-                self._arrivals = torch.zeros(size[1], dtype=torch.int32, device=self.device)
-            self._where = self._space.data_ptr(), self._arrivals.data_ptr()
-        return self._where
+    def make_room(self, library, call):
+        """Has `where` name enough space, and zeroed counters, for calls of this batch, heads and queries."""
+        size = library.halfbyte_cuda_attend_space(call)
+        rows = -(-call.heads // call.layer.kv_heads * call.queries // ROW_TILE)
+        counters = call.batch * call.layer.kv_heads * rows
+        if self._space.numel() < size:
+            self._space = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self._arrivals.numel() < counters:
+            self._arrivals = torch.zeros(counters, dtype=torch.int32, device=self.device)
+        self.where = self._space.data_ptr(), self._arrivals.data_ptr()
 
 
 def rotation_tables(library, description, device, dense):

@@ -234,19 +234,19 @@ class CudaLayer:
         """
         sink, spans = min(self.recipe.sink_tokens, self.length), []
         if sink:
-            spans.append((*self._sinks, 0, 0, sink, 1))
+            spans.append((self._sinks, 0, 0, sink, 1))
         if query.shape[2] == 1:
             kept = self.packed_end
             if kept < self.length:
-                spans.append((*self._tail, kept, kept, self.length, 0))
+                spans.append((self._tail, kept, kept, self.length, 0))
         else:
             kept, chunk_start = self._before_start, self._chunk_start
             if self._before is not None and kept < chunk_start:
                 first, pair = self._before
-                spans.append((*pair, first, kept, chunk_start, 0))
+                spans.append((pair, first, kept, chunk_start, 0))
             begin = max(chunk_start, sink)
             if begin < self.length:
-                spans.append((*chunk, chunk_start, begin, self.length, 0))
+                spans.append((chunk, chunk_start, begin, self.length, 0))
         counts = self.length, self.first, self.packed_end, kept
         self._kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans)
 

@@ -47,19 +47,15 @@ class OnDevice {
   bool changed_ = false;
 };
 
-inline int multiprocessors() {
-  int device = 0, n = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-  return n;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Lets a kernel use `bytes` of shared memory, then launches it; returns the launch's error.
 template <class Call>

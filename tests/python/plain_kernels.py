@@ -81,7 +81,7 @@ class PlainKernels:
 
                 for token in range(max(low, sink), min(high, raw_from, packed_end)):
                     take([torch.from_numpy(x.copy()) for x in self._block(b, token)], token % BLOCK, token)
-                for k, v, at, begin, end, are_sinks in spans:
+                for (k, v), at, begin, end, are_sinks in spans:
                     for token in range(max(begin, low if are_sinks else max(low, raw_from)), min(end, high)):
                         take((k[b], v[b]), token - at, token)
                 if not keys:
