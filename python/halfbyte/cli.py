@@ -163,8 +163,8 @@ def evaluate(
     """Perplexity, KL divergence (nats a token) and top-1 agreement of recipes against the full cache.
 
     kl_p99 is what 99 % of the tokens stay below; the JSON file also has the mean KL in eighths of the window. Recipes:
-    fp, default, turning, no-sinks, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, vector, g16, k8v4; simulated,
-    as there are no kernels: k2v2, k3v3, k4v3, k6v6, table, turning-table; codecs of others, simulated: q4_0,
+    fp, default, turning, no-sinks, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, vector, g16, k8v4;
+    simulated, as there are no kernels: k2v2, k3v3, k4v3, k6v6, table, turning-table; codecs of others, simulated: q4_0,
     q4_0-hadamard, quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. `halfbyte recipes` lists
     all.
 
