@@ -307,12 +307,28 @@ def write_page(
 
 @app.command()
 @reports_errors
-def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu, or mps: an Apple GPU, through PyTorch.")] = "cpu",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="With --device mps: what a model of Apple's GPUs expects; runs nothing.")
+    ] = False,
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+):
     """What this processor has, what was built, and a ten-second self-test; exit status 1 when it fails.
 
-    Example: `halfbyte doctor --json doctor.json`
+    Example: `halfbyte doctor --json doctor.json`, or `halfbyte doctor --device mps --predict`
     """
     begin(json_file)
+    if device not in ("cpu", "mps"):
+        raise ValueError(f"device: got {device!r}; takes cpu or mps")
+    if predict and device != "mps":
+        raise ValueError("predict: only Apple's GPUs are predicted; takes --device mps")
+    if predict:
+        return show_predictions(json_file)
+    if device == "mps":
+        raise NotImplementedError("device: there are no kernels for mps yet; takes --predict with it")
     from .doctor import installation, self_test
     from .results import command_line, print_table, write_json
 
@@ -324,6 +340,24 @@ def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
         write_json(json_file, rows, command_line(), seeds={"seed": seed}, installation=facts)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def show_predictions(json_file) -> None:
+    """What `halfbyte.metal_model` expects of Apple GPUs."""
+    from . import metal_model
+    from .results import command_line, print_table, write_json
+
+    kernels, attention = metal_model.predict_encode(), metal_model.predict_attend()
+    generation = metal_model.predict_generate()
+    note = "Predictions of a model, not measurements: nothing has run on Apple hardware yet. See docs/metal.md."
+    print_table("packing a vector, predicted", metal_model.table(kernels, "ns"), note)
+    print_table("attention, a token of a KV head, predicted", metal_model.table(attention, "ns"), note)
+    shown = [row for row in generation if row["chip"] in ("M1", "M4 Max")]
+    print_table("generate: least time a token, predicted, beside the source paper's measurements", shown, note)
+    if json_file is not None:
+        rows = {"encode": kernels, "attend": attention, "generate": generation}
+        write_json(json_file, [row | {"table": name} for name in rows for row in rows[name]], command_line(),
+                   prediction=True)  # fmt: skip
 
 
 if __name__ == "__main__":
