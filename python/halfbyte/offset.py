@@ -11,6 +11,8 @@ ROPE_POSITIONS = 2048  # over which a bias is averaged
 def bias_offset(module, shared, kv_heads, head_dim):
     """The mean K of an attention module over many positions, from its k_proj.bias alone: float32 [kv_heads, head_dim].
 
+    In CPU memory.
+
     RoPE turns the bias with the position; its mean over positions 0..2047 stays on slow channels and vanishes on fast
     ones. None where there is no bias, or where K is not simply the turned projection.
     """
@@ -26,7 +28,7 @@ def bias_offset(module, shared, kv_heads, head_dim):
     if shared.rope_means[kind] is None:
         return None
     cos, sin = shared.rope_means[kind]
-    offset = bias.detach().float().reshape(kv_heads, head_dim).clone()
+    offset = bias.detach().float().cpu().reshape(kv_heads, head_dim).clone()
     turned = offset[:, : cos.numel()]
     offset[:, : cos.numel()] = turned * cos + rotate_half(turned) * sin
     return offset.contiguous()
