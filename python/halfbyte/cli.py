@@ -312,13 +312,20 @@ def doctor(
     predict: Annotated[
         bool, typer.Option("--predict", help="With --device mps: what a model of Apple's GPUs expects; runs nothing.")
     ] = False,
+    model: Annotated[
+        str, typer.Option(help="With --device mps: generate is timed with it (a folder, a hub id, tiny-qwen, …).")
+    ] = "tiny-qwen",
+    prefix: Annotated[str, typer.Option(help="With --device mps: prompt lengths of that.")] = "256,1024,2048,4096",
     json_file: JsonFile = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ):
     """What this processor has, what was built, and a ten-second self-test; exit status 1 when it fails.
 
-    Example: `halfbyte doctor --json doctor.json`, or `halfbyte doctor --device mps --predict`
+    With --device mps, for owners of Macs: compiles the Metal kernels, holds each against the CPU's definition, times
+    packing and generate by the source paper's protocols, and writes a file to send in.
+
+    Example: `halfbyte doctor --json doctor.json`, or `halfbyte doctor --device mps --json result.json`
     """
     begin(json_file)
     if device not in ("cpu", "mps"):
@@ -328,7 +335,7 @@ def doctor(
     if predict:
         return show_predictions(json_file)
     if device == "mps":
-        raise NotImplementedError("device: there are no kernels for mps yet; takes --predict with it")
+        return doctor_of_mac(model, whole_numbers(prefix, "prefix", 16), json_file, seed, not quiet)
     from .doctor import installation, self_test
     from .results import command_line, print_table, write_json
 
@@ -339,6 +346,28 @@ def doctor(
     if json_file is not None:
         write_json(json_file, rows, command_line(), seeds={"seed": seed}, installation=facts)
     if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def doctor_of_mac(model, prefixes, json_file, seed, progress) -> None:
+    """Checks and benches on an Apple GPU; exit status 1 when a check fails, after the benches."""
+    from . import doctor_mps
+    from .mps_kernels import library
+    from .results import print_table
+
+    library()
+    facts = doctor_mps.device_facts()
+    print_table("machine", facts)
+    checks = doctor_mps.check_device("mps", seed=seed, progress=progress)
+    print_table(f"kernels against the definition, seed {seed}", checks)
+    encode = doctor_mps.bench_encode("mps", progress=progress)
+    print_table(f"packing {doctor_mps.BENCH_VECTORS:,} vectors", encode, "paper: arXiv 2605.05699, on an M1 of 8 cores")
+    generate = doctor_mps.bench_generate("mps", model, prefixes, seed=seed, progress=progress)
+    print_table("generate, float16", [row for row in generate if "error" not in row] or generate)
+    if json_file is not None:
+        doctor_mps.write_result(json_file, facts, checks, encode, generate)
+        print(f"\nwrote {json_file}: please send it in with an issue")
+    if not all(row["ok"] for row in checks):
         raise typer.Exit(1)
 
 

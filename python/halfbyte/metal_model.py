@@ -116,28 +116,47 @@ def paper_encode(d: int, bits: int, groups: int, lambda_: bool) -> Work:
     )
 
 
+# Real operations of a butterfly, its twiddles included, in src/gpu/rotate.h.
+RADIX_OPERATIONS = {2: 10, 3: 28, 4: 34, 5: 64, 8: 106}
+
+
+def _own_passes(n: int) -> list[int]:
+    """The radices that src/gpu/rotate.h takes for a transform of length n, as its radix_of."""
+    radices = []
+    while n > 1:
+        radix = next(r for r in (8, 4, 2, 3, 5) if n % r == 0)
+        n, radices = n // radix, [*radices, radix]
+    return radices
+
+
 def encode(d: int, recipe, element_bytes: int = 2) -> Work:
-    """Packing one K vector by the recipe: a simdgroup a vector, four vectors a threadgroup."""
-    moved, operations = _transform(d)
+    """Packing one K vector as src/gpu/encode.h: 16 channels a lane, codes and the search for scales in registers."""
+    radices = _own_passes(d // 2)
+    lanes = 2 ** math.ceil(math.log2(max(d / 16, 2)))
     group = recipe.k_group or d
-    candidates = 6 if recipe.search else 1
+    steps = math.log2(min(group / 16, lanes)) if group > 16 else 0
+    tried = 6 if recipe.search else 0
+    transform = sum(d / 2 / r * RADIX_OPERATIONS[r] for r in radices) + 6 * d
     return Work(
         device_bytes=element_bytes * d + d * recipe.k_bits / 8 + math.ceil(d / group) * recipe.scale_bits / 8,
-        threadgroup_bytes=moved + 4 * d * (1 + candidates * recipe.search + 3),
-        operations=operations + d * (2 + 4 + recipe.lambda_ + recipe.offset + 7 * candidates * recipe.search),
-        shuffle_bytes=4 * 32 * 5 * math.ceil(d / group) * (2 + candidates * recipe.search),
-        threadgroup_memory=4 * 4 * 2 * d,
+        threadgroup_bytes=4 * d * (1 + 2 * len(radices) + 2 + 1),
+        operations=transform + d * (2 + recipe.offset + recipe.lambda_ + 4 + 6 * tried + 4),
+        shuffle_bytes=4 * lanes * (steps * (2 + tried) + 4),
+        threadgroup_memory=4 * 4 * 512,
     )
 
 
 def attend(geometry, recipe) -> Work:
-    """One token of one KV head, packed, for one new query token: every query head unpacks the codes for itself."""
+    """One token of one KV head for one new query token, as attend_packed_row in src/gpu/attend.h.
+
+    Every query head unpacks every code for itself: about 16 operations for its place, its nibble, its scale and its
+    product.
+    """
     d, group = geometry.head_dim, geometry.group
-    unpack, use = 5, 2  # a shift, a mask, a conversion, an offset, a scale; the product and its place
     return Work(
         device_bytes=2 * d * bits_per_value(recipe, d) / 8,
         threadgroup_bytes=4 * d * group,
-        operations=group * (2 * d * (unpack + use) + 12),
+        operations=group * (2 * d * 16 + 12),
         shuffle_bytes=4 * 32 * group * (12 / 16 + 1),
         threads=256,
         threadgroup_memory=4 * 8 * (2 * d + 2),

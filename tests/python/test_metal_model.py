@@ -25,6 +25,9 @@ def test_transform_counts_of_d_8_by_hand():
     # two places, written once. Operations: 2 passes × 2 butterflies × 10, and 6 a channel to unpack.
     assert metal_model._transform(8) == (4 * 8 * (1 + 4 + 3), 40 + 48)
     assert metal_model._passes(40) == [2, 2, 2, 5]
+    assert [metal_model._own_passes(n) for n in (32, 40, 48, 64, 128)] == [[8, 4], [8, 5], [8, 2, 3], [8, 8], [8, 8, 2]]
+    # Two passes of ours: 4 bytes × 128 channels, written, twice read and written, unpacked, read by the quantiser.
+    assert metal_model.encode(128, get_recipe("default")).threadgroup_bytes == 4 * 128 * 8
 
 
 def test_bytes_are_those_of_the_format():

@@ -1,6 +1,9 @@
 """The cache for mlx-lm, on MLX's Linux build: against the library's own cache, and against the definition."""
 
 import copy
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as library
 from mlx_lm.models import gemma3_text, qwen2
 
+from halfbyte import mlx_metal
 from halfbyte.mlx import Int4KVCache, make_prompt_cache, use_packed_attention
+from halfbyte.mps_kernels import HEAD_DIMS
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])
@@ -196,3 +201,63 @@ def mx_linear():
     import mlx.nn as nn
 
     return nn.Linear(2, 2)
+
+
+# ------------------------------------------------------------------------------- the Metal kernels as MLX takes them
+
+
+def test_every_entry_point_becomes_a_kernel_of_mlx():
+    """Construction alone: without a Metal back-end MLX compiles nothing, and says so when one is called."""
+    kernels = mlx_metal.kernels()
+    names = [f"halfbyte_{what}_d{d}" for d in HEAD_DIMS for what in ("attend", "finish")]
+    names += [f"halfbyte_{what}_d{d}_int{bits}" for d in HEAD_DIMS for what in ("encode", "decode") for bits in (4, 8)]
+    assert sorted(kernels) == sorted(names)
+    encode = kernels["halfbyte_encode_d80_int8"]
+    assert encode.input_names == ["numbers", "limit", "data", "rotation", "offset", "lambda", "table"]
+    assert encode.output_names == ["pool", "bad"]
+    assert kernels["halfbyte_attend_d64"].output_names == ["partials"]
+    assert "encode_entry<80, 8>" in encode.source
+    assert "finish_floats(80, 96, 80)" in kernels["halfbyte_finish_d80"].source
+    for kernel in kernels.values():
+        made = mx.fast.metal_kernel(**kernel._asdict())
+        if not mx.metal.is_available():
+            with pytest.raises(RuntimeError, match="No Metal back-end"):
+                made(inputs=[mx.zeros(8)] * len(kernel.input_names), grid=(32, 1, 1), threadgroup=(32, 1, 1),
+                     output_shapes=[(8,)] * len(kernel.output_names),
+                     output_dtypes=[mx.float32] * len(kernel.output_names))  # fmt: skip
+
+
+TYPES = {"numbers": "int64_t", "table": "int64_t", "bad": "int", "pool": "uchar", "mask": "uchar"}
+
+
+def signed_as_by_mlx(kernel):
+    """The whole text with a signature as mx.fast.metal_kernel writes it, for arrays of eight elements or more."""
+    names = [*kernel.input_names, *kernel.output_names]
+    spaces = ["const device"] * len(kernel.input_names) + ["device"] * len(kernel.output_names)
+    parameters = [
+        f"{space} {TYPES.get(name, 'float')}* {name} [[buffer({i})]]"
+        for i, (name, space) in enumerate(zip(names, spaces, strict=True))
+    ]
+    places = [f"uint3 {name} [[{name}]]" for name in ("threadgroup_position_in_grid", "thread_position_in_threadgroup")]
+    return f"{kernel.header}\nkernel void {kernel.name}({', '.join(parameters + places)}) {{\n{kernel.source}}}\n"
+
+
+def test_clang_accepts_their_types_and_address_spaces(tmp_path):
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("clang is not installed")
+    shim = Path(__file__).parents[1] / "gpu" / "typecheck"
+    command = [clang, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-Xclang", "-finclude-default-header"]
+    command += ["-D__METAL_VERSION__=310", f"-I{shim}", "-fsyntax-only"]
+    command += ["-Wno-unknown-attributes", "-Wno-unknown-pragmas"]
+    kernels = mlx_metal.kernels()
+    for name in ("encode_d80_int4", "decode_d128_int8", "attend_d64", "finish_d256"):
+        file = tmp_path / f"{name}.metal"
+        text = signed_as_by_mlx(kernels[f"halfbyte_{name}"])
+        file.write_text(text)
+        done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[:2000]
+    file.write_text(
+        text.replace("device const float* sinks_ = (device const float*)sinks", "thread float* sinks_ = sinks")
+    )
+    assert subprocess.run([*command, str(file)], capture_output=True, timeout=120).returncode != 0
