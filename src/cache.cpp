@@ -21,7 +21,7 @@ Status bad(std::string message) { return {Code::bad_argument, std::move(message)
 Status check_codec(const char* name, const Codec& codec) {
   if (codec.bits != 4 && codec.bits != 8 && codec.bits != kPlainBits)
     return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) +
-               "; it takes 4, 8, or 32 (kept as floats)");
+               "; it takes 4 or 8, which have kernels, or 32 (kept as floats)");
   if (codec.group != 0 && codec.group != 16 && codec.group != 32 && codec.group != 64)
     return bad(std::string(name) + "_group is " + std::to_string(codec.group) +
                "; it takes 16, 32, 64, or 0 for the whole vector");

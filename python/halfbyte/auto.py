@@ -107,7 +107,8 @@ def explain(config, recipe, layer_recipes, layers, reasons) -> str:
             + (f"; bits of layers with their own recipe: {', '.join(own)}" if own else ""),
             f"K {side(recipe.k_bits, recipe.k_group)}; V {side(recipe.v_bits, recipe.v_group)}; "
             f"rotation {recipe.rotation}, {_offset_of(recipe, [layers[i] for i in packed], head_dim)}, "
-            f"{'scales searched' if recipe.search else 'no search'}",
+            f"{'scales searched' if recipe.search else 'no search'}, "
+            + (f"the first {recipe.sink_tokens} tokens raw" if recipe.sink_tokens else "no tokens raw for good"),
             "because: " + ("; ".join(reasons) if reasons else "the caller asked for this recipe"),
         ]
     )

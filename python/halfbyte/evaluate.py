@@ -11,7 +11,7 @@ import torch
 from .auto import head_size
 from .calibrate import Calibration, calibrate, sample_text
 from .codecs import OFFSET_TOKENS, Packed
-from .recipes import Recipe, get_recipe, needs_calibration
+from .recipes import RECIPES, Recipe, get_recipe, needs_calibration
 from .simulated import SIMULATED, packed
 from .tasks import GREEDY_PROMPTS, Greedy, Needles
 from .watch import BlockRule, attention_set_to, watch_attention, watch_projections
@@ -143,11 +143,12 @@ def _find(recipe):
         return (PEERS | SIMULATED)[recipe]
     if callable(recipe):
         return recipe
-    try:
-        return get_recipe(recipe)
-    except ValueError as error:
-        also = f"'fp', the full cache; simulated: {', '.join(SIMULATED)}; codecs of others: {', '.join(PEERS)}"
-        raise ValueError(f"{error} (and here {also})") from None
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(
+            f"recipe is {recipe!r}; it takes 'fp', the full cache; with kernels: {', '.join(RECIPES)}; simulated: "
+            f"{', '.join(SIMULATED)}; codecs of others, simulated: {', '.join(PEERS)}"
+        )
+    return get_recipe(recipe)
 
 
 class _Maker:

@@ -12,9 +12,9 @@ ROPE_POSITIONS = 2048  # over which a bias is averaged
 def bias_offset(module, shared, kv_heads, head_dim, span=0):
     """The mean K of an attention module over many positions, from its k_proj.bias alone: float32 [kv_heads, head_dim].
 
-    RoPE turns the bias with the position. For a fixed offset, its mean over positions 0..2047 stays on slow channels
-    and vanishes on fast ones; span > 0: for one that turns from span to span of so many tokens, so does the mean around
-    the middle of one. None where there is no bias, or where K is not simply the turned projection.
+    In CPU memory. RoPE turns the bias with the position. For a fixed offset, its mean over positions 0..2047 stays on
+    slow channels and vanishes on fast ones; span > 0: for one that turns from span to span of so many tokens, so does
+    the mean around the middle of one. None where there is no bias, or where K is not simply the turned projection.
     """
     bias = _own_bias(getattr(module, "k_proj", None))
     rotate_half = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
@@ -29,7 +29,7 @@ def bias_offset(module, shared, kv_heads, head_dim, span=0):
     if shared.rope_means[kind, span] is None:
         return None
     cos, sin = shared.rope_means[kind, span]
-    offset = bias.detach().float().reshape(kv_heads, head_dim).clone()
+    offset = bias.detach().float().cpu().reshape(kv_heads, head_dim).clone()
     turned = offset[:, : cos.numel()]
     offset[:, : cos.numel()] = turned * cos + rotate_half(turned) * sin
     return offset.contiguous()

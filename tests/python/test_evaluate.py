@@ -144,7 +144,7 @@ def test_a_simulated_codec_is_the_recipe_it_spells_out(model, text):
     def spelled(config):
         return Codec(Side(Linear(4, 32), offset=turning(config, 64)), Side(Linear(4, 0)))
 
-    one, other = evaluate(model, text[0], {"own": "default", "spelled": spelled}, 1, 256, progress=False)
+    one, other = evaluate(model, text[0], {"own": "no-sinks", "spelled": spelled}, 1, 256, progress=False)
     assert one["kl"] == pytest.approx(other["kl"], rel=0.02)  # codes on a tie may differ
     assert one["bits"] == other["bits"] == (4.25 + 4 + 16 / model.config.head_dim) / 2 + 0.125
 
@@ -163,7 +163,7 @@ def test_the_ladder_of_the_offset(qwen, text):
 
 
 def test_sinks_and_a_raw_window_lower_the_loss(qwen, text):
-    recipes = {"plain": "default", "kept": get_recipe("default", sink_tokens=16, raw_window=128)}
+    recipes = {"plain": "no-sinks", "kept": get_recipe("default", raw_window=128)}
     rows = evaluate(qwen, text[0], recipes, 1, 512, protocol="blocks", progress=False)
     assert rows[1]["kl"] < 0.8 * rows[0]["kl"]
     deployed = evaluate(qwen, text[0], recipes, 1, 512, protocol="deployed", progress=False)
