@@ -97,7 +97,7 @@ def _gpu_layer(device, exact, parts, config):
     """(the class that holds a layer on this device, None), or (None, why there is none)."""
     if device.type not in ("cuda", "mps"):
         return None, "there are no kernels for this device"
-    if parts is not None and parts["frequencies"].size:
+    if parts is not None and len(parts.get("frequencies", ())):
         return None, "the GPU kernels take no offset that turns"
     if device.type == "mps":
         from .mps_kernels import why_not
