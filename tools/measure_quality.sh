@@ -1,6 +1,7 @@
 #!/bin/sh
 # Measures everything that docs/results/quality.md shows and writes the page's tables and pictures anew.
-# usage: tools/measure_quality.sh [PART ...]    (parts: qwen gemma deployed tasks long tables learned smollm2 page)
+# usage: tools/measure_quality.sh [PART ...]    (parts: ours peers deployed tasks long tables rotation
+#    learned smollm2 page)
 #
 # Texts: build/wikitext2-test.txt to measure on, build/wikipedia-heldout.txt to calibrate on; neither is in the
 # repository. The working tree must be committed: each file names the commit it was measured on.
@@ -34,10 +35,13 @@ reproduce() {   # NAME MODEL TABLES OPTIONS...
     $halfbyte reproduce --model "$model" $text $calib --table "$tables" "$@" --json "$folder/$name.json"
 }
 
-for part in ${*:-qwen gemma deployed tasks long tables learned smollm2 page}; do
+for part in ${*:-ours peers deployed tasks long tables rotation learned smollm2 page}; do
     case $part in
-    qwen | gemma)
-        evaluate codecs-tiny-$part tiny-$part $calib --windows 4 --recipe $ours,$peers
+    ours)
+        for model in tiny-qwen tiny-gemma; do evaluate ours-$model $model $calib --windows 4 --recipe $ours; done
+        ;;
+    peers)
+        for model in tiny-qwen tiny-gemma; do evaluate peers-$model $model --windows 4 --recipe $peers; done
         ;;
     deployed)
         evaluate deployed-tiny-qwen tiny-qwen --windows 4 --window 1024 --greedy 128 --needles 8 --protocol deployed \
@@ -51,10 +55,12 @@ for part in ${*:-qwen gemma deployed tasks long tables learned smollm2 page}; do
         evaluate long-tiny-qwen tiny-qwen --windows 1 --window 16384 --recipe default,turning-page,turning,kivi-4-g64
         ;;
     tables)
-        for model in qwen gemma; do
-            reproduce reproduce-tiny-$model tiny-$model rotation,ladder,ablation,seeds,hook,offsets,layers,memory \
-                --windows 2
+        for model in tiny-qwen tiny-gemma; do
+            reproduce reproduce-$model $model ladder,ablation,seeds,hook,offsets,layers,memory --windows 2
         done
+        ;;
+    rotation)
+        for model in tiny-qwen tiny-gemma; do reproduce rotation-$model $model rotation --windows 2; done
         ;;
     learned)
         reproduce learned-tiny-qwen tiny-qwen learned --windows 2 --steps 100

@@ -22,7 +22,7 @@ def test_bits_and_rotation_order_the_loss(tables):
     for rotation in ("srht", "srft"):
         losses = [kl[f"{bits} bits, {rotation}, per token"] for bits in (3, 4, 6, 8)]
         assert losses == sorted(losses, reverse=True)
-    assert tables["rotation"]["4 bits, srft, per token"]["paper"] == "+0.21 ppl"
+    assert tables["rotation"]["4 bits, srft, per token"]["paper"] == "+0.38 ppl"
     assert tables["rotation"]["3 bits, srft, g32"]["bits"] == 4.0
 
 
