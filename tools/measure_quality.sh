@@ -16,7 +16,7 @@ calib="--calib build/wikipedia-heldout.txt"
 
 ours=fp,default,no-sinks,g32,g16,k8v4,no-offset,paper-per-token,paper-g32,paper-g32-lambda
 ours=$ours,k2v2,k3v3,k4v2,k4v3,k6v6,table,table-g32,vector,vector-table
-ours=$ours,turning-page,turning,turning-token,turning-g32,turning-table,turning-table-g32,turning-vector,turning-vector-table
+ours=$ours,fixed-offset,turning,turning-token,turning-table,turning-table-g32,turning-vector-table
 peers=quanto-int4,quanto-int2,hqq-int4,kivi-4-g32,kivi-4-g64,kivi-4-g128,kivi-2-g32,kivi-4-g64-sinks
 peers=$peers,q4_0,q4_0-hadamard,q4_1,iq4_nl,q5_0,q8_0,turboquant-4,turboquant-3,kvarn-4,kvarn-4-sinks
 peers=$peers,nvfp4,mxfp4,fp8-e4m3,int8
@@ -52,7 +52,7 @@ for part in ${*:-ours peers deployed tasks long tables rotation learned smollm2 
             --recipe fp,default,g32,turning,kivi-4-g64,paper-g32
         ;;
     long)
-        evaluate long-tiny-qwen tiny-qwen --windows 1 --window 16384 --recipe default,turning-page,turning,kivi-4-g64
+        evaluate long-tiny-qwen tiny-qwen --windows 1 --window 16384 --recipe default,fixed-offset,turning,kivi-4-g64
         ;;
     tables)
         for model in tiny-qwen tiny-gemma; do
@@ -68,7 +68,7 @@ for part in ${*:-ours peers deployed tasks long tables rotation learned smollm2 
     smollm2)
         evaluate deployed-smollm2 smollm2 --windows 2 --window 1024 --protocol deployed --recipe default,no-sinks,g32
         evaluate codecs-smollm2 smollm2 --windows 2 --window 512 --recipe \
-default,no-sinks,g32,table,turning-page,turning,kivi-4-g64,kivi-4-g64-sinks,kvarn-4,kvarn-4-sinks,turboquant-4,q4_0-hadamard
+default,no-sinks,g32,table,fixed-offset,turning,kivi-4-g64,kivi-4-g64-sinks,kvarn-4,kvarn-4-sinks,turboquant-4,q4_0-hadamard
         reproduce rotation-smollm2 smollm2 rotation --windows 1 --window 512
         reproduce ladder-smollm2 smollm2 ladder,hook --windows 1 --window 512 --tokens 2048
         reproduce layers-smollm2 smollm2 layers,memory --windows 1 --window 256

@@ -66,6 +66,8 @@ class Int4Cache(DynamicCache):
         consistent = prefill == "consistent"
         text_config = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(text_config)
+        if isinstance(options, dict):  # before transformers 5.19: those of all kinds together
+            options = [options] * len(kinds)
         self._reasons = None
         if recipe == "auto":
             recipe, self._reasons = choose_recipe(text_config, kinds, model)
@@ -98,8 +100,8 @@ class Int4Cache(DynamicCache):
 
     def _make_layer(self, index, kind, options, calibration):
         if kind in PACKED_LAYERS:
-            window, consistent = options.get("sliding_window") or 0, self.prefill == "consistent"
-            recipe = self.layer_recipes[index]
+            window = (options.get("sliding_window") or 0) if kind == "sliding_attention" else 0
+            recipe, consistent = self.layer_recipes[index], self.prefill == "consistent"
             return self._make_packed_layer(recipe, index, self._shared, window, calibration, consistent)
         if kind in DYNAMIC_LAYER_TYPE_MAPPING:
             return self._make_library_layer(kind, options)

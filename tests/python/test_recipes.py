@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from transformers import Cohere2Config
 
 from halfbyte import Int4Cache, Int4StaticCache
 from halfbyte.auto import bias_sizes
@@ -97,6 +98,17 @@ def test_the_listing_says_what_has_kernels(qwen):
                 Int4Cache(qwen.config, name)
     assert {name: rows[name]["bits"] for name in ("default", "k3v3", "kivi-4-g64")} == {
         "default": 4.3125, "k3v3": 3.5, "kivi-4-g64": 4.5}  # fmt: skip
+
+
+def test_explain_says_whether_the_offset_turns(qwen, gemma):
+    for config, recipe, said in (
+        (qwen.config, "default", ", offset turning with RoPE every 64 tokens, "),
+        (gemma.config, "turning", ", offset turning with RoPE every 16 tokens, "),
+        (qwen.config, "fixed-offset", ", fixed offset, "),
+        (qwen.config, "no-offset", ", no offset, "),
+        (Cohere2Config(num_hidden_layers=4), "default", "every 64 tokens in 3 of 4 layers, "),
+    ):
+        assert said in Int4Cache(config, recipe).explain()
 
 
 def test_explain_counts_bits_by_layer(qwen):
