@@ -32,10 +32,10 @@ class Calibration:
     recipe holds the fields lambda depends on; model is fingerprint(model); text_sha256 is of the token ids.
     """
 
-    lambda_k: list[torch.Tensor]
-    lambda_v: list[torch.Tensor]
-    offset_k: list[torch.Tensor]
-    offset_v: list[torch.Tensor]
+    lambda_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    lambda_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    offset_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    offset_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
     recipe: dict = dataclasses.field(default_factory=dict)
     model: str = ""
     text_sha256: str = ""
