@@ -76,7 +76,7 @@ class PackedLayer:
         library.halfbyte_cuda_rotation(self.description, is_v, rotation.data_ptr())
         fragments = torch.empty(library.halfbyte_cuda_fragment_bytes(self.description, is_v), dtype=torch.uint8)
         if fragments.numel():
-            library.halfbyte_cuda_fragments(self.description, is_v, fragments.data_ptr())
+            library.halfbyte_cuda_fragments(self.description, is_v, rotation.data_ptr(), fragments.data_ptr())
         offset = x[:, :, :1024].float().mean(2).cpu()
         rotated = (offset.double() @ rotation.double().T).float()
         tensors = [t.contiguous().cuda() for t in (rotation, rotation.T, fragments, offset, rotated)]

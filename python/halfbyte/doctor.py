@@ -49,6 +49,9 @@ def _attend(key, value, query, recipe):
     _, kv_heads, tokens, head_dim = key.shape
     layer = _native.Layer(kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim, dtype="float32", recipe=recipe)
     strides = (kv_heads * tokens * head_dim, tokens * head_dim, head_dim)
+    if recipe.offset and recipe.offset_span:
+        frequencies = (1e4 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
+        layer.set_frequencies(frequencies.ctypes.data, frequencies.size)
     layer.append(key.ctypes.data, value.ctypes.data, 1, tokens, strides, strides)
     out, heads = np.empty_like(query), query.shape[1]
     row = (heads * head_dim, head_dim, head_dim)
@@ -96,7 +99,7 @@ def check_backend(name: str, cases: list[tuple]) -> tuple[float, float]:
     return packing, attending
 
 
-def check_generate() -> float:
+def check_generate(device="cpu", head_dim=32) -> float:
     """Greedy generation by a small random model with an Int4Cache: relative error of its last logits."""
     import torch
     from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -112,10 +115,10 @@ def check_generate() -> float:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
+            head_dim=head_dim,
         )
     ).eval()
-    ids = torch.randint(128, (1, 100))
+    model, ids = model.to(device), torch.randint(128, (1, 100)).to(device)
     logits = []
     for implementation, cache in (("sdpa", DynamicCache(config=model.config)), ("halfbyte", Int4Cache(model.config))):
         model.set_attn_implementation(implementation)
@@ -125,7 +128,7 @@ def check_generate() -> float:
         if generated.shape != (1, 108):
             raise RuntimeError(f"generate gave {list(generated.shape)} tokens, not [1, 108]")
         with torch.inference_mode():
-            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].numpy())
+            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].cpu().numpy())
     return _relative_error(logits[1], logits[0])
 
 

@@ -51,10 +51,13 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Por
                blockDim.x);
 }
 
-int splits_of(const AttendShape& s, int begin, int end) {
+int most_splits(const AttendShape& s) {
   const int segments = s.batch * s.kv_heads * row_tiles(s);
-  const int wanted = (4 * multiprocessors() + segments - 1) / segments;
-  return std::max(1, std::min(wanted, (end - begin) / kSmallestSplit));
+  return (4 * multiprocessors() + segments - 1) / segments;
+}
+
+int splits_of(const AttendShape& s, int begin, int end) {
+  return std::max(1, std::min(most_splits(s), (end - begin) / kSmallestSplit));
 }
 
 int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
@@ -193,6 +196,7 @@ using namespace halfbyte;
 using namespace halfbyte::gpu;
 
 extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
+  const OnDevice device(a->device);
   AttendCall call = call_of(*a);
   int begin, end;
   if (!plan(call, *a, begin, end)) return attend_portable(call, begin, end, a->stream);
@@ -202,11 +206,10 @@ extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
 }
 
 extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
-  AttendCall call = call_of(*a);
-  const AttendShape& s = call.shape;
+  const OnDevice device(a->device);
+  const AttendShape s = call_of(*a).shape;
   const int64_t segments = (int64_t)s.batch * s.kv_heads * row_tiles(s);
-  int begin, end;
-  const bool fast = plan(call, *a, begin, end);
-  const int64_t slots = fast ? segments + call.blocks : begin < end ? segments * splits_of(s, begin, end) : 0;
-  return slots * partial_floats(s) * 4;
+  // The tensor-core way: a slot a segment, and one a thread block, of which there are as many or a round of them.
+  const int64_t fast = 2 * segments + multiprocessors(), portable = segments * most_splits(s);
+  return std::max(fast, portable) * partial_floats(s) * 4;
 }

@@ -49,6 +49,27 @@ int portable_blocks(const TokenRange& range, const PageFormat& f) {
   return 2 * ((range.batch * range.kv_heads * range.tokens + fewest - 1) / fewest);
 }
 
+struct CopyCall {
+  const uchar* from[2];
+  uchar* to[2];
+  Strides3 from_strides[2], to_strides[2];
+  int head_dim[2], kv_heads, tokens, element_bytes;
+};
+
+// A thread block a (sequence, head, token); K, then V.
+__global__ void copy_kernel(const __grid_constant__ CopyCall call) {
+  const int token = blockIdx.x % call.tokens, row = blockIdx.x / call.tokens;
+  for (int side = 0; side < 2; side++) {
+    const long long from = element_at(call.from_strides[side], row / call.kv_heads, row % call.kv_heads, token);
+    const long long to = element_at(call.to_strides[side], row / call.kv_heads, row % call.kv_heads, token);
+    for (int c = threadIdx.x; c < call.head_dim[side]; c += blockDim.x)
+      if (call.element_bytes == 4)
+        reinterpret_cast<uint*>(call.to[side])[to + c] = reinterpret_cast<const uint*>(call.from[side])[from + c];
+      else
+        reinterpret_cast<ushort*>(call.to[side])[to + c] = reinterpret_cast<const ushort*>(call.from[side])[from + c];
+  }
+}
+
 EncodeSide side_of(const SideFormat& f, const HalfbyteCudaView& view, const HalfbyteCudaTables& tables) {
   EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}};
   std::copy_n(f.signed_scale ? kSearchSigned : kSearch, kSearchSize, side.factors);
@@ -91,11 +112,6 @@ int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) 
                 call);
 }
 
-std::vector<double> layer_rotation(const HalfbyteCudaLayer& layer, int64_t is_v) {
-  return rotation_matrix(make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k),
-                                       (uint64_t)layer.seed, (int)layer.layer_index));
-}
-
 template <class T>
 ushort bits_of(T x) {
   ushort bits;
@@ -106,7 +122,7 @@ ushort bits_of(T x) {
 
 // r in terms of T that sum up to it, in the order of fragment_index: [8 elements] each.
 template <class T>
-void write_fragments(const std::vector<double>& r, int d, bool is_k, ushort* out) {
+void write_fragments(const float* r, int d, bool is_k, ushort* out) {
   for (int span = 0; span < d / kSpan; span++)
     for (int step = 0; step < d / 16; step++)
       for (int part = 0; part < 2; part++)
@@ -116,11 +132,11 @@ void write_fragments(const std::vector<double>& r, int d, bool is_k, ushort* out
             const int g = lane / 4, t = lane % 4, reg = e / 2;
             const int out_channel = is_k ? part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2 : part * 16 + 2 * g + reg % 2;
             const int in_channel = input_channel(step, t, (is_k ? reg % 2 : reg / 2) * 2 + e % 2);
-            double rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
+            float rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
             for (int term = 0; term < kTerms<T>; term++) {
-              const T x = T((float)rest);
+              const T x = T(rest);
               out[fragment_index(d, term, span, step, part, lane) * 8 + e] = bits_of(x);
-              rest -= (double)(float)x;
+              rest -= (float)x;  // exact
             }
           }
 }
@@ -132,6 +148,7 @@ using namespace halfbyte;
 using namespace halfbyte::gpu;
 
 extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
+  const OnDevice device(a->device);
   EncodeCall call{};
   EncodeShape& s = call.shape;
   s.format = page_format(a->layer);
@@ -157,8 +174,23 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
                               : encode_blocks_with<__half>(call, a->stream);
 }
 
+extern "C" int halfbyte_cuda_copy(const HalfbyteCudaCopy* a) {
+  if (a->tokens <= 0) return 0;
+  const OnDevice device(a->device);
+  const CopyCall call{{bytes_of(a->k.data), bytes_of(a->v.data)},
+                      {bytes_of(a->k_to.data), bytes_of(a->v_to.data)},
+                      {strides_of(a->k), strides_of(a->v)},
+                      {strides_of(a->k_to), strides_of(a->v_to)},
+                      {(int)a->layer.head_dim_k, (int)a->layer.head_dim_v},
+                      (int)a->layer.kv_heads,
+                      (int)a->tokens,
+                      a->layer.dtype == kFloat32 ? 4 : 2};
+  return launch(copy_kernel, (int)(a->batch * a->layer.kv_heads * a->tokens), 128, 0, a->stream, call);
+}
+
 extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
   if (a->tokens <= 0) return 0;
+  const OnDevice device(a->device);
   DecodeCall call{};
   DecodeShape& s = call.shape;
   s.format = page_format(a->layer);
@@ -182,18 +214,20 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
-  const std::vector<double> r = layer_rotation(*layer, is_v);
+  const std::vector<double> r =
+      rotation_matrix(make_rotation((Rotation)layer->rotation, (int)(is_v ? layer->head_dim_v : layer->head_dim_k),
+                                    (uint64_t)layer->seed, (int)layer->layer_index));
   std::copy(r.begin(), r.end(), rotation);
 }
 
-extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments) {
-  const std::vector<double> r = layer_rotation(*layer, is_v);
+extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
+                                        void* fragments) {
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
   auto* out = static_cast<ushort*>(fragments);
   if (layer->dtype == kBfloat16)
-    write_fragments<__nv_bfloat16>(r, d, !is_v, out);
+    write_fragments<__nv_bfloat16>(rotation, d, !is_v, out);
   else
-    write_fragments<__half>(r, d, !is_v, out);
+    write_fragments<__half>(rotation, d, !is_v, out);
 }
 
 extern "C" int halfbyte_cuda_probe(int64_t device) {

@@ -30,19 +30,32 @@ inline Pages pages_of(const HalfbyteCudaPages& pages) {
 
 inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed, nullptr, nullptr}; }
 
-inline int multiprocessors() {
-  int device = 0, n = 0;
+// Launches go to one device of several while this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) cudaSetDevice((int)device), changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-  return n;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Lets a kernel use `bytes` of shared memory, then launches it; returns the launch's error.
 template <class Call>
