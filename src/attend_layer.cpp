@@ -127,7 +127,7 @@ void attend_raw_parts(const State& s, Tile& tile) {
                 first};
   };
   auto from_own_block = [&](int query) { return raw_from(s, tile.plan, query); };
-  if (sink) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
+  if (s.sinks.capacity) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
   if (args.queries == 1) {
     if (s.packed_end < s.length)
       attend_rows(tile, stored(s.tail, s.packed_end), s.packed_end, s.length, from_own_block);

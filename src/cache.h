@@ -38,7 +38,8 @@ struct Layer::State {
   int batch = 0;
 
   // Tokens [0, sink) raw in `sinks`; [sink, packed_end) packed; [packed_end, length) raw in `tail`, whose slot 0 is
-  // token packed_end. Tokens below `first` have left a sliding window.
+  // token packed_end. Tokens below `first` have left a sliding window; once it has passed the sinks and the offset is
+  // fixed, those are gone.
   size_t length = 0, first = 0, packed_end = 0;
   size_t pages_dropped = 0;              // whole pages gone from the front of every sequence
   std::vector<std::vector<Page>> pages;  // [batch]: page i starts at token (pages_dropped + i) · kPageTokens

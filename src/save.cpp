@@ -171,12 +171,13 @@ void load_pages(State& s, const LayerParts& parts) {
   for (size_t i = 0; i < parts.page_table.size(); i++) s.pages[i / each].push_back(pages[parts.page_table[i]]);
 }
 
-// Calls f(side, row, slot of the file, raw storage, slot in it) for every raw token.
+// Calls f(side, row, slot of the file, raw storage, slot in it) for every raw token. Sinks that a window has passed are
+// zeros in the file, and held again until the next append.
 template <class Raw, class F>
 void for_raw(const State& s, Raw& sinks, Raw& tail, F f) {
   for (Side side : {Side::k, Side::v})
     for (int row = 0; row < s.batch * s.config.kv_heads; row++) {
-      for (size_t t = 0; t < raw_sinks(s); t++) f(side, row, t, sinks, t);
+      for (size_t t = 0; sinks.capacity && t < raw_sinks(s); t++) f(side, row, t, sinks, t);
       for (size_t t = 0; t < raw_tail(s); t++) f(side, row, raw_sinks(s) + t, tail, t);
     }
 }

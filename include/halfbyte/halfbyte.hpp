@@ -144,8 +144,10 @@ class Layer {
   Layer& operator=(Layer&&) noexcept;
 
   // Adds `tokens` tokens to each sequence. `counted` ([batch, tokens] or null): 0 marks padding, left out of the
-  // offset. Fails on a non-finite value, naming it; the layer is then as before.
-  Status append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted = nullptr);
+  // offset. Fails on a non-finite value, naming it; the layer is then as before. `answered`: these tokens' own queries
+  // will not come, so a sliding layer keeps at once only what later ones see, and no crop can take the tokens back.
+  Status append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted = nullptr,
+                bool answered = false);
   Status attend(const AttendArgs& args);
 
   // Newest visible() tokens as float32 [batch, kv_heads, visible, head_dim].

@@ -165,11 +165,12 @@ void attend(Layer& layer, Address q, Address out, int heads, int queries, const 
 }
 
 void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
-            const Strides& v_strides, Address counted) {
+            const Strides& v_strides, Address counted, bool answered) {
   Status status;
   {
     nb::gil_scoped_release release;
-    status = layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted));
+    status =
+        layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted), answered);
   }
   check(status);
 }
@@ -207,7 +208,8 @@ void bind_layer(nb::module_& m) {
   nb::class_<Layer>(m, "Layer", "The packed cache of one attention layer. Addresses are ints, strides are in elements.")
       .def(nb::new_(&make_layer), nb::kw_only(), "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "recipe"_a,
            "layer_index"_a = 0, "sliding_window"_a = 0)
-      .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0)
+      .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0,
+           "answered"_a = false)
       .def("attend", &attend, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a,
            nb::kw_only(), "chunk_k"_a = 0, "chunk_v"_a = 0, "chunk_k_strides"_a = none, "chunk_v_strides"_a = none,
            "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0,

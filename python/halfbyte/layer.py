@@ -199,7 +199,8 @@ class Int4Layer(CacheLayerMixin):
             if start:
                 old = self._unpack(step.tokens - key_states.shape[2])
                 tensors = tuple(torch.cat(pair, dim=2) for pair in zip(old, tensors, strict=True))
-            self._append(key_states, value_states)
+            # A later pass that fails goes back to its start, whose window must still be there.
+            self._append(key_states, value_states, answered=start == 0)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(start)
             raise
@@ -244,16 +245,19 @@ class Int4Layer(CacheLayerMixin):
         self.seen = facts["seen"]
         self.is_initialized = True
 
-    def _append(self, k, v, counted=None):
-        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count."""
+    def _append(self, k, v, counted=None, answered=False):
+        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count.
+
+        answered: no query of these tokens will read them from here: a sliding layer keeps what later ones see.
+        """
         tokens = k.shape[2]
         if tokens == 0:
             return
         try:
             if self._on_cpu:
-                append_native(self.native, k, v, counted, False)
+                append_native(self.native, k, v, counted, answered)
             else:
-                self.native.append(k, v, counted, False)
+                self.native.append(k, v, counted, answered)
         except ValueError as error:
             raise ValueError(f"layer {self.layer_idx}: {error}") from None
         self.seen += tokens
@@ -289,7 +293,9 @@ class Int4Layer(CacheLayerMixin):
                 offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k)
                 if offset is not None:
                     self.native.set_offset(offset.data_ptr(), 0)
-            self._append(step.k.detach(), step.v.detach(), counted)
+            # A first prefill is attended as raw states.
+            answered = step.start == 0 and not self.consistent
+            self._append(step.k.detach(), step.v.detach(), counted, answered)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(step.start)
             raise

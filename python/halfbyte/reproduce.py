@@ -208,13 +208,11 @@ def _memory_rows(model, ids):
     rows = []
     for tokens in PAPER_BYTES:
         text = torch.as_tensor(ids).reshape(1, -1)
-        text = text.repeat(1, tokens // text.shape[1] + 1)[:, : tokens + 1]  # bytes do not depend on what it says
+        text = text.repeat(1, tokens // text.shape[1] + 1)[:, :tokens]  # bytes do not depend on what it says
         full, packed = DynamicCache(config=model.config), Int4Cache(model.config)
         for cache, attention in ((full, "sdpa"), (packed, "halfbyte")):
             with attention_set_to(model, attention):
-                # A token after the prefill: only then do sliding layers let go of what left their window.
-                for step in text.split([tokens, 1], 1):
-                    model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
         held = sum(tensor_bytes([layer.keys, layer.values]) for layer in full.layers)
         ratio = held * 2 / model.dtype.itemsize / packed.nbytes
         line = Line(f"{tokens} tokens", None, PAPER_BYTES[tokens], "Qwen2.5-1.5B")

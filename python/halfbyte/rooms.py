@@ -13,7 +13,7 @@ def append_native(native, k, v, counted, answered):
     k, k_strides = _rows(k)
     v, v_strides = _rows(v)
     address = 0 if counted is None else counted.data_ptr()
-    native.append(k.data_ptr(), v.data_ptr(), k.shape[0], k.shape[2], k_strides, v_strides, address)
+    native.append(k.data_ptr(), v.data_ptr(), k.shape[0], k.shape[2], k_strides, v_strides, address, answered)
 
 
 def attend_native(native, query, out, scale, chunk, mask, softcap, sinks, exact=False):

@@ -172,10 +172,12 @@ struct Walk {
     const size_t n = std::array{1, 1, 2, 5, 17, 40, 90}[random.below(7)], from = length();
     for (auto& sequence : sequences)
       for (size_t i = 0; i < n; i++) sequence.push_back(random.below(100));
-    must(append(layer, gather(pool_k, sequences, from, from + n), gather(pool_v, sequences, from, from + n)));
-    const size_t window = config.sliding_window;
-    if (window && !recorded && from > window - 1) first = std::max(first, from - (window - 1));
-    newest = n;
+    const bool answered = random.below(3) == 0;
+    const Array k = gather(pool_k, sequences, from, from + n), v = gather(pool_v, sequences, from, from + n);
+    must(layer.append(k.view(), v.view(), k.batch, n, nullptr, answered));
+    const size_t window = config.sliding_window, next = answered ? length() : from;
+    if (window && !recorded && next > window - 1) first = std::max(first, next - (window - 1));
+    newest = answered ? 0 : n;
   }
 
   void attend_newest() {

@@ -330,6 +330,11 @@ inline double output_rounding(Dtype dtype) {
 // Kernels turn q into bytes, within 1/254 of its group's largest, and p·scale too: scores of spread 1 are off by under
 // 1 %, and the worst of a run's million outputs by some 3 %.
 constexpr double kByteRounding = 0.06;
+// Beside 8-bit codes they are two bytes, 254 times as fine: sums in float32 are then half of the error.
+constexpr double kTwoByteRounding = 1e-3;
+inline double byte_rounding(const Recipe& recipe) {
+  return recipe.k.bits == 8 && recipe.v.bits == 8 ? kTwoByteRounding : kByteRounding;
+}
 // Backends share those bytes; they differ by the order of float sums, root mean square. Where one of them falls on the
 // other side of a tie, a score moves by up to 1/127 of a product, and one row's outputs with it.
 constexpr double kSameBytes = 1e-3;
