@@ -405,7 +405,7 @@ def test_doctor_checks_and_benches_through_the_stand_in(shaders, tmp_path):
     checks = doctor_mps.check_device(CPU, (80,), ("default", "paper-g32-lambda"), (1, 33), progress=False)
     assert [row for row in checks if not row["ok"]] == []
     assert len(checks) == 2 * 3 + 1
-    encode = doctor_mps.bench_encode(CPU, vectors=256, repeats=1, progress=False)
+    encode = doctor_mps.bench_encode(CPU, vectors=1024, repeats=1, progress=False)
     assert [row["paper_m1_ns"] for row in encode if row["paper_m1_ns"]] == [13.0, 13.5, 19.5, 20.1, 22.0, 24.6, 50.0]
     assert all(row["ns_per_vector"] > 0 for row in encode)
     file = tmp_path / "result.json"
