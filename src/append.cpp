@@ -146,23 +146,26 @@ void add_row(const uint8_t* row, Dtype dtype, int d, float* sum) {
     for (int c = 0; c < d; c++) sum[c] += half_to_float(bits[c]);
 }
 
-// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them; padding is left
-// out unless there is nothing else.
+// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them, turned back if it
+// turns; padding is left out unless there is nothing else.
 void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head, float* mu) {
-  constexpr size_t kRun = 256;  // tokens summed in float before they join the double sums
+  constexpr size_t kRun = kPageTokens;  // tokens summed in float before they join the double sums
+  const Turn* turn = side == Side::k ? s.turn.get() : nullptr;
+  const size_t run_tokens = turn ? (size_t)turn->span : kRun;
   const int d = s.head_dim(side);
   const size_t held = s.length + chunk.tokens, total = s.warm_up() ? std::min(held, s.warm_up()) : held;
   double sum[kMaxHeadDim] = {};
   size_t n = 0;
   for (bool all : {false, true}) {
-    for (size_t from = 0; from < total; from += kRun) {
+    for (size_t from = 0; from < total; from += run_tokens) {
       float run[kMaxHeadDim] = {};
-      for (size_t t = from; t < std::min(from + kRun, total); t++) {
+      for (size_t t = from; t < std::min(from + run_tokens, total); t++) {
         if (!all && !is_counted(s, chunk, b, t)) continue;
         add_row(find_raw(s, chunk, side, b, head, t), s.config.dtype, d, run);
         n++;
       }
-      for (int c = 0; c < d; c++) sum[c] += run[c];
+      if (turn) add_turned_back(*turn, run, d, turn->span_of(from), sum);
+      for (int c = 0; !turn && c < d; c++) sum[c] += run[c];
     }
     if (n) break;
   }
@@ -257,7 +260,8 @@ std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>&
 }
 
 // Packs tokens [from, to) of one block: K or V of one sequence and head.
-void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t from, size_t to) {
+void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t from, size_t to,
+                MovingOffset& offset) {
   const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
   uint8_t* page = s.page_head(b, from, head);
   const int block = (int)(from % kPageTokens / kBlockTokens);
@@ -268,7 +272,7 @@ void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t
                   {},
                   (int)(to - from),
                   (int)(from % kBlockTokens),
-                  s.offset_of(side, b, head),
+                  offset.at(from),
                   s.lambda_of(side, head, false),
                   page + (side == Side::k ? k_codes_at(s.format, block) : v_codes_at(s.format, block)),
                   page + (side == Side::k ? k_scales_at(s.format, block) : v_scales_at(s.format, block))};
@@ -287,10 +291,11 @@ void pack(State& s, const Chunk& chunk, const std::vector<int>& twins, size_t fr
     if (twins[b] != b) return;  // on the pages of another
     const size_t begin = first_block + task % parts * kBlocksEach,
                  end = std::min(begin + kBlocksEach, first_block + blocks);
+    MovingOffset offset_k(s, Side::k, b, head), offset_v(s, Side::v, b, head);
     for (size_t block = begin; block < end; block++) {
       const size_t lo = std::max(from, block * kBlockTokens), hi = std::min(to, (block + 1) * kBlockTokens);
-      pack_block(s, chunk, Side::k, b, head, lo, hi);
-      pack_block(s, chunk, Side::v, b, head, lo, hi);
+      pack_block(s, chunk, Side::k, b, head, lo, hi, offset_k);
+      pack_block(s, chunk, Side::v, b, head, lo, hi, offset_v);
     }
   };
   parallel_for(heads * parts, std::ref(pack_part));  // std::ref: a std::function of it needs no memory

@@ -93,15 +93,17 @@ class HostLayer:
         return HostLayer(self.native.copy(), self.device, self.kv_heads, self.dims)
 
 
-def _gpu_layer(device, exact, config):
+def _gpu_layer(device, exact, parts, config):
     """(the class that holds a layer on this device, None), or (None, why there is none)."""
+    if device.type not in ("cuda", "mps"):
+        return None, "there are no kernels for this device"
+    if parts is not None and parts["frequencies"].size:
+        return None, "the GPU kernels take no offset that turns"
     if device.type == "mps":
         from .mps_kernels import why_not
         from .mps_layer import MpsLayer
 
         return MpsLayer, why_not(config)
-    if device.type != "cuda":
-        return None, "there are no kernels for this device"
     if exact or config["recipe"].k_bits == 32:
         return None, 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
     reason = _cuda.why_not(device.index)
@@ -123,7 +125,7 @@ def make_room(device, exact, parts=None, **config):
     config: as _native.Layer takes it. exact: attention in float32 is wanted, which the CPU alone computes.
     """
     if device.type != "cpu":
-        layer, reason = _gpu_layer(device, exact, config)
+        layer, reason = _gpu_layer(device, exact, parts, config)
         if reason is None:
             return layer(device, **config) if parts is None else layer.load(device, parts, **config)
         _warn_once(

@@ -115,7 +115,7 @@ HALFBYTE_INLINE f32x16 joined(const i32x16* sums, int r) {
   return kParts<kBits> == 1 ? sum : fma(to_f32(sums[kRows * (kParts<kBits> - 1) + r]), set1(1.0f / kFiner), sum);
 }
 
-// Query rows as signed bytes, one scale a K group.
+// Query rows as signed bytes, one scale a K group. Rows lie at constant distances, so that one address serves them all.
 struct PackedQuery {
   alignas(64) int8_t bytes[kParts<8>][kMaxRows][kMaxHeadDim];
   float scale[kMaxRows][kMaxHeadDim / 16];
@@ -155,20 +155,20 @@ HALFBYTE_INLINE u8x64 stream_row(const uint8_t* codes, ptrdiff_t ahead) {
   return load_row(codes);
 }
 
-// Integer sums of kRows rows over one span of K codes: low[r] over its first 16 channels, high[r] over the others.
+// Integer sums of kRows rows over one span of K codes: low over its first 16 channels, high over the others.
 // When both belong to one group, low and high are the same accumulators.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void score_span(const int8_t* const* bytes, int channel, const uint8_t* codes, ptrdiff_t ahead,
-                                i32x16* low, i32x16* high) {
+HALFBYTE_INLINE void score_span(const int8_t* q, const uint8_t* codes, ptrdiff_t ahead, i32x16* low, i32x16* high) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     u8x64 row = stream_row(codes + i * kRowBytes, ahead);
     u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
     u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; r++) {
-      low[r] = dot4<kBits>(low[r], low_row, four_bytes(bytes[r] + channel + 4 * i));
-      high[r] = dot4<kBits>(high[r], high_row, four_bytes(bytes[r] + channel + 16 + 4 * i));
+    for (int s = 0; s < kRows * kParts<kBits>; s++) {
+      const int8_t* bytes = q + (s / kRows * kMaxRows + s % kRows) * kMaxHeadDim + 4 * i;
+      low[s] = dot4<kBits>(low[s], low_row, four_bytes(bytes));
+      high[s] = dot4<kBits>(high[s], high_row, four_bytes(bytes + 16));
     }
   }
 }
@@ -178,8 +178,7 @@ template <int kRows, int kBits>
 HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q, int first_row, const uint8_t* codes,
                                  const uint8_t* scales, ptrdiff_t ahead, f32x16* scores) {
   constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes, kSums = kRows * kParts<kBits>;
-  const int8_t* bytes[kSums];
-  for (int i = 0; i < kSums; i++) bytes[i] = q.bytes[i / kRows][first_row + i % kRows];
+  const int8_t* bytes = q.bytes[0][first_row];
   auto start = [&](int g, i32x16* sums) {
     for (int i = 0; i < kSums; i++) sums[i] = set1(q.bias[i / kRows][first_row + i % kRows][g]);
   };
@@ -192,7 +191,7 @@ HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q,
     for (int c = 0, g = 0; c < format.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
       i32x16 low[kSums], high[kSums];
       start(g, low), start(g + 1, high);
-      score_span<kSums, kBits>(bytes, c, codes, ahead, low, high);
+      score_span<kRows, kBits>(bytes + c, codes, ahead, low, high);
       finish(g, low), finish(g + 1, high);
     }
     return;
@@ -201,7 +200,7 @@ HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q,
     i32x16 sums[kSums];
     start(g, sums);
     for (int end = c + format.group; c < end && c < format.padded_dim; c += kSpan, codes += kSpanBytes)
-      score_span<kSums, kBits>(bytes, c, codes, ahead, sums, sums);
+      score_span<kRows, kBits>(bytes + c, codes, ahead, sums, sums);
     finish(g, sums);
   }
 }
@@ -346,13 +345,15 @@ HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kPag
 
 // Scores of kRows rows and one page; blocks that no row sees score nothing.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, const PageTile& tile,
-                                f32x16 (*scores)[kPageBlocks]) {
+HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t page,
+                                const PageTile& tile, f32x16 (*scores)[kPageBlocks]) {
   const PageFormat& format = *args.format;
   for (int i = 0; i < kPageBlocks; i++) {
     f32x16 block[kRows];
     const bool seen = i >= tile.first && i < tile.last;
-    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? args.q_offset[first_row + r] : kNothing);
+    const float* offset =
+        args.q_offset.at + first_row * args.q_offset.row + page * args.q_offset.page + i * args.q_offset.block;
+    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? offset[r * args.q_offset.row] : kNothing);
     if (seen)
       score_block<kRows, kBits>(format.k, q, first_row, tile.page + k_codes_at(format, i),
                                 tile.page + k_scales_at(format, i), tile.ahead, block);
@@ -383,7 +384,7 @@ static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& 
     const PageTile tile = tile_at(args, page);
     const size_t token = args.first_token + page * kPageTokens;
     const bool all = token >= inside.lo && token + kPageTokens <= inside.hi;
-    score_tile<kRows, kBitsK>(args, q, first_row, tile, p);
+    score_tile<kRows, kBitsK>(args, q, first_row, page, tile, p);
     for (int r = 0; r < kRows; r++) {
       mask16 lanes[kPageBlocks];
       for (int i = 0; !all && i < kPageBlocks; i++) {

@@ -49,6 +49,7 @@ Recipe random_recipe(Random& random, int d) {
   recipe.v = {random.below(3) ? 4 : 8, groups[random.below(4)]};
   recipe.scale_bits = random.below(2) ? 16 : 32;
   recipe.search = random.below(2), recipe.signed_scale = random.below(2), recipe.offset = random.below(2);
+  recipe.offset_span = random.below(2) ? 16 : 64;
   recipe.sink_tokens = random.below(4) ? 0 : 16, recipe.raw_window = random.below(4) ? 0 : 16;
   const int rotation = random.below(4);
   recipe.rotation = rotation == 0                     ? Rotation::identity
@@ -68,6 +69,7 @@ void check_random_layer(Random& random, int d, size_t tokens, Dtype dtype) {
   const Recipe recipe = random_recipe(random, d);
   const int group = 1 + random.below(9);  // one register tile and more
   Layer layer = make_layer(config_of(2, d, dtype, recipe));
+  if (recipe.offset && random.below(3)) must(set_rope(layer, random_rope(random, d)));
   {
     UseBackend use(fast_backends().front());  // the double rotation takes d² cosines a vector
     must(append(layer, random_array(random, 2, 2, tokens, d, dtype), random_array(random, 2, 2, tokens, d, dtype)));

@@ -30,7 +30,7 @@ TEST(Plain, TakesNothingThatCodesWouldNeed) {
   expect_bad([](Recipe& r) { r.lambda = true; }, "lambda false");
   expect_bad([](Recipe& r) { r.k.bits = 8; }, "k_bits and v_bits take 32 together");
   expect_bad([](Recipe& r) { r.v.bits = 4; }, "k_bits and v_bits take 32 together");
-  expect_bad([](Recipe& r) { r.k.bits = r.v.bits = 16; }, "k_bits is 16; it takes 4, 8, or 32");
+  expect_bad([](Recipe& r) { r.k.bits = r.v.bits = 16; }, "k_bits is 16; it takes 4 or 8, which have kernels, or 32");
   expect_bad([](Recipe& r) { r.offset_tokens = 24; }, "offset_tokens is 24");
   expect_bad([](Recipe& r) { r.offset_tokens = -16; }, "offset_tokens is -16");
 }
