@@ -93,6 +93,31 @@ def why_not(device_index):
     return library.halfbyte_cuda_error(error).decode() if error else None
 
 
+def driver_version():
+    """The newest CUDA that the installed driver runs, as "13.0"; None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def installation():
+    """{what: state} of everything that CUDA kernels need, for reports."""
+    try:
+        load()
+        library = "installed"
+    except OSError as error:
+        library = str(error)
+    driver = driver_version()
+    facts = {"CUDA kernels": library, "NVIDIA driver": f"for CUDA {driver}" if driver else "none found"}
+    if library == "installed" and driver:
+        facts["CUDA device 0"] = why_not(0) or "usable"
+    return facts
+
+
 def bind(path):
     """The library at `path` with its functions typed."""
     library = ctypes.CDLL(str(path))
