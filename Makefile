@@ -15,7 +15,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 TOOLS := $(VENV)/.tools
 PACKAGE := $(VENV)/.package
 # .git/logs/HEAD: the package reports the commit it was built from.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard .git/logs/HEAD) \
+SOURCES := pyproject.toml CMakeLists.txt tools/flatten_metal.py $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
 CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 

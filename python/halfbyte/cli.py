@@ -13,7 +13,6 @@ from .cli_tools import (
     Dtype,
     JsonFile,
     ModelName,
-    PlotFile,
     Quiet,
     Seed,
     begin,
@@ -109,6 +108,25 @@ def show_continuations(texts: dict) -> None:
     console.print(table)
 
 
+@app.command()
+@reports_errors
+def recipes(
+    head_dim: Annotated[int, typer.Option(help="Channels of a head, for the bits.", min=16)] = 128,
+    json_file: JsonFile = None,
+):
+    """Every recipe and codec by name, its bits a value, and whether it has kernels or is simulated by `eval` alone.
+
+    Kernels exist for 4 and 8 bits. Widths of 2, 3 and 6 bits, tables of uneven levels and all codecs of others are
+    simulated: `eval` measures what they would lose, and Int4Cache does not take them.
+
+    Example: `halfbyte recipes --head-dim 64`
+    """
+    begin(json_file)
+    from .simulated import listing
+
+    report(f"recipes, heads of {head_dim}", listing(head_dim), json_file, {})
+
+
 @app.command("eval")
 @reports_errors
 def evaluate(
@@ -145,9 +163,10 @@ def evaluate(
     """Perplexity, KL divergence (nats a token) and top-1 agreement of recipes against the full cache.
 
     kl_p99 is what 99 % of the tokens stay below; the JSON file also has the mean KL in eighths of the window. Recipes:
-    fp, default, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, g16, k8v4; simulated, as there are no
-    kernels: k2v2, k3v3, k4v3, k6v6, table, turning, turning-table; codecs of others, simulated: q4_0, q4_0-hadamard,
-    quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. An unknown name lists all.
+    fp, default, turning, no-sinks, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, vector, g16, k8v4;
+    simulated, as there are no kernels: k2v2, k3v3, k4v3, k6v6, table, turning-table; codecs of others, simulated: q4_0,
+    q4_0-hadamard, quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. `halfbyte recipes` lists
+    all.
 
     Protocols: packed, every token is packed before it is attended, which is harsher than decoding with a cache;
     blocks, the cache's block rule, simulated; deployed, through a real Int4Cache; pre-rope, the outputs of the
@@ -291,17 +310,25 @@ def reproduce(
 def write_page(
     files: Annotated[list[Path], typer.Argument(help="What --json of eval, reproduce and bench generate wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
-    plot: PlotFile = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Also draw PNG files into this folder (needs matplotlib).", file_okay=False)
+    ] = None,
 ):
     """One self-contained page, for light and dark screens: plots of what was measured, then the tables.
 
-    Example: `halfbyte report eval.json reproduce.json generate.json -o report.html`
-    """
-    begin(out, "out", plot=plot)
-    from .report import plot_pareto, write_report
+    With --plots, pareto.png, ladder.png, layers.png, time.png and memory.png as well, as far as the files have them.
 
-    if plot is not None:
-        plot_pareto(files, plot)
+    Example: `halfbyte report eval.json reproduce.json generate.json -o report.html --plots pictures`
+    """
+    begin(out, "out")
+    from .report import write_report
+
+    if plots is not None:
+        if not plots.is_dir():
+            raise ValueError(f"plots: the folder {str(plots)!r} does not exist")
+        from .report_plots import write_plots
+
+        print(f"drew {', '.join(write_plots(files, plots))} in {plots}")
     print(f"wrote {out}: {write_report(files, out)} sections")
 
 

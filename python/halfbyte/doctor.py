@@ -49,6 +49,9 @@ def _attend(key, value, query, recipe):
     _, kv_heads, tokens, head_dim = key.shape
     layer = _native.Layer(kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim, dtype="float32", recipe=recipe)
     strides = (kv_heads * tokens * head_dim, tokens * head_dim, head_dim)
+    if recipe.offset and recipe.offset_span:
+        frequencies = (1e4 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
+        layer.set_frequencies(frequencies.ctypes.data, frequencies.size)
     layer.append(key.ctypes.data, value.ctypes.data, 1, tokens, strides, strides)
     out, heads = np.empty_like(query), query.shape[1]
     row = (heads * head_dim, head_dim, head_dim)

@@ -9,6 +9,7 @@ from . import _native
 from .attention import States, Step
 from .offset import bias_offset
 from .rooms import append_native, attend_native, make_room, unpack_native
+from .rope import layer_rope
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 OFFSET_TOKENS = 16  # a shorter first prefill gives no mean worth having
@@ -22,6 +23,7 @@ class Shared:
         self.layers = []
         self.packed = False  # attention reads packed layers, so update returns handles
         self.rope_means = {}
+        self._ropes = {}
 
     def begin_forward(self, first):
         """Called by the first layer's update: looks up the attention, keeps thread counts equal and layers in step."""
@@ -36,6 +38,14 @@ class Shared:
                 f"{last.seen}: takes a model with the layers of the config that the cache was made with "
                 "(call reset() after a forward pass that was interrupted)"
             )
+
+    def rope(self, layer, head_dim):
+        """The Rope by which a layer's keys turn, or None: see layer_rope."""
+        kind = "sliding_attention" if layer.is_sliding else "full_attention"
+        key = (kind, head_dim) if _alike(self.config) else (kind, head_dim, layer.layer_idx)
+        if key not in self._ropes:
+            self._ropes[key] = layer_rope(self.config, layer.layer_idx, kind, head_dim)
+        return self._ropes[key]
 
     def roll_back(self, length):
         """Takes the layers that a failed forward pass has already advanced back to `length` tokens.
@@ -111,6 +121,9 @@ class Int4Layer(CacheLayerMixin):
         )
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
+        rope = self.rope(dim_k) if parts is None else None
+        if rope is not None and hasattr(native, "set_frequencies"):  # the CUDA kernels take fixed offsets alone
+            native.set_frequencies(rope.frequencies.data_ptr(), rope.frequencies.numel(), rope.interleaved)
         return native
 
     def _move(self, device):
@@ -123,6 +136,12 @@ class Int4Layer(CacheLayerMixin):
         self.native.record_past(recorded)
         if parts is None:
             self._calibrate(self.native, self.kv_heads, self.head_dim_k, self.head_dim_v)
+
+    def rope(self, head_dim):
+        """The Rope that this layer's offset follows, or None: none wanted, a given one, or keys that do not turn."""
+        recipe = self.recipe
+        fixed = not recipe.offset or not recipe.offset_span or getattr(self.calibration, "offset_k", None)
+        return None if fixed else self._shared.rope(self, head_dim)
 
     def _calibrate(self, native, kv_heads, dim_k, dim_v):
         if self.calibration is None:
@@ -199,7 +218,8 @@ class Int4Layer(CacheLayerMixin):
             if start:
                 old = self._unpack(step.tokens - key_states.shape[2])
                 tensors = tuple(torch.cat(pair, dim=2) for pair in zip(old, tensors, strict=True))
-            self._append(key_states, value_states)
+            # A later pass that fails goes back to its start, whose window must still be there.
+            self._append(key_states, value_states, answered=start == 0)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(start)
             raise
@@ -244,16 +264,19 @@ class Int4Layer(CacheLayerMixin):
         self.seen = facts["seen"]
         self.is_initialized = True
 
-    def _append(self, k, v, counted=None):
-        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count."""
+    def _append(self, k, v, counted=None, answered=False):
+        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count.
+
+        answered: no query of these tokens will read them from here: a sliding layer keeps what later ones see.
+        """
         tokens = k.shape[2]
         if tokens == 0:
             return
         try:
             if self._on_cpu:
-                append_native(self.native, k, v, counted, False)
+                append_native(self.native, k, v, counted, answered)
             else:
-                self.native.append(k, v, counted, False)
+                self.native.append(k, v, counted, answered)
         except ValueError as error:
             raise ValueError(f"layer {self.layer_idx}: {error}") from None
         self.seen += tokens
@@ -286,10 +309,14 @@ class Int4Layer(CacheLayerMixin):
         short = step.length < OFFSET_TOKENS and not self.consistent
         try:
             if module is not None and short and self.recipe.offset and self.calibration is None:
-                offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k)
+                turns = self.rope(self.head_dim_k) is not None and hasattr(self.native, "set_frequencies")
+                span = self.recipe.offset_span if turns else 0
+                offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k, span)
                 if offset is not None:
                     self.native.set_offset(offset.data_ptr(), 0)
-            self._append(step.k.detach(), step.v.detach(), counted)
+            # A first prefill is attended as raw states.
+            answered = step.start == 0 and not self.consistent
+            self._append(step.k.detach(), step.v.detach(), counted, answered)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(step.start)
             raise
@@ -490,6 +517,11 @@ class Int4Layer(CacheLayerMixin):
 
     def __deepcopy__(self, memo):
         return self.copy(Shared(self._shared.config))
+
+
+def _alike(config):
+    """Whether all layers of one kind have the same positions."""
+    return not any(getattr(config, name, None) for name in ("no_rope_layers", "per_layer_config"))
 
 
 def _check_against_config(config, layer_idx, kv_heads, head_dim):

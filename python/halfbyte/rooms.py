@@ -13,7 +13,7 @@ def append_native(native, k, v, counted, answered):
     k, k_strides = _rows(k)
     v, v_strides = _rows(v)
     address = 0 if counted is None else counted.data_ptr()
-    native.append(k.data_ptr(), v.data_ptr(), k.shape[0], k.shape[2], k_strides, v_strides, address)
+    native.append(k.data_ptr(), v.data_ptr(), k.shape[0], k.shape[2], k_strides, v_strides, address, answered)
 
 
 def attend_native(native, query, out, scale, chunk, mask, softcap, sinks, exact=False):
@@ -93,12 +93,14 @@ class HostLayer:
         return HostLayer(self.native.copy(), self.device, self.kv_heads, self.dims)
 
 
-def _why_not(device, exact, recipe):
+def _why_not(device, exact, recipe, parts):
     """Why there are no kernels for this on a device, or None."""
     if device.type != "cuda":
         return "there are no kernels for this device"
     if exact or recipe.k_bits == 32:
         return 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
+    if parts is not None and parts["frequencies"].size:
+        return "the CUDA kernels take no offset that turns"
     reason = _cuda.why_not(device.index)
     return reason and f"no CUDA kernels ({reason}; see `halfbyte doctor`)"
 
@@ -114,7 +116,7 @@ def make_room(device, exact, parts=None, **config):
     config: as _native.Layer takes it. exact: attention in float32 is wanted, which the CPU alone computes.
     """
     if device.type != "cpu":
-        reason = _why_not(device, exact, config["recipe"])
+        reason = _why_not(device, exact, config["recipe"], parts)
         if reason is None:
             from .cuda_layer import CudaLayer
 

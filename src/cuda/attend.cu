@@ -69,8 +69,8 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
     if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits,
                            kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
       return error;
-  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_floats(s.format) * 4, stream,
-                call);
+  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256,
+                finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4, stream, call);
 }
 
 // ---- The tensor-core way

@@ -38,7 +38,7 @@ struct AttendCall {
 // Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
 HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
 HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
-  const int finishing = finish_floats(f), merging = warps / 2 * merge_floats(f.v.padded_dim);
+  const int finishing = finish_floats(f.k.head_dim, f.v.padded_dim, f.v.head_dim), merging = warps / 2 * merge_floats(f.v.padded_dim);
   const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
   const int most = finishing > merging ? finishing : merging;
   return ((most > preparing ? most : preparing) + 31) / 32 * 32;

@@ -12,31 +12,20 @@
 namespace halfbyte::gpu {
 namespace {
 
-constexpr int kVectors = 8;  // simdgroups of a portable thread block, one vector each
+constexpr int kSimds = 8;  // of a portable thread block
 
-HALFBYTE_INLINE int widest(const PageFormat& f) {
-  return f.k.padded_dim > f.v.padded_dim ? f.k.padded_dim : f.v.padded_dim;
+// Even thread blocks take K, odd ones V.
+__device__ int first_vector(int head_dim) {
+  return (blockIdx.x / 2 * kSimds + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
-// The vector of one simdgroup: (side, sequence, head, token) in that order, sides last.
-struct Item {
-  bool active, is_k;
-  int b, head, token;
-};
-
-__device__ Item item_of(int batch, int kv_heads, int first_token, int tokens) {
-  const long long i = (long long)blockIdx.x * kVectors + threadIdx.x / kSimd, all = 2ll * batch * kv_heads * tokens;
-  const long long row = i / 2 / tokens;
-  return {i < all, i % 2 == 0, (int)(row / kv_heads), (int)(row % kv_heads), first_token + (int)(i / 2 % tokens)};
-}
-
-__global__ void __launch_bounds__(kVectors* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
-  extern __shared__ float memory[];
-  const EncodeShape& s = call.shape;
-  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
-  float* x = memory + threadIdx.x / kSimd * 2 * widest(s.format);
-  encode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active, x,
-                x + widest(s.format), call.bad, threadIdx.x % kSimd);
+__global__ void __launch_bounds__(kSimds* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
+  __shared__ float memory[kSimds * kSimdFloats];
+  const bool is_k = blockIdx.x % 2 == 0;
+  const PageFormat& f = call.shape.format;
+  encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+                    first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
+                    call.bad, threadIdx.x % kSimd);
 }
 
 struct DecodeCall {
@@ -45,12 +34,19 @@ struct DecodeCall {
   Pages pages;
 };
 
-__global__ void __launch_bounds__(kVectors* kSimd) decode_kernel(const __grid_constant__ DecodeCall call) {
-  extern __shared__ float memory[];
-  const DecodeShape& s = call.shape;
-  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
-  decode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active,
-                memory + threadIdx.x / kSimd * widest(s.format), threadIdx.x % kSimd);
+__global__ void __launch_bounds__(kSimds* kSimd) decode_kernel(const __grid_constant__ DecodeCall call) {
+  __shared__ float memory[kSimds * kSimdFloats];
+  const bool is_k = blockIdx.x % 2 == 0;
+  const PageFormat& f = call.shape.format;
+  decode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+                    first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
+                    threadIdx.x % kSimd);
+}
+
+// Thread blocks for all vectors of both sides.
+int portable_blocks(const TokenRange& range, const PageFormat& f) {
+  const int fewest = std::min(vectors_of(f.k.head_dim), vectors_of(f.v.head_dim)) * kSimds;
+  return 2 * ((range.batch * range.kv_heads * range.tokens + fewest - 1) / fewest);
 }
 
 struct CopyCall {
@@ -102,7 +98,7 @@ template <class T>
 int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
   const size_t bytes = fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
-  const int warps = call.shape.batch * call.shape.kv_heads * call.shape.tokens / kBlockTokens;
+  const int warps = call.shape.range.batch * call.shape.range.kv_heads * call.shape.range.tokens / kBlockTokens;
   const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
   const int sides = std::min((warps + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
   return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>, 2 * sides, kEncodeWarps * kSimd, bytes, stream,
@@ -111,10 +107,9 @@ int encode_blocks_with(const EncodeCall& call, void* stream) {
 
 int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
   if (tokens <= 0) return 0;
-  call.shape.first_token = first_token, call.shape.tokens = tokens;
-  const long long vectors = 2ll * call.shape.batch * call.shape.kv_heads * tokens;
-  return launch(portable_encode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
-                kVectors * 2 * widest(call.shape.format) * 4, stream, call);
+  call.shape.range.first_token = first_token, call.shape.range.tokens = tokens;
+  return launch(portable_encode_kernel, portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
+                call);
 }
 
 template <class T>
@@ -157,7 +152,7 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   EncodeCall call{};
   EncodeShape& s = call.shape;
   s.format = page_format(a->layer);
-  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.dtype = (int)a->layer.dtype;
+  s.range = {(int)a->batch, (int)a->layer.kv_heads, 0, 0}, s.dtype = (int)a->layer.dtype;
   s.data_first = (int)a->data_first, s.limit = (float)a->limit;
   call.side[0] = side_of(s.format.k, a->k, a->k_tables), call.side[1] = side_of(s.format.v, a->v, a->v_tables);
   call.fragments[0] = static_cast<const uint4*>(a->k_tables.fragments);
@@ -174,7 +169,7 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   if (int error = encode_portable(call, begin, from - begin, a->stream)) return error;
   if (int error = encode_portable(call, to, end - to, a->stream)) return error;
   if (from == to) return 0;
-  s.first_token = from, s.tokens = to - from;
+  s.range.first_token = from, s.range.tokens = to - from;
   return s.dtype == kBfloat16 ? encode_blocks_with<__nv_bfloat16>(call, a->stream)
                               : encode_blocks_with<__half>(call, a->stream);
 }
@@ -199,15 +194,12 @@ extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
   DecodeCall call{};
   DecodeShape& s = call.shape;
   s.format = page_format(a->layer);
-  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.first_token = (int)a->first_token,
-  s.tokens = (int)a->tokens;
+  s.range = {(int)a->batch, (int)a->layer.kv_heads, (int)a->first_token, (int)a->tokens};
   s.out_first = (int)a->out_first, s.out_tokens = (int)a->out_tokens;
   call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda};
   call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda};
   call.pages = pages_of(a->pages);
-  const long long vectors = 2ll * s.batch * s.kv_heads * s.tokens;
-  return launch(decode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
-                kVectors * widest(s.format) * 4, a->stream, call);
+  return launch(decode_kernel, portable_blocks(s.range, s.format), kSimds * kSimd, 0, a->stream, call);
 }
 
 extern "C" int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer) {

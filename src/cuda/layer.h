@@ -1,7 +1,7 @@
 // The C interface's descriptions as the structures of the kernels; host only.
 #pragma once
 
-#include "gpu/element.h"
+#include "gpu/rotate.h"
 
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
@@ -25,10 +25,10 @@ inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast
 
 // Table entries are addresses, that is, offsets from null.
 inline Pages pages_of(const HalfbyteCudaPages& pages) {
-  return {nullptr, reinterpret_cast<const long long*>(pages.table), (int)pages.table_stride, (int)pages.first_page};
+  return {nullptr, pages.table, (int)pages.table_stride, (int)pages.first_page};
 }
 
-inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed}; }
+inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed, nullptr, nullptr}; }
 
 // Launches go to one device of several while this lives.
 class OnDevice {

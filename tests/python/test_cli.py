@@ -10,7 +10,7 @@ from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixt
 from halfbyte import demo, results
 
 COMMANDS = (["demo"], ["bench", "attend"], ["bench", "roofline"], ["bench", "encode"], ["bench", "generate"],
-            ["bench", "glue"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
+            ["bench", "glue"], ["recipes"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -61,6 +61,7 @@ def test_help_does_not_import_torch():
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
         (["calibrate", "--out", "c.safetensors", "--learn", "x"], "kind: got 'x'; takes one of lambda, cayley"),
         (["reproduce", "--text", "TEXT", "--table", "x"], "tables: got 'x'; takes some of rotation, ladder"),
+        (["report", "missing.json", "--plots", "missing"], "plots: the folder 'missing' does not exist"),
         (["report", "missing.json"], "json: 'missing.json' is not a file that --json wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
