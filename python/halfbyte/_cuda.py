@@ -21,7 +21,12 @@ LayerDescription = _structure(
     ("rotation seed layer_index", _INT),
 )
 View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
-Tables = _structure("Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS))
+Tables = _structure(
+    "Tables",
+    ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
+    ("offset_span offset_first offset_count", _INT),
+)
+Turn = _structure("Turn", ("waves", _ADDRESS), ("span pairs interleaved", _INT))
 Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
 Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
 Attend = _structure(
@@ -29,6 +34,7 @@ Attend = _structure(
     ("layer", LayerDescription),
     ("k v", Tables),
     ("pages", Pages),
+    ("turn", Turn),
     ("batch heads queries causal", _INT),
     ("scale softcap", _DOUBLE),
     ("length first sliding_window sink_tokens packed_end raw_window warm_up kept", _INT),
