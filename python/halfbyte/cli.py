@@ -334,12 +334,35 @@ def write_page(
 
 @app.command()
 @reports_errors
-def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu, or mps: an Apple GPU, through PyTorch.")] = "cpu",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="With --device mps: what a model of Apple's GPUs expects; runs nothing.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="With --device mps: generate is timed with it (a folder, a hub id, tiny-qwen, …).")
+    ] = "tiny-qwen",
+    prefix: Annotated[str, typer.Option(help="With --device mps: prompt lengths of that.")] = "256,1024,2048,4096",
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+):
     """What this processor has, what was built, and a ten-second self-test; exit status 1 when it fails.
 
-    Example: `halfbyte doctor --json doctor.json`
+    With --device mps, for owners of Macs: compiles the Metal kernels, holds each against the CPU's definition, times
+    packing and generate by the source paper's protocols, and writes a file to send in.
+
+    Example: `halfbyte doctor --json doctor.json`, or `halfbyte doctor --device mps --json result.json`
     """
     begin(json_file)
+    if device not in ("cpu", "mps"):
+        raise ValueError(f"device: got {device!r}; takes cpu or mps")
+    if predict and device != "mps":
+        raise ValueError("predict: only Apple's GPUs are predicted; takes --device mps")
+    if predict:
+        return show_predictions(json_file)
+    if device == "mps":
+        return doctor_of_mac(model, whole_numbers(prefix, "prefix", 16), json_file, seed, not quiet)
     from .doctor import installation, self_test
     from .results import command_line, print_table, write_json
 
@@ -351,6 +374,46 @@ def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
         write_json(json_file, rows, command_line(), seeds={"seed": seed}, installation=facts)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def doctor_of_mac(model, prefixes, json_file, seed, progress) -> None:
+    """Checks and benches on an Apple GPU; exit status 1 when a check fails, after the benches."""
+    from . import doctor_mps
+    from .mps_kernels import library
+    from .results import print_table
+
+    library()
+    facts = doctor_mps.device_facts()
+    print_table("machine", facts)
+    checks = doctor_mps.check_device("mps", seed=seed, progress=progress)
+    print_table(f"kernels against the definition, seed {seed}", checks)
+    encode = doctor_mps.bench_encode("mps", progress=progress)
+    print_table(f"packing {doctor_mps.BENCH_VECTORS:,} vectors", encode, "paper: arXiv 2605.05699, on an M1 of 8 cores")
+    generate = doctor_mps.bench_generate("mps", model, prefixes, seed=seed, progress=progress)
+    print_table("generate, float16", [row for row in generate if "error" not in row] or generate)
+    if json_file is not None:
+        doctor_mps.write_result(json_file, facts, checks, encode, generate)
+        print(f"\nwrote {json_file}: please send it in with an issue")
+    if not all(row["ok"] for row in checks):
+        raise typer.Exit(1)
+
+
+def show_predictions(json_file) -> None:
+    """What `halfbyte.metal_model` expects of Apple GPUs."""
+    from . import metal_model
+    from .results import command_line, print_table, write_json
+
+    kernels, attention = metal_model.predict_encode(), metal_model.predict_attend()
+    generation = metal_model.predict_generate()
+    note = "Predictions of a model, not measurements: nothing has run on Apple hardware yet. See docs/metal.md."
+    print_table("packing a vector, predicted", metal_model.table(kernels, "ns"), note)
+    print_table("attention, a token of a KV head, predicted", metal_model.table(attention, "ns"), note)
+    shown = [row for row in generation if row["chip"] in ("M1", "M4 Max")]
+    print_table("generate: least time a token, predicted, beside the source paper's measurements", shown, note)
+    if json_file is not None:
+        rows = {"encode": kernels, "attend": attention, "generate": generation}
+        write_json(json_file, [row | {"table": name} for name in rows for row in rows[name]], command_line(),
+                   prediction=True)  # fmt: skip
 
 
 if __name__ == "__main__":

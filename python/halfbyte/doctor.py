@@ -99,7 +99,7 @@ def check_backend(name: str, cases: list[tuple]) -> tuple[float, float]:
     return packing, attending
 
 
-def check_generate() -> float:
+def check_generate(device="cpu", head_dim=32) -> float:
     """Greedy generation by a small random model with an Int4Cache: relative error of its last logits."""
     import torch
     from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -115,10 +115,10 @@ def check_generate() -> float:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
+            head_dim=head_dim,
         )
     ).eval()
-    ids = torch.randint(128, (1, 100))
+    model, ids = model.to(device), torch.randint(128, (1, 100)).to(device)
     logits = []
     for implementation, cache in (("sdpa", DynamicCache(config=model.config)), ("halfbyte", Int4Cache(model.config))):
         model.set_attn_implementation(implementation)
@@ -128,7 +128,7 @@ def check_generate() -> float:
         if generated.shape != (1, 108):
             raise RuntimeError(f"generate gave {list(generated.shape)} tokens, not [1, 108]")
         with torch.inference_mode():
-            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].numpy())
+            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].cpu().numpy())
     return _relative_error(logits[1], logits[0])
 
 

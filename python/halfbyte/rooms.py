@@ -1,4 +1,4 @@
-"""Where the codes of a layer live: with the C++ Layer in CPU memory, or in a CudaLayer on a GPU; chosen by device."""
+"""Where the codes of a layer live: with the C++ Layer in CPU memory, or in a layer of a GPU; chosen by device."""
 
 import functools
 import warnings
@@ -93,16 +93,25 @@ class HostLayer:
         return HostLayer(self.native.copy(), self.device, self.kv_heads, self.dims)
 
 
-def _why_not(device, exact, recipe, parts):
-    """Why there are no kernels for this on a device, or None."""
-    if device.type != "cuda":
-        return "there are no kernels for this device"
-    if exact or recipe.k_bits == 32:
-        return 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
+def _gpu_layer(device, exact, parts, config):
+    """(the class that holds a layer on this device, None), or (None, why there is none)."""
+    if device.type not in ("cuda", "mps"):
+        return None, "there are no kernels for this device"
     if parts is not None and parts["frequencies"].size:
-        return "the CUDA kernels take no offset that turns"
+        return None, "the GPU kernels take no offset that turns"
+    if device.type == "mps":
+        from .mps_kernels import why_not
+        from .mps_layer import MpsLayer
+
+        return MpsLayer, why_not(config)
+    if exact or config["recipe"].k_bits == 32:
+        return None, 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
     reason = _cuda.why_not(device.index)
-    return reason and f"no CUDA kernels ({reason}; see `halfbyte doctor`)"
+    if reason is not None:
+        return None, f"no CUDA kernels ({reason}; see `halfbyte doctor`)"
+    from .cuda_layer import CudaLayer
+
+    return CudaLayer, None
 
 
 @functools.cache
@@ -116,11 +125,9 @@ def make_room(device, exact, parts=None, **config):
     config: as _native.Layer takes it. exact: attention in float32 is wanted, which the CPU alone computes.
     """
     if device.type != "cpu":
-        reason = _why_not(device, exact, config["recipe"], parts)
+        layer, reason = _gpu_layer(device, exact, parts, config)
         if reason is None:
-            from .cuda_layer import CudaLayer
-
-            return CudaLayer(device, **config) if parts is None else CudaLayer.load(device, parts, **config)
+            return layer(device, **config) if parts is None else layer.load(device, parts, **config)
         _warn_once(
             f"Int4Cache on {device.type}: {reason}: the cache lives in CPU memory and attention is computed there, "
             "slowly"

@@ -56,6 +56,8 @@ def test_help_does_not_import_torch():
         (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
         (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
         (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
+        (["doctor", "--device", "tpu"], "device: got 'tpu'; takes cpu or mps"),
+        (["doctor", "--predict"], "predict: only Apple's GPUs are predicted"),
         (["eval", "--text", "TEXT", "--protocol", "x"], "protocol: got 'x'; takes one of packed, blocks"),
         (["eval", "--text", "TEXT", "--seeds", "a"], "seeds: got 'a'; takes whole numbers"),
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
