@@ -20,6 +20,15 @@ def describe(view, tensor):
     view.batch_stride, view.head_stride, view.token_stride, _ = tensor.stride()
 
 
+def host_floats(address, shape):
+    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
+    if not address:
+        return None
+    count = shape[0] * shape[1]
+    array = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
+
+
 def rotate(mu, rotation):
     """R mu; rotation: R, or None for the identity."""
     return mu if rotation is None else (mu.double() @ rotation.double().T).float()
@@ -39,6 +48,7 @@ class Kernels:
             recipe.signed_scale, ROTATIONS.index(recipe.rotation), recipe.seed, layer_index,
         )  # fmt: skip
         self.page_bytes = kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
+        self._offset = self._turned = None
         self._own_flag()
 
     def _own_flag(self):
@@ -73,6 +83,8 @@ class Kernels:
         offset: of K and V (mu, R mu), each None where there is none; turn: a Turn if K's does, or None; constants:
         fields of an attention call.
         """
+        if offset is not self._offset:
+            self._turned = None
         self._rotations, self._offset, self._turn = rotations, offset, turn
         tables = []
         for side in (0, 1):
@@ -115,9 +127,8 @@ class Kernels:
         describe(call.k, pair[0])
         describe(call.v, pair[1])
         call.data_first, call.first_token, call.tokens = data_first, begin, end - begin
-        held = self._describe_offsets(call.k_tables, begin, end)
+        self._describe_offsets(call.k_tables, begin, end)
         self._launch("encode", call)
-        del held  # what the call has addresses of
 
     def copy_raw(self, pair, room, slot):
         """Copies (K, V) to where raw tokens are kept, from `slot` on."""
@@ -143,21 +154,21 @@ class Kernels:
         call = self._decode
         call.first_token, call.tokens, call.out_first = first_token, tokens, out_first
         call.out_tokens, call.k, call.v = parts[0].shape[2], parts[0].data_ptr(), parts[1].data_ptr()
-        held = self._describe_offsets(call.k_tables, first_token, first_token + tokens)
+        self._describe_offsets(call.k_tables, first_token, first_token + tokens)
         self._launch("decode", call)
-        del held
 
     def _describe_offsets(self, tables, begin, end):
-        """Offsets of K for the spans of tokens [begin, end), if it turns: what must live until the call is launched."""
+        """Offsets of K for the spans of tokens [begin, end), if it turns."""
         if self._turn is None or self._offset[0][0] is None:
-            return None
+            return
         span = self._turn.span
         first, last = begin // span, (end - 1) // span + 1
-        mu = self._turn.turn(self._offset[0][0], first, last)
-        rotated = rotate(mu, self._rotations[0][0])
+        if self._turned is None or self._turned[:2] != (first, last):  # blocks of a span come one after the other
+            mu = self._turn.turn(self._offset[0][0], first, last)
+            self._turned = first, last, mu, rotate(mu, self._rotations[0][0])
+        *_, mu, rotated = self._turned
         tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
         tables.offset_span, tables.offset_first, tables.offset_count = span, first, last - first
-        return mu, rotated
 
     def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
         """As CudaLayer.attend. counts: length, first, packed_end, kept.

@@ -1,17 +1,15 @@
 """CudaLayer: one layer's cache on an NVIDIA GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
 
-import ctypes
-
 import torch
 
 from . import _native
-from .cuda_kernels import Kernels, rotate
+from .cuda_kernels import Kernels, host_floats, rotate
 from .cuda_pages import PAGE_TOKENS, Pages
-from .cuda_turn import Turn
+from .cuda_turn import Turn, mean_of
 
 BLOCK_TOKENS = 16
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
-MEAN_TOKENS = 4096  # turned to float32 at a time
+NO_OFFSET = [(None, None)] * 2  # as CudaLayer._offset
 
 
 class CudaLayer:
@@ -76,10 +74,8 @@ class CudaLayer:
             self._rotations = self._kernels.rotations(self._dense)
         constants = {"sliding_window": self.window, "sink_tokens": self.recipe.sink_tokens}
         constants |= {"raw_window": self.recipe.raw_window, "warm_up": self._warm_up}
-        nothing = [(None, None)] * 2
-        self._kernels.bind(
-            self.batch, self._pages, self._rotations, self._offset or nothing, self._factors, self._turn, **constants
-        )
+        offset = self._offset or NO_OFFSET
+        self._kernels.bind(self.batch, self._pages, self._rotations, offset, self._factors, self._turn, **constants)
 
     @property
     def _warm_up(self):
@@ -171,7 +167,8 @@ class CudaLayer:
         self._keep_undo(spans, packed_from, packed_end, length)
         if sink and old < sink:
             self._kernels.copy_raw(_between(spans, old, min(sink, length)), self._sinks, old)
-        self._tail = self._raw_room(self._tail[0].shape[2])
+        if self._before is not None or packed_end < old:  # the old tail is still read
+            self._tail = self._raw_room(self._tail[0].shape[2])
         if length > packed_end:
             self._kernels.copy_raw(_between(spans, packed_end, length), self._tail, 0)
 
@@ -193,7 +190,7 @@ class CudaLayer:
             weights = torch.cat([self._counted[:, : self.length], new], 1)[:, :total].float()
             weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
         offsets = tuple(
-            (_mean_of if side or self._turn is None else self._turn.mean_of)(spans, side, total, weights)
+            (mean_of if side or self._turn is None else self._turn.mean_of)(spans, side, total, weights)
             if given is None
             else given.to(self.device).expand(self.batch, -1, -1).contiguous()
             for side, given in enumerate(self._given)
@@ -353,7 +350,7 @@ class CudaLayer:
         if self.packed_end > self.recipe.sink_tokens:
             raise ValueError(f"set_{kind} after tokens were packed; set it before")
         setter(*addresses)
-        return [_host_floats(address, shape) for address, shape in zip(addresses, shapes, strict=True)]
+        return [host_floats(address, shape) for address, shape in zip(addresses, shapes, strict=True)]
 
     def set_offset(self, k, v):
         shapes = [(self.kv_heads, dim) for dim in self.dims]
@@ -364,7 +361,7 @@ class CudaLayer:
         self._rules.set_frequencies(frequencies, pairs, interleaved)
         if self.packed_end > self.recipe.sink_tokens:
             raise ValueError("set_frequencies after tokens were packed; set it before")
-        given = _host_floats(frequencies, (1, pairs)) if pairs else None
+        given = host_floats(frequencies, (1, pairs)) if pairs else None
         self._turn = None if given is None else Turn(given[0], interleaved, self.recipe.offset_span, self.device)
 
     def set_lambda(self, k, v):
@@ -479,32 +476,6 @@ class CudaLayer:
         for pair in (self._sinks, self._tail, undo, *(self._offset or ()), *self._factors):
             tensors += pair or ()
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def _mean_of(spans, side, total, weights):
-    """Mean of K or V over the first `total` tokens, by weights [batch, total] or all alike: float32 [batch, heads, d].
-
-    spans: [(first position, end, (K, V))], one after the other from 0.
-    """
-    sums = 0.0
-    for begin, end, pair in spans:
-        x, end = pair[side], min(end, total)
-        if weights is None:
-            sums = sums + x[:, :, : end - begin].sum(2, dtype=torch.float32)
-            continue
-        for at in range(begin, end, MEAN_TOKENS):
-            to = min(at + MEAN_TOKENS, end)
-            sums = sums + (x[:, :, at - begin : to - begin].float() * weights[:, None, at:to, None]).sum(2)
-    return sums / (total if weights is None else weights.sum(1)[:, None, None])
-
-
-def _host_floats(address, shape):
-    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
-    if not address:
-        return None
-    count = shape[0] * shape[1]
-    array = (ctypes.c_float * count).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
 
 
 def _between(spans, begin, end):

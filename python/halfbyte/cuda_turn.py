@@ -1,4 +1,4 @@
-"""How the offset of K follows RoPE on a device: see docs/format.md. The angles are those of halfbyte.rope."""
+"""Offsets on a device: means of tokens, and how that of K follows RoPE by the angles of halfbyte.rope."""
 
 import torch
 
@@ -6,6 +6,23 @@ from .rope import Rope
 
 PIECE_TOKENS = 4096  # summed at a time; a multiple of every span
 FEWEST_SPANS = 256
+
+
+def mean_of(spans, side, total, weights):
+    """Mean of K or V over the first `total` tokens, by weights [batch, total] or all alike: float32 [batch, heads, d].
+
+    spans: [(first position, end, (K, V))], one after the other from 0.
+    """
+    sums = 0.0
+    for begin, end, pair in spans:
+        x, end = pair[side], min(end, total)
+        if weights is None:
+            sums = sums + x[:, :, : end - begin].sum(2, dtype=torch.float32)
+            continue
+        for at in range(begin, end, PIECE_TOKENS):
+            to = min(at + PIECE_TOKENS, end)
+            sums = sums + (x[:, :, at - begin : to - begin].float() * weights[:, None, at:to, None]).sum(2)
+    return sums / (total if weights is None else weights.sum(1)[:, None, None])
 
 
 class Turn:
@@ -36,7 +53,7 @@ class Turn:
         return held
 
     def mean_of(self, spans, side, total, weights):
-        """Mean of the first `total` tokens, each turned back by its span's angle; as cuda_layer's mean otherwise."""
+        """Mean of the first `total` tokens, each turned back by its span's angle; as mean_of otherwise."""
         sums = 0.0
         for begin, end, pair in spans:
             end = min(end, total)
