@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# ON builds the CUDA kernels into the package, which takes nvcc and some minutes.
+HALFBYTE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),ON,OFF)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ $(DEPENDENCIES): requirements.lock
 
 $(PACKAGE): $(DEPENDENCIES) $(SOURCES)
 	@echo "building halfbyte ..."
-	@$(WITH_VENV) $(PIP) --no-build-isolation --no-deps .
+	@$(WITH_VENV) $(PIP) --no-build-isolation --no-deps -C cmake.define.HALFBYTE_CUDA=$(HALFBYTE_CUDA) .
 	@touch $@
 
 $(TOOLS): $(DEPENDENCIES) requirements-dev.lock

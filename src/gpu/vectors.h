@@ -23,6 +23,16 @@ struct TokenRange {
   int first_token, tokens;  // of each sequence
 };
 
+// Where the offset of a token lies, [batch][kv_heads][count][d]: each serves `span` tokens, the first of them from token
+// span · first on. span 0: one for all tokens.
+struct OffsetSpans {
+  int span = 0, first = 0, count = 1;
+};
+
+gpu_fn int64_t offset_at(OffsetSpans spans, int row, int token, int d) {
+  return ((int64_t)row * spans.count + (spans.span ? token / spans.span - spans.first : 0)) * d;
+}
+
 struct VectorPlace {
   bool active;
   int b, head, token;
