@@ -2,7 +2,8 @@
 // after kernels.h.
 //
 // q becomes signed bytes per K group, p·scale becomes bytes per page and V group, and both sums run in integers, four
-// products a lane. Codes are unsigned; the zero point's share is taken off once a group (`bias`).
+// products a lane. Codes are unsigned; the zero point's share is taken off once a group (`bias`). Beside 8-bit codes
+// one byte would round as coarsely as they do: there both take two, each with a sum of its own.
 
 // ---------------------------------------------------------------------------------------------- softmax of a block
 
@@ -103,13 +104,25 @@ HALFBYTE_INLINE int zero_share() {
   return share[0];
 }
 
-// Query rows as signed bytes, one scale a K group.
+template <int kBits>
+constexpr int kParts = kBits == 8 ? 2 : 1;  // bytes that q, or a weight, takes beside such codes
+constexpr float kFiner = 254.0f;            // steps of the second byte in one of the first: rests of ±1/2 fill ±127
+
+// The sum of row r out of those of its parts; sums [parts][kRows].
+template <int kRows, int kBits>
+HALFBYTE_INLINE f32x16 joined(const i32x16* sums, int r) {
+  const f32x16 sum = to_f32(sums[r]);
+  return kParts<kBits> == 1 ? sum : fma(to_f32(sums[kRows * (kParts<kBits> - 1) + r]), set1(1.0f / kFiner), sum);
+}
+
+// Query rows as signed bytes, one scale a K group. Rows lie at constant distances, so that one address serves them all.
 struct PackedQuery {
-  alignas(64) int8_t bytes[kMaxRows][kMaxHeadDim];
+  alignas(64) int8_t bytes[kParts<8>][kMaxRows][kMaxHeadDim];
   float scale[kMaxRows][kMaxHeadDim / 16];
-  int bias[kMaxRows][kMaxHeadDim / 16];
+  int bias[kParts<8>][kMaxRows][kMaxHeadDim / 16];
 };
 
+template <int kBits>
 static void quantise_query(const SideFormat& format, const float* q, int rows, PackedQuery& out) {
   for (int r = 0; r < rows; r++, q += format.padded_dim)
     for (int g = 0; g < format.n_groups; g++) {
@@ -119,12 +132,20 @@ static void quantise_query(const SideFormat& format, const float* q, int rows, P
       for (int c = from; c < to; c += kLanes) top = max(top, abs(load(q + c)));
       const float largest = reduce_max(top);
       const f32x16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-      int8_t* bytes = out.bytes[r];
-      for (int c = from; c < to; c += kLanes) store_low_bytes(bytes + c, to_i32(mul(load(q + c), inverse)));
-      alignas(64) int32_t bias[kLanes];
-      store(bias, format.bits == 4 ? zero_bias<4>(bytes + from, to - from) : zero_bias<8>(bytes + from, to - from));
+      for (int c = from; c < to; c += kLanes) {
+        f32x16 x = mul(load(q + c), inverse);
+        for (int part = 0; part < kParts<kBits>; part++) {
+          const i32x16 byte = to_i32(x);
+          store_low_bytes(out.bytes[part][r] + c, byte);
+          x = mul(sub(x, to_f32(byte)), set1(kFiner));
+        }
+      }
       out.scale[r][g] = largest / 127.0f;
-      out.bias[r][g] = bias[0];
+      for (int part = 0; part < kParts<kBits>; part++) {
+        alignas(64) int32_t bias[kLanes];
+        store(bias, zero_bias<kBits>(out.bytes[part][r] + from, to - from));
+        out.bias[part][r][g] = bias[0];
+      }
     }
 }
 
@@ -134,20 +155,20 @@ HALFBYTE_INLINE u8x64 stream_row(const uint8_t* codes, ptrdiff_t ahead) {
   return load_row(codes);
 }
 
-// Integer sums of kRows rows over one span of K codes: low[r] over its first 16 channels, high[r] over the others.
+// Integer sums of kRows rows over one span of K codes: low over its first 16 channels, high over the others.
 // When both belong to one group, low and high are the same accumulators.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void score_span(const int8_t* const* bytes, int channel, const uint8_t* codes, ptrdiff_t ahead,
-                                i32x16* low, i32x16* high) {
+HALFBYTE_INLINE void score_span(const int8_t* q, const uint8_t* codes, ptrdiff_t ahead, i32x16* low, i32x16* high) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     u8x64 row = stream_row(codes + i * kRowBytes, ahead);
     u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
     u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      low[r] = dot4<kBits>(low[r], low_row, four_bytes(bytes[r] + channel + 4 * i));
-      high[r] = dot4<kBits>(high[r], high_row, four_bytes(bytes[r] + channel + 16 + 4 * i));
+#pragma GCC unroll 16
+    for (int s = 0; s < kRows * kParts<kBits>; s++) {
+      const int8_t* bytes = q + (s / kRows * kMaxRows + s % kRows) * kMaxHeadDim + 4 * i;
+      low[s] = dot4<kBits>(low[s], low_row, four_bytes(bytes));
+      high[s] = dot4<kBits>(high[s], high_row, four_bytes(bytes + 16));
     }
   }
 }
@@ -156,31 +177,30 @@ HALFBYTE_INLINE void score_span(const int8_t* const* bytes, int channel, const u
 template <int kRows, int kBits>
 HALFBYTE_INLINE void score_block(const SideFormat& format, const PackedQuery& q, int first_row, const uint8_t* codes,
                                  const uint8_t* scales, ptrdiff_t ahead, f32x16* scores) {
-  constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
-  const int8_t* bytes[kRows];
-  for (int r = 0; r < kRows; r++) bytes[r] = q.bytes[first_row + r];
+  constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes, kSums = kRows * kParts<kBits>;
+  const int8_t* bytes = q.bytes[0][first_row];
   auto start = [&](int g, i32x16* sums) {
-    for (int r = 0; r < kRows; r++) sums[r] = set1(q.bias[first_row + r][g]);
+    for (int i = 0; i < kSums; i++) sums[i] = set1(q.bias[i / kRows][first_row + i % kRows][g]);
   };
   auto finish = [&](int g, const i32x16* sums) {
     f32x16 scale = load_scales(format, scales, g);
     for (int r = 0; r < kRows; r++)
-      scores[r] = fma(mul(to_f32(sums[r]), scale), set1(q.scale[first_row + r][g]), scores[r]);
+      scores[r] = fma(mul(joined<kRows, kBits>(sums, r), scale), set1(q.scale[first_row + r][g]), scores[r]);
   };
   if (format.group == 16) {
     for (int c = 0, g = 0; c < format.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
-      i32x16 low[kRows], high[kRows];
+      i32x16 low[kSums], high[kSums];
       start(g, low), start(g + 1, high);
-      score_span<kRows, kBits>(bytes, c, codes, ahead, low, high);
+      score_span<kRows, kBits>(bytes + c, codes, ahead, low, high);
       finish(g, low), finish(g + 1, high);
     }
     return;
   }
   for (int c = 0, g = 0; c < format.padded_dim; g++) {
-    i32x16 sums[kRows];
+    i32x16 sums[kSums];
     start(g, sums);
     for (int end = c + format.group; c < end && c < format.padded_dim; c += kSpan, codes += kSpanBytes)
-      score_span<kRows, kBits>(bytes, c, codes, ahead, sums, sums);
+      score_span<kRows, kBits>(bytes + c, codes, ahead, sums, sums);
     finish(g, sums);
   }
 }
@@ -195,17 +215,18 @@ struct PageTile {
 
 // p·scale of one V group as bytes, with the scale that undoes it and the zero point's share. With nibbles, where a
 // scale is negative its codes are turned over instead (15 − code), so that all eight bits of a byte hold magnitude.
-template <int kRows>
+template <int kRows, int kBits>
 struct Weights {
-  alignas(64) int8_t bytes[kRows][kPageTokens];
+  static constexpr int kSums = kRows * kParts<kBits>;
+  alignas(64) int8_t bytes[kSums][kPageTokens];
   alignas(64) uint8_t flips[kPageTokens];  // 255 where codes are turned over; nibbles only
   float scale[kRows];
-  int bias[kRows];
+  int bias[kSums];
 };
 
 template <int kRows, int kBits>
 HALFBYTE_INLINE void quantise_weights(const PageFormat& format, const f32x16 (*p)[kPageBlocks], const PageTile& tile,
-                                      int group, Weights<kRows>& out) {
+                                      int group, Weights<kRows, kBits>& out) {
   constexpr float kTop = kBits == 4 ? 255.0f : 127.0f;
   f32x16 scales[kPageBlocks], zero[kPageBlocks];  // zero: what a unit of weight is to add for the zero point
   for (int i = 0; i < kPageBlocks; i++) {
@@ -219,25 +240,31 @@ HALFBYTE_INLINE void quantise_weights(const PageFormat& format, const f32x16 (*p
     }
   }
   for (int r = 0; r < kRows; r++) {
-    f32x16 weight[kPageBlocks], top = set1(0.0f), bias = set1(0.0f);
+    f32x16 weight[kPageBlocks], top = set1(0.0f), bias[kParts<kBits>];
+    for (f32x16& sum : bias) sum = set1(0.0f);
     for (int i = 0; i < kPageBlocks; i++) weight[i] = mul(p[r][i], scales[i]), top = max(top, abs(weight[i]));
     const float largest = reduce_max(top);
     const f32x16 inverse = set1(largest > 0.0f ? kTop / largest : 0.0f);
     for (int i = 0; i < kPageBlocks; i++) {
-      const i32x16 byte = to_i32(mul(weight[i], inverse));
-      store_low_bytes(out.bytes[r] + i * kLanes, byte);
-      bias = fma(to_f32(byte), zero[i], bias);
+      f32x16 x = mul(weight[i], inverse);
+      for (int part = 0; part < kParts<kBits>; part++) {
+        const i32x16 byte = to_i32(x);
+        store_low_bytes(out.bytes[part * kRows + r] + i * kLanes, byte);
+        bias[part] = fma(to_f32(byte), zero[i], bias[part]);
+        x = mul(sub(x, to_f32(byte)), set1(kFiner));
+      }
     }
     out.scale[r] = largest * (1.0f / kTop);
-    out.bias[r] = (int)reduce_add(bias);  // a sum of whole numbers below 2^24
+    for (int part = 0; part < kParts<kBits>; part++)
+      out.bias[part * kRows + r] = (int)reduce_add(bias[part]);  // a sum of whole numbers below 2^24
   }
 }
 
-// acc += Σ p·value of one span of V codes; `low` weighs its first 16 channels, `high` the others.
-template <int kRows, int kBits>
-HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>& high, const uint8_t* flips,
-                                const uint8_t* codes, size_t block_bytes, ptrdiff_t ahead, float* acc,
-                                size_t acc_stride) {
+// acc += Σ p·value of one span of nibbles; `low` weighs its first 16 channels, `high` the others.
+template <int kRows>
+HALFBYTE_INLINE void weigh_nibbles(const Weights<kRows, 4>& low, const Weights<kRows, 4>& high, const uint8_t* flips,
+                                   const uint8_t* codes, size_t block_bytes, ptrdiff_t ahead, float* acc,
+                                   size_t acc_stride) {
   i32x16 low_sums[kRows], high_sums[kRows];
   const int8_t *low_bytes = reloaded(low.bytes[0]), *high_bytes = &low == &high ? low_bytes : reloaded(high.bytes[0]);
   for (int r = 0; r < kRows; r++) low_sums[r] = set1(low.bias[r]), high_sums[r] = set1(high.bias[r]);
@@ -246,18 +273,12 @@ HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>&
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const int four = block * kLanes + 4 * i;  // tokens
-      u8x64 row = stream_row(codes + i * kRowBytes, ahead);
-      if (kBits == 4) row = flip(row, four_bytes((const int8_t*)flips + four));
-      u8x64 low_row = kBits == 4 ? low_nibbles(row) : row;
-      u8x64 high_row = kBits == 4 ? high_nibbles(row) : stream_row(codes + (4 + i) * kRowBytes, ahead);
+      const u8x64 row = flip(stream_row(codes + i * kRowBytes, ahead), four_bytes((const int8_t*)flips + four));
+      const u8x64 low_row = low_nibbles(row), high_row = high_nibbles(row);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
-        const int low_four = four_bytes(low_bytes + r * kPageTokens + four);
-        const int high_four = four_bytes(high_bytes + r * kPageTokens + four);
-        low_sums[r] =
-            kBits == 4 ? dot4_weights(low_sums[r], low_row, low_four) : dot4_byte(low_sums[r], low_row, low_four);
-        high_sums[r] =
-            kBits == 4 ? dot4_weights(high_sums[r], high_row, high_four) : dot4_byte(high_sums[r], high_row, high_four);
+        low_sums[r] = dot4_weights(low_sums[r], low_row, four_bytes(low_bytes + r * kPageTokens + four));
+        high_sums[r] = dot4_weights(high_sums[r], high_row, four_bytes(high_bytes + r * kPageTokens + four));
       }
     }
   for (int r = 0; r < kRows; r++) {
@@ -267,42 +288,72 @@ HALFBYTE_INLINE void weigh_span(const Weights<kRows>& low, const Weights<kRows>&
   }
 }
 
+// acc += Σ p·value of 16 channels of 8-bit codes.
+template <int kRows>
+HALFBYTE_INLINE void weigh_bytes(const Weights<kRows, 8>& weights, const uint8_t* codes, size_t block_bytes,
+                                 ptrdiff_t ahead, float* acc, size_t acc_stride) {
+  constexpr int kSums = Weights<kRows, 8>::kSums;
+  i32x16 sums[kSums];
+  const int8_t* bytes = reloaded(weights.bytes[0]);
+  for (int i = 0; i < kSums; i++) sums[i] = set1(weights.bias[i]);
+#pragma GCC unroll 4
+  for (int block = 0; block < kPageBlocks; block++, codes += block_bytes)
+#pragma GCC unroll 4
+    for (int row = 0; row < 4; row++) {
+      const u8x64 four_tokens = stream_row(codes + row * kRowBytes, ahead);
+#pragma GCC unroll 16
+      for (int i = 0; i < kSums; i++)
+        sums[i] = dot4_byte(sums[i], four_tokens, four_bytes(bytes + i * kPageTokens + block * kLanes + 4 * row));
+    }
+  for (int r = 0; r < kRows; r++) {
+    float* out = acc + r * acc_stride;
+    store(out, fma(joined<kRows, 8>(sums, r), set1(weights.scale[r]), load(out)));
+  }
+}
+
 // acc[r] += Σ p·value over the tokens of one page.
 template <int kRows, int kBits>
 HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kPageBlocks], const PageTile& tile,
                                 float* acc, size_t acc_stride) {
-  constexpr int kSpanBytes = (kBits == 4 ? 4 : 8) * kRowBytes;
   const SideFormat& v = format.v;
   const size_t block_bytes = block_code_bytes(format);
   const uint8_t* codes = tile.page + v_codes_at(format, 0);
-  Weights<kRows> low;
-  if (v.group == 16) {
-    Weights<kRows> high;
-    for (int c = 0, g = 0; c < v.padded_dim; c += kSpan, g += 2, codes += kSpanBytes) {
-      quantise_weights<kRows, kBits>(format, p, tile, g, low);
-      quantise_weights<kRows, kBits>(format, p, tile, g + 1, high);
-      alignas(64) uint8_t flips[kPageTokens];
-      for (int t = 0; kBits == 4 && t < kPageTokens; t++) flips[t] = (low.flips[t] & 15) | (high.flips[t] & 240);
-      weigh_span<kRows, kBits>(low, high, flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
+  Weights<kRows, kBits> weights;
+  if constexpr (kBits == 8) {
+    for (int c = 0, g = 0; c < v.padded_dim; g++) {
+      quantise_weights<kRows, 8>(format, p, tile, g, weights);
+      for (int end = c + v.group; c < end && c < v.padded_dim; c += 16, codes += 4 * kRowBytes)
+        weigh_bytes<kRows>(weights, codes, block_bytes, tile.ahead, acc + c, acc_stride);
     }
-    return;
-  }
-  for (int c = 0, g = 0; c < v.padded_dim; g++) {
-    quantise_weights<kRows, kBits>(format, p, tile, g, low);
-    for (int end = c + v.group; c < end && c < v.padded_dim; c += kSpan, codes += kSpanBytes)
-      weigh_span<kRows, kBits>(low, low, low.flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
+  } else if (v.group == 16) {
+    Weights<kRows, 4> high;
+    for (int c = 0, g = 0; c < v.padded_dim; c += kSpan, g += 2, codes += 4 * kRowBytes) {
+      quantise_weights<kRows, 4>(format, p, tile, g, weights);
+      quantise_weights<kRows, 4>(format, p, tile, g + 1, high);
+      alignas(64) uint8_t flips[kPageTokens];
+      for (int t = 0; t < kPageTokens; t++) flips[t] = (weights.flips[t] & 15) | (high.flips[t] & 240);
+      weigh_nibbles<kRows>(weights, high, flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
+    }
+  } else {
+    for (int c = 0, g = 0; c < v.padded_dim; g++) {
+      quantise_weights<kRows, 4>(format, p, tile, g, weights);
+      for (int end = c + v.group; c < end && c < v.padded_dim; c += kSpan, codes += 4 * kRowBytes)
+        weigh_nibbles<kRows>(weights, weights, weights.flips, codes, block_bytes, tile.ahead, acc + c, acc_stride);
+    }
   }
 }
 
 // Scores of kRows rows and one page; blocks that no row sees score nothing.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, const PageTile& tile,
-                                f32x16 (*scores)[kPageBlocks]) {
+HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t page,
+                                const PageTile& tile, f32x16 (*scores)[kPageBlocks]) {
   const PageFormat& format = *args.format;
   for (int i = 0; i < kPageBlocks; i++) {
     f32x16 block[kRows];
     const bool seen = i >= tile.first && i < tile.last;
-    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? args.q_offset[first_row + r] : kNothing);
+    const float* offset =
+        args.q_offset.at + first_row * args.q_offset.row + page * args.q_offset.page + i * args.q_offset.block;
+    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? offset[r * args.q_offset.row] : kNothing);
     if (seen)
       score_block<kRows, kBits>(format.k, q, first_row, tile.page + k_codes_at(format, i),
                                 tile.page + k_scales_at(format, i), tile.ahead, block);
@@ -333,7 +384,7 @@ static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& 
     const PageTile tile = tile_at(args, page);
     const size_t token = args.first_token + page * kPageTokens;
     const bool all = token >= inside.lo && token + kPageTokens <= inside.hi;
-    score_tile<kRows, kBitsK>(args, q, first_row, tile, p);
+    score_tile<kRows, kBitsK>(args, q, first_row, page, tile, p);
     for (int r = 0; r < kRows; r++) {
       mask16 lanes[kPageBlocks];
       for (int i = 0; !all && i < kPageBlocks; i++) {
@@ -388,7 +439,8 @@ HALFBYTE_INLINE void for_row_parts(int rows, F f) {
 static void attend_packed(const AttendPackedArgs& args, Softmax& state) {
   constexpr size_t kSegment = 4;  // pages that stay in cache while each part of the rows passes over them
   PackedQuery q;
-  quantise_query(args.format->k, args.q, args.visible.rows, q);
+  const SideFormat& k = args.format->k;
+  k.bits == 8 ? quantise_query<8>(k, args.q, args.visible.rows, q) : quantise_query<4>(k, args.q, args.visible.rows, q);
   const size_t pages = (args.end - args.first_token + kPageTokens - 1) / kPageTokens;
   for (size_t begin = (args.begin - args.first_token) / kPageTokens; begin < pages; begin += kSegment) {
     const size_t end = begin + kSegment < pages ? begin + kSegment : pages;

@@ -49,6 +49,7 @@ Recipe random_recipe(Random& random, int d) {
   recipe.v = {random.below(3) ? 4 : 8, groups[random.below(4)]};
   recipe.scale_bits = random.below(2) ? 16 : 32;
   recipe.search = random.below(2), recipe.signed_scale = random.below(2), recipe.offset = random.below(2);
+  recipe.offset_span = random.below(2) ? 16 : 64;
   recipe.sink_tokens = random.below(4) ? 0 : 16, recipe.raw_window = random.below(4) ? 0 : 16;
   const int rotation = random.below(4);
   recipe.rotation = rotation == 0                     ? Rotation::identity
@@ -68,10 +69,12 @@ void check_random_layer(Random& random, int d, size_t tokens, Dtype dtype) {
   const Recipe recipe = random_recipe(random, d);
   const int group = 1 + random.below(9);  // one register tile and more
   Layer layer = make_layer(config_of(2, d, dtype, recipe));
+  if (recipe.offset && random.below(3)) must(set_rope(layer, random_rope(random, d)));
   {
     UseBackend use(fast_backends().front());  // the double rotation takes d² cosines a vector
     must(append(layer, random_array(random, 2, 2, tokens, d, dtype), random_array(random, 2, 2, tokens, d, dtype)));
-    attend_everywhere(layer, random_array(random, 2, 2 * group, 1, d, dtype)).check(describe(recipe, d, tokens, group));
+    attend_everywhere(layer, random_array(random, 2, 2 * group, 1, d, dtype))
+        .check(describe(recipe, d, tokens, group), byte_rounding(recipe));
   }
 }
 
@@ -271,7 +274,7 @@ TEST(Attend, AnyOffsetLeavesUnquantisedAttentionUnchanged) {
     for (int spread : {0, 1, 20, 60}) {
       EXPECT_LT(error_of(with_offset("reference", spread), plain), 1e-5) << d << " " << spread;
       for (const std::string& name : fast_backends())
-        EXPECT_LT(error_of(with_offset(name, spread), plain), kByteRounding) << name << " " << d << " " << spread;
+        EXPECT_LT(error_of(with_offset(name, spread), plain), kTwoByteRounding) << name << " " << d << " " << spread;
     }
   }
 }
@@ -289,8 +292,8 @@ TEST(Attend, OffsetCarriesKeyBiases) {
   const Array q = random_array(random, 1, 8, 1, 64);
   Array any = poisoned(1, 8, 1, 64);
   const Plain plain = plain_attention(args_of(q, any), q, k, v);
-  // 1e-2: q·μ is a float near 3000, good to 3e-4, and 8-bit codes cost about as much as the bytes of q.
-  EXPECT_LT(error_of(attend(layer, q), plain), kByteRounding + 1e-2);
+  // q·μ is a float near 3000, good to 3e-4; what is left is the 8-bit codes' own.
+  EXPECT_LT(error_of(attend(layer, q), plain), 0.06);
   recipe.offset = false;
   Layer bare = make_layer(config_of(1, 64, Dtype::float32, recipe));
   must(append(bare, k, v));
@@ -324,16 +327,22 @@ double added_error(Random& random, int d, const Recipe& recipe, float spread, co
   return std::sqrt(mean_square(got, codes.out) / mean_square(codes.out, packed.out));
 }
 
-TEST(Attend, BytesAddUnderATenthOfTheCodesError) {
+// One byte beside 4-bit codes, two beside 8-bit ones: what is rounded stays small beside what the codes cost. A second
+// byte that is missing on either side costs as much as 8-bit codes or several times that.
+TEST(Attend, BytesAddASmallPartOfTheCodesError) {
   Random random;
+  const Codec v_codecs[] = {{4, 0}, {4, 32}, {4, 16}, {8, 0}, {8, 32}, {8, 16}};
   for (const std::string& name : fast_backends())
-    for (int d : {64, 128})
-      for (Codec v : {Codec{4, 0}, Codec{4, 32}, Codec{4, 16}})
+    for (int k_bits : {4, 8})
+      for (Codec v : v_codecs)
         for (float spread : {0.3f, 1.0f, 3.0f}) {
+          const int d = 64 << random.below(2);
           Recipe recipe;
-          recipe.v = v;
+          recipe.k.bits = k_bits, recipe.v = v;
           const double share = added_error(random, d, recipe, spread, name);
-          EXPECT_LT(share, 0.1) << name << " d " << d << " V group " << v.group << " spread " << spread;
+          EXPECT_LT(share, k_bits == 8 && v.bits == 8 ? 0.02 : 0.1)
+              << name << " d " << d << " K bits " << k_bits << " V " << v.bits << "/" << v.group << " spread "
+              << spread;
           EXPECT_GT(share, 1e-3);  // or it is not the bytes that were measured
         }
 }
