@@ -74,6 +74,10 @@ struct Tokens {
 inline Layer make_layer(int head_dim, const Recipe& recipe) {
   Result<Layer> layer = Layer::create({1, head_dim, head_dim, Dtype::float16, recipe});
   must(layer.status());
+  if (!recipe.offset || !recipe.offset_span) return std::move(layer.value());
+  std::vector<float> frequencies;  // of a RoPE over all channels
+  for (int i = 0; i < head_dim / 2; i++) frequencies.push_back((float)std::pow(1e6, -2.0 * i / head_dim));
+  must(layer.value().set_frequencies(frequencies.data(), head_dim / 2));
   return std::move(layer.value());
 }
 

@@ -146,23 +146,26 @@ void add_row(const uint8_t* row, Dtype dtype, int d, float* sum) {
     for (int c = 0; c < d; c++) sum[c] += half_to_float(bits[c]);
 }
 
-// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them; padding is left
-// out unless there is nothing else.
+// mu of one sequence and head: the mean over the tokens held now, or the first offset_tokens of them, turned back if it
+// turns; padding is left out unless there is nothing else.
 void mean_of_head(const State& s, const Chunk& chunk, Side side, int b, int head, float* mu) {
-  constexpr size_t kRun = 256;  // tokens summed in float before they join the double sums
+  constexpr size_t kRun = kPageTokens;  // tokens summed in float before they join the double sums
+  const Turn* turn = side == Side::k ? s.turn.get() : nullptr;
+  const size_t run_tokens = turn ? (size_t)turn->span : kRun;
   const int d = s.head_dim(side);
   const size_t held = s.length + chunk.tokens, total = s.warm_up() ? std::min(held, s.warm_up()) : held;
   double sum[kMaxHeadDim] = {};
   size_t n = 0;
   for (bool all : {false, true}) {
-    for (size_t from = 0; from < total; from += kRun) {
+    for (size_t from = 0; from < total; from += run_tokens) {
       float run[kMaxHeadDim] = {};
-      for (size_t t = from; t < std::min(from + kRun, total); t++) {
+      for (size_t t = from; t < std::min(from + run_tokens, total); t++) {
         if (!all && !is_counted(s, chunk, b, t)) continue;
         add_row(find_raw(s, chunk, side, b, head, t), s.config.dtype, d, run);
         n++;
       }
-      for (int c = 0; c < d; c++) sum[c] += run[c];
+      if (turn) add_turned_back(*turn, run, d, turn->span_of(from), sum);
+      for (int c = 0; !turn && c < d; c++) sum[c] += run[c];
     }
     if (n) break;
   }
@@ -225,7 +228,9 @@ std::vector<int> first_twins(const State& s, const Chunk& chunk) {
 }
 
 // Pages that this append will write: new ones, and own copies of shared ones. Throws std::bad_alloc before any change.
-std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>& twins, size_t from, size_t to) {
+// dropped: how many pages before them there are none of.
+std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>& twins, size_t dropped, size_t from,
+                                         size_t to) {
   std::vector<std::vector<Page>> pages = s.pages;
   size_t spare = s.spare.size();  // taken from the back; append forgets them once nothing can fail
   auto take_page = [&] { return spare ? s.spare[--spare] : make_page(s.page_bytes()); };
@@ -237,14 +242,14 @@ std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>&
       list = pages[twins[b]];
       continue;
     }
-    const size_t first_written = from / kPageTokens - s.pages_dropped;
+    const size_t first_written = from / kPageTokens - dropped;
     // use_count 2: the state's list and this copy of it.
     if (first_written < list.size() && list[first_written].use_count() > 2) {
       Page own = take_page();
       memcpy(own.get(), list[first_written].get(), s.page_bytes());
       list[first_written] = own;
     }
-    const size_t needed = (to + kPageTokens - 1) / kPageTokens - s.pages_dropped;
+    const size_t needed = (to + kPageTokens - 1) / kPageTokens - dropped;
     list.reserve(needed);
     while (list.size() < needed) {
       list.push_back(take_page());
@@ -255,7 +260,8 @@ std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>&
 }
 
 // Packs tokens [from, to) of one block: K or V of one sequence and head.
-void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t from, size_t to) {
+void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t from, size_t to,
+                MovingOffset& offset) {
   const SideFormat& format = side == Side::k ? s.format.k : s.format.v;
   uint8_t* page = s.page_head(b, from, head);
   const int block = (int)(from % kPageTokens / kBlockTokens);
@@ -266,7 +272,7 @@ void pack_block(State& s, const Chunk& chunk, Side side, int b, int head, size_t
                   {},
                   (int)(to - from),
                   (int)(from % kBlockTokens),
-                  s.offset_of(side, b, head),
+                  offset.at(from),
                   s.lambda_of(side, head, false),
                   page + (side == Side::k ? k_codes_at(s.format, block) : v_codes_at(s.format, block)),
                   page + (side == Side::k ? k_scales_at(s.format, block) : v_scales_at(s.format, block))};
@@ -285,10 +291,11 @@ void pack(State& s, const Chunk& chunk, const std::vector<int>& twins, size_t fr
     if (twins[b] != b) return;  // on the pages of another
     const size_t begin = first_block + task % parts * kBlocksEach,
                  end = std::min(begin + kBlocksEach, first_block + blocks);
+    MovingOffset offset_k(s, Side::k, b, head), offset_v(s, Side::v, b, head);
     for (size_t block = begin; block < end; block++) {
       const size_t lo = std::max(from, block * kBlockTokens), hi = std::min(to, (block + 1) * kBlockTokens);
-      pack_block(s, chunk, Side::k, b, head, lo, hi);
-      pack_block(s, chunk, Side::v, b, head, lo, hi);
+      pack_block(s, chunk, Side::k, b, head, lo, hi, offset_k);
+      pack_block(s, chunk, Side::v, b, head, lo, hi, offset_v);
     }
   };
   parallel_for(heads * parts, std::ref(pack_part));  // std::ref: a std::function of it needs no memory
@@ -328,11 +335,17 @@ void keep_undo(const State& s, const Chunk& chunk, size_t packed_from, size_t pa
   copy_raw(s, chunk, start, packed_end, undo);
 }
 
-void drop_pages_behind_window(State& s) {
+// The first token that a query at `position` sees, as far as it is still held.
+size_t first_seen(const State& s, size_t position) {
   const size_t window = (size_t)s.config.sliding_window;
-  if (!window || s.record_past) return;
-  // The next query, at s.length, sees window − 1 tokens before itself.
-  s.first = std::max(s.first, s.length > window - 1 ? s.length - (window - 1) : 0);
+  if (!window || s.record_past) return s.first;
+  return std::max(s.first, position > window - 1 ? position - (window - 1) : 0);
+}
+
+void drop_behind_window(State& s) {
+  if (!s.config.sliding_window || s.record_past) return;
+  s.first = first_seen(s, s.length);
+  if (s.offset_ready && s.first >= s.sink_tokens()) s.sinks = {};
   const size_t gone = std::min(s.first, s.packed_end) / kPageTokens;
   if (gone <= s.pages_dropped) return;
   for (std::vector<Page>& list : s.pages) {
@@ -345,7 +358,8 @@ void drop_pages_behind_window(State& s) {
 
 }  // namespace
 
-Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted) try {
+Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted,
+                     bool answered) try {
   State& s = *state_;
   const Chunk chunk{&k, &v, batch, tokens, counted};
   if (Status status = check_shape(s, chunk); !status.ok()) return status;
@@ -356,6 +370,9 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   const size_t filled = (s.packed_end + kBlockTokens - 1) / kBlockTokens * kBlockTokens;
   const size_t packed_end = std::max(std::min(filled, std::max(length, sink)), s.raw_start(length - 1));
   const size_t packed_from = s.packed_end;
+  // What no query will see of a first chunk is never packed; of a later one it is, and goes at the end.
+  const size_t skipped = answered && !s.length ? std::min(first_seen(s, length), packed_end) / kPageTokens : 0;
+  const size_t dropped = std::max(skipped, s.pages_dropped), pack_from = std::max(packed_from, dropped * kPageTokens);
   const size_t capacity = s.tail_capacity();
   if (!s.batch) s.batch = batch;  // make_raw sizes by it
   RawTokens sinks, tail, before, undo;
@@ -368,7 +385,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   if (keep_before && !moves) before = s.tail;
   keep_undo(s, chunk, filled, packed_end, undo, undo_start);
   const std::vector<int> twins = first_twins(s, chunk);
-  std::vector<std::vector<Page>> pages = pages_for(s, twins, packed_from, packed_end);
+  std::vector<std::vector<Page>> pages = pages_for(s, twins, dropped, pack_from, packed_end);
   std::vector<uint8_t> counted_so_far;
   if (!s.offset_ready) counted_so_far = counted_with(s, chunk);
   const bool fixes_offset = packed_end != packed_from && !s.offset_ready;
@@ -380,8 +397,9 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   s.pages.swap(pages);
   pages.clear();
   while (!s.spare.empty() && s.spare.back().use_count() > 1) s.spare.pop_back();  // those that s.pages took
-  drop_pages_behind_window(s);
-  pack(s, chunk, twins, packed_from, packed_end);
+  drop_behind_window(s);
+  s.pages_dropped = std::max(s.pages_dropped, skipped);
+  pack(s, chunk, twins, pack_from, packed_end);
   if (sinks.capacity) {
     copy_raw(s, chunk, 0, std::min(sink, length), sinks);
     s.sinks = std::move(sinks);
@@ -401,6 +419,7 @@ Status Layer::append(const View& k, const View& v, int batch, size_t tokens, con
   s.chunk_start = s.length;
   s.packed_end = packed_end;
   s.length = length;
+  if (answered) drop_behind_window(s);
   return {};
 } catch (const std::bad_alloc&) {
   if (!state_->length) state_->batch = 0;

@@ -50,7 +50,9 @@ void attend_packed_reference(const AttendPackedArgs& args, Softmax& state) {
     auto score = [&](size_t t) {
       const uint8_t* page = page_of(t);
       int block = (int)block_of(t);
-      double s = args.q_offset[r];
+      const OffsetScores& offset = args.q_offset;
+      const size_t page_index = (t - args.first_token) / kPageTokens;
+      double s = offset.at[r * offset.row + page_index * offset.page + block * offset.block];
       for (int c = 0; c < format.k.head_dim; c++)
         s += (double)q[c] * decode_code(format.k, Side::k, page + k_codes_at(format, block),
                                         page + k_scales_at(format, block), (int)(t % kBlockTokens), c);
@@ -64,6 +66,23 @@ void attend_packed_reference(const AttendPackedArgs& args, Softmax& state) {
     };
     attend_row(state, args.visible, r, args.begin, args.end, format.v.head_dim, score, value);
   }
+}
+
+void score_offsets_reference(const OffsetScoreArgs& args) {
+  const Turn& turn = *args.turn;
+  for (int r = 0; r < args.rows; r++)
+    for (int i = 0; i < args.sixteens * kTurnSpans; i++) {
+      const float* q = args.q + r * args.q_stride;
+      double sum = 0.0;
+      for (int c = 2 * turn.pairs; c < args.head_dim; c++) sum += (double)q[c] * args.mu[c];
+      for (int pair = 0; pair < turn.pairs; pair++) {
+        const double angle = turn.frequencies[pair] * turn.middle_of(args.first_span + i);
+        const double cosine = std::cos(angle), sine = std::sin(angle);
+        const int a = pair * turn.pair_step, b = a + turn.pair_gap;
+        sum += q[a] * (args.mu[a] * cosine - args.mu[b] * sine) + q[b] * (args.mu[b] * cosine + args.mu[a] * sine);
+      }
+      args.out[r * args.out_stride + i] = (float)sum;
+    }
 }
 
 void attend_raw_reference(const AttendRawArgs& args, Softmax& state) {

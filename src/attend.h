@@ -8,6 +8,7 @@ namespace halfbyte {
 // The maximum of a row that has seen nothing: low enough that exp(kNothing − x) is 0 for any score x.
 constexpr float kNothing = -1e30f;
 
+void score_offsets_reference(const OffsetScoreArgs& args);
 void attend_packed_reference(const AttendPackedArgs& args, Softmax& state);
 void attend_raw_reference(const AttendRawArgs& args, Softmax& state);
 

@@ -20,6 +20,21 @@ void rotate_rows(const RotationPlan& plan, bool inverse, float* x, size_t stride
     current_backend().rotate(plan, inverse, x + r * stride, stride, std::min(n - r, kBlockTokens));
 }
 
+// Λ⁻¹ R q for the kernels.
+void rotate_queries(const State& s, const Tile& tile, float* rotated) {
+  const Plan& plan = tile.plan;
+  const int d = plan.head_dim_k, padded = s.format.k.padded_dim;
+  const float* inverse_lambda = s.lambda_of(Side::k, tile.head, true);
+  for (int r = 0; r < tile.n; r++) {
+    const float* q = tile.q + r * plan.q_stride();
+    std::copy_n(q, d, rotated + r * padded);
+    std::fill(rotated + r * padded + d, rotated + (r + 1) * padded, 0.0f);
+  }
+  rotate_rows(s.rotation_k, false, rotated, padded, tile.n);
+  for (int r = 0; inverse_lambda && r < tile.n; r++)
+    for (int c = 0; c < d; c++) rotated[r * padded + c] *= inverse_lambda[c];
+}
+
 // Sixteen sums side by side: one sum would wait for each addition.
 float dot(const float* a, const float* b, int n) {
   float sums[16] = {}, sum = 0.0f;
@@ -31,22 +46,47 @@ float dot(const float* a, const float* b, int n) {
   return sum;
 }
 
-// Λ⁻¹ R q for the kernels, and q·mu.
-void rotate_queries(const State& s, const Tile& tile, float* rotated, float* q_offset) {
-  const Plan& plan = tile.plan;
-  const int d = plan.head_dim_k, padded = s.format.k.padded_dim;
-  const float* mu = s.offset_of(Side::k, tile.b, tile.head);
-  const float* inverse_lambda = s.lambda_of(Side::k, tile.head, true);
-  for (int r = 0; r < tile.n; r++) {
-    const float* q = tile.q + r * plan.q_stride();
-    q_offset[r] = mu ? dot(q, mu, d) : 0.0f;
-    std::copy_n(q, d, rotated + r * padded);
-    std::fill(rotated + r * padded + d, rotated + (r + 1) * padded, 0.0f);
+// q·mu for the kernels: one number a row, or one a row and span on the way along pages.
+class QueryOffsets {
+ public:
+  QueryOffsets(const State& s, const Tile& tile)
+      : tile_(tile), turn_(s.turn.get()), mu_(s.offset_of(Side::k, tile.b, tile.head)) {
+    const Plan& plan = tile.plan;
+    for (int r = 0; !turn_ && r < tile.n; r++) {
+      const float* q = tile.q + r * plan.q_stride();
+      fixed_[r] = mu_ ? dot(q, mu_, plan.head_dim_k) : 0.0f;
+    }
   }
-  rotate_rows(s.rotation_k, false, rotated, padded, tile.n);
-  for (int r = 0; inverse_lambda && r < tile.n; r++)
-    for (int c = 0; c < d; c++) rotated[r * padded + c] *= inverse_lambda[c];
-}
+
+  // Of the pages with tokens [from, to).
+  OffsetScores of_pages(size_t from, size_t to) {
+    if (!turn_) return {fixed_, 1, 0, 0};
+    constexpr size_t kSixteen = kTurnSpans;
+    const size_t first = turn_->span_of(from) / kSixteen, sixteens = turn_->span_of(to - 1) / kSixteen + 1 - first;
+    const size_t stride = sixteens * kSixteen, pages = kPageTokens / (size_t)turn_->span;
+    float* out = scratch().offsets.take(tile_.n * stride);
+    current_backend().score_offsets({turn_, tile_.plan.head_dim_k, mu_, tile_.q, tile_.plan.q_stride(), tile_.n,
+                                     phases_from(first, sixteens), first * kSixteen, (int)sixteens, out, stride});
+    return {out + (turn_->span_of(from) - first * kSixteen), stride, pages, pages / kPageBlocks};
+  }
+
+ private:
+  const float* phases_from(size_t first, size_t sixteens) const {
+    const size_t padded = round_up(turn_->pairs, 16);
+    float* out = scratch().phases.take(sixteens * 2 * padded);
+    Phase phase(*turn_, first);
+    for (size_t n = 0; n < sixteens; n++, out += 2 * padded) {
+      if (n) phase.step(*turn_);
+      for (int i = 0; i < turn_->pairs; i++) out[i] = (float)phase.cos[i], out[padded + i] = (float)phase.sin[i];
+    }
+    return out - sixteens * 2 * padded;
+  }
+
+  const Tile& tile_;
+  const Turn* turn_;
+  const float* mu_;
+  float fixed_[kMaxRows];
+};
 
 // Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p.
 void leave_code_domain(const State& s, Tile& tile) {
@@ -89,16 +129,17 @@ void attend_packed_part(const State& s, Tile& tile, size_t split, size_t splits)
     attend_decoded(s, tile, begin, end, visible);
     return;
   }
-  float q_offset[kMaxRows];
+  QueryOffsets offsets(s, tile);
   float* rotated = scratch().rotated.take((size_t)tile.n * s.format.k.padded_dim);
-  rotate_queries(s, tile, rotated, q_offset);
+  rotate_queries(s, tile, rotated);
   std::vector<const uint8_t*>& pages = scratch().pages;
   for (size_t from = begin / kPageTokens * kPageTokens; from < end; from += kPagesACall * kPageTokens) {
     const size_t to = std::min(end, from + kPagesACall * kPageTokens);
     pages.clear();
     for (size_t token = from; token < to; token += kPageTokens) pages.push_back(s.page_head(tile.b, token, tile.head));
     current_backend().attend_packed(
-        {&s.format, pages.data(), from, std::max(begin, from), to, rotated, q_offset, visible}, tile.state);
+        {&s.format, pages.data(), from, std::max(begin, from), to, rotated, offsets.of_pages(from, to), visible},
+        tile.state);
   }
   leave_code_domain(s, tile);
 }
@@ -136,7 +177,7 @@ void attend_raw_parts(const State& s, Tile& tile) {
                 first};
   };
   auto from_own_block = [&](int query) { return raw_from(s, tile.plan, query); };
-  if (sink) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
+  if (s.sinks.capacity) attend_rows(tile, stored(s.sinks, 0), 0, sink, [](int) { return 0; });
   if (args.queries == 1) {
     if (s.packed_end < s.length)
       attend_rows(tile, stored(s.tail, s.packed_end), s.packed_end, s.length, from_own_block);

@@ -69,10 +69,16 @@ std::atomic<const Backend*>& chosen() {
 
 }  // namespace
 
-extern const Backend kReferenceBackend = {
-    "reference",           always,           kMaxRows,         nullptr,
-    rotate_rows_reference, encode_reference, decode_reference, attend_packed_reference,
-    attend_raw_reference};
+extern const Backend kReferenceBackend = {"reference",
+                                          always,
+                                          kMaxRows,
+                                          nullptr,
+                                          rotate_rows_reference,
+                                          encode_reference,
+                                          decode_reference,
+                                          score_offsets_reference,
+                                          attend_packed_reference,
+                                          attend_raw_reference};
 
 const Backend& current_backend() { return *chosen().load(std::memory_order_relaxed); }
 

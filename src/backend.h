@@ -6,6 +6,7 @@
 
 #include "format.h"
 #include "rotation.h"
+#include "turn.h"
 
 namespace halfbyte {
 
@@ -57,6 +58,28 @@ struct Softmax {
   size_t acc_stride;
 };
 
+// q·mu of sixteen spans after another, for an offset that turns.
+struct OffsetScoreArgs {
+  const Turn* turn;
+  int head_dim;
+  const float* mu;  // [head_dim], as before RoPE
+  const float* q;   // [rows][q_stride]: q · scale
+  size_t q_stride;
+  int rows;
+  const float* phases;  // [sixteens][2][pairs]: cos and sin by which each sixteen is further than the first one
+  size_t first_span;    // a multiple of 16
+  int sixteens;
+  float* out;  // [rows][out_stride]: of spans first_span …
+  size_t out_stride;
+};
+
+// Where the share of the offset in a score lies: of row r and block b of page p of a call, at[r · row + p · page +
+// b · block]. Strides of 0: blocks or pages that share it.
+struct OffsetScores {
+  const float* at;
+  size_t row, page, block;
+};
+
 // Attention over packed blocks. Scores come out of code domain queries; acc stays in code domain too.
 struct AttendPackedArgs {
   const PageFormat* format;
@@ -64,7 +87,7 @@ struct AttendPackedArgs {
   size_t first_token;
   size_t begin, end;      // tokens to read: the union of what the rows may see
   const float* q;         // [rows][padded_dim of K]: Λ⁻¹ R q · scale
-  const float* q_offset;  // [rows]: q·mu · scale
+  OffsetScores q_offset;  // q·mu · scale
   Visible visible;
 };
 
@@ -98,6 +121,7 @@ struct Backend {
   void (*rotate)(const RotationPlan&, bool inverse, float* x, size_t stride, int n);
   void (*encode)(const EncodeArgs&);
   void (*decode)(const DecodeArgs&);
+  void (*score_offsets)(const OffsetScoreArgs&);
   void (*attend_packed)(const AttendPackedArgs&, Softmax&);
   void (*attend_raw)(const AttendRawArgs&, Softmax&);
 };

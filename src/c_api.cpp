@@ -96,7 +96,8 @@ halfbyte::LayerConfig config_of(const halfbyte_config& from) {
                    r.lambda != 0,
                    r.sink_tokens,
                    r.raw_window,
-                   r.offset_tokens};
+                   r.offset_tokens,
+                   r.offset_span};
   return config;
 }
 
@@ -130,7 +131,8 @@ halfbyte_recipe halfbyte_default_recipe(void) {
           r.lambda,
           r.sink_tokens,
           r.raw_window,
-          r.offset_tokens};
+          r.offset_tokens,
+          r.offset_span};
 }
 
 halfbyte_config halfbyte_default_config(void) {
@@ -220,6 +222,13 @@ halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const
 
 halfbyte_status halfbyte_set_rotation(halfbyte_layer* layer, const float* k, const float* v) {
   return on_layer(layer, [&](halfbyte::Layer& l) { return l.set_rotation(k, v); });
+}
+
+halfbyte_status halfbyte_set_frequencies(halfbyte_layer* layer, const float* frequencies, int pairs, int interleaved) {
+  return on_layer(layer, [&](halfbyte::Layer& l) -> Status {
+    if (!frequencies && pairs) return null("frequencies");
+    return l.set_frequencies(frequencies, pairs, interleaved != 0);
+  });
 }
 
 halfbyte_status halfbyte_record_past(halfbyte_layer* layer, int on) {

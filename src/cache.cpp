@@ -21,7 +21,7 @@ Status bad(std::string message) { return {Code::bad_argument, std::move(message)
 Status check_codec(const char* name, const Codec& codec) {
   if (codec.bits != 4 && codec.bits != 8 && codec.bits != kPlainBits)
     return bad(std::string(name) + "_bits is " + std::to_string(codec.bits) +
-               "; it takes 4, 8, or 32 (kept as floats)");
+               "; it takes 4 or 8, which have kernels, or 32 (kept as floats)");
   if (codec.group != 0 && codec.group != 16 && codec.group != 32 && codec.group != 64)
     return bad(std::string(name) + "_group is " + std::to_string(codec.group) +
                "; it takes 16, 32, 64, or 0 for the whole vector");
@@ -94,6 +94,8 @@ Status Recipe::check(int head_dim) const {
                               std::pair{"offset_tokens", offset_tokens}})
     if (tokens < 0 || tokens % kBlockTokens)
       return bad(std::string(name) + " is " + std::to_string(tokens) + "; it takes a multiple of 16");
+  if (offset_span != 0 && offset_span != kBlockTokens && offset_span != kPageTokens)
+    return bad("offset_span is " + std::to_string(offset_span) + "; it takes 16, 64, or 0 for an offset that is fixed");
   return check_head_dim(*this, "head_dim", head_dim);
 }
 
@@ -143,6 +145,7 @@ void Layer::reset() {  // allocates nothing: it cannot fail
   fresh.packed_end = s.sink_tokens();
   fresh.offset_ready = !s.config.recipe.offset;
   fresh.rotation_k = std::move(s.rotation_k), fresh.rotation_v = std::move(s.rotation_v);
+  fresh.turn = std::move(s.turn);
   for (std::vector<Page>& list : s.pages)
     for (Page& page : list) recycle(s.spare, std::move(page));
   fresh.spare = std::move(s.spare);
@@ -278,11 +281,27 @@ Status Layer::set_rotation(const float* k, const float* v) try {
   return out_of_memory();
 }
 
+Status Layer::set_frequencies(const float* frequencies, int pairs, bool interleaved) try {
+  State& s = *state_;
+  if (!s.config.recipe.offset || !s.config.recipe.offset_span)
+    return bad("set_frequencies on a recipe without offset, or whose offset_span is 0");
+  if (s.packed_end > s.sink_tokens()) return bad("set_frequencies after tokens were packed; set it before");
+  if (pairs < 0 || pairs > s.config.head_dim_k / 2)
+    return bad("pairs is " + std::to_string(pairs) + "; it takes 0 to " + std::to_string(s.config.head_dim_k / 2));
+  for (int i = 0; i < pairs; i++)
+    if (!std::isfinite(frequencies[i])) return bad("frequencies holds a value that is not finite");
+  s.turn = pairs ? make_turn(s.config.recipe.offset_span, frequencies, pairs, interleaved) : nullptr;
+  return {};
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
+}
+
 void decode_tokens(const Layer::State& s, Side side, int b, int head, size_t block, float* out) {
   const bool k = side == Side::k;
+  MovingOffset offset(s, side, b, head);
   const uint8_t* page = s.page_head(b, block, head);
   const int at = (int)(block % kPageTokens / kBlockTokens);
-  decode_block({k ? &s.format.k : &s.format.v, k ? &s.rotation_k : &s.rotation_v, side, s.offset_of(side, b, head),
+  decode_block({k ? &s.format.k : &s.format.v, k ? &s.rotation_k : &s.rotation_v, side, offset.at(block),
                 s.lambda_of(side, head, true), page + (k ? k_codes_at(s.format, at) : v_codes_at(s.format, at)),
                 page + (k ? k_scales_at(s.format, at) : v_scales_at(s.format, at)), out});
 }
@@ -328,6 +347,7 @@ size_t Layer::bytes() const {
   for (const auto* numbers : {&s.offset_k, &s.offset_v, &s.given_k, &s.given_v, &s.lambda_k, &s.lambda_v,
                               &s.inverse_lambda_k, &s.inverse_lambda_v, &s.rotation_k.matrix, &s.rotation_v.matrix})
     total += numbers->capacity() * sizeof(float);
+  if (s.turn) total += s.turn->frequencies.capacity() * sizeof(float);
   return total + s.tail_counted.capacity();
 }
 

@@ -38,7 +38,8 @@ struct Layer::State {
   int batch = 0;
 
   // Tokens [0, sink) raw in `sinks`; [sink, packed_end) packed; [packed_end, length) raw in `tail`, whose slot 0 is
-  // token packed_end. Tokens below `first` have left a sliding window.
+  // token packed_end. Tokens below `first` have left a sliding window; once it has passed the sinks and the offset is
+  // fixed, those are gone.
   size_t length = 0, first = 0, packed_end = 0;
   size_t pages_dropped = 0;              // whole pages gone from the front of every sequence
   std::vector<std::vector<Page>> pages;  // [batch]: page i starts at token (pages_dropped + i) · kPageTokens
@@ -54,6 +55,7 @@ struct Layer::State {
   bool offset_ready = false;
   std::vector<float> offset_k, offset_v;  // [batch][kv_heads][head_dim], once ready
   std::vector<float> given_k, given_v;    // [kv_heads][head_dim]: set_offset's, or empty
+  std::shared_ptr<const Turn> turn;       // by which offset_k turns from span to span; null: it does not
   std::vector<uint8_t> tail_counted;      // [batch][counted_tokens]: 0 for padding, which the offset leaves out
   std::vector<float> lambda_k, lambda_v, inverse_lambda_k, inverse_lambda_v;  // [kv_heads][head_dim] or empty
 
@@ -98,6 +100,28 @@ struct Layer::State {
     return pages[b][token / kPageTokens - pages_dropped].get() + head * page_head_bytes(format);
   }
   RawTokens make_raw(size_t capacity) const;
+};
+
+// The offset of one sequence and head, on its way along the tokens.
+class MovingOffset {
+ public:
+  MovingOffset(const Layer::State& s, Side side, int b, int head)
+      : turn_(side == Side::k ? s.turn.get() : nullptr), mu_(s.offset_of(side, b, head)), head_dim_(s.head_dim(side)) {}
+
+  // [head_dim], or null where there is none; good until the next call.
+  const float* at(size_t token) {
+    if (!turn_ || !mu_) return mu_;
+    const size_t span = turn_->span_of(token);
+    if (span != span_) turn_offset(*turn_, mu_, head_dim_, span_ = span, turned_);
+    return turned_;
+  }
+
+ private:
+  const Turn* turn_;
+  const float* mu_;
+  int head_dim_;
+  size_t span_ = (size_t)-1;
+  alignas(64) float turned_[kMaxHeadDim];
 };
 
 inline std::vector<float> inverse_of(const std::vector<float>& x) {

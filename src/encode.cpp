@@ -52,16 +52,7 @@ void store_code(const EncodeArgs& args, int lane, int channel, int code) {
 
 SideFormat make_side_format(const Recipe& recipe, Side side, int head_dim) {
   const Codec& codec = side == Side::k ? recipe.k : recipe.v;
-  SideFormat format;
-  format.head_dim = head_dim;
-  format.padded_dim = (head_dim + kSpan - 1) / kSpan * kSpan;
-  format.bits = codec.bits;
-  format.group = codec.group == 0 || codec.group > format.padded_dim ? format.padded_dim : codec.group;
-  format.n_groups = codec.bits == kPlainBits ? 0 : (format.padded_dim + format.group - 1) / format.group;
-  format.scale_bytes = recipe.scale_bits / 8;
-  format.search = recipe.search;
-  format.signed_scale = recipe.signed_scale;
-  return format;
+  return side_format(head_dim, codec.bits, codec.group, recipe.scale_bits / 8, recipe.search, recipe.signed_scale);
 }
 
 PageFormat make_page_format(const Recipe& recipe, int head_dim_k, int head_dim_v) {

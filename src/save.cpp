@@ -108,6 +108,8 @@ Status check_sizes(const State& s, const LayerParts& parts) {
         Size{"lambda_k", optional(parts.lambda_k, heads * dk)}, Size{"lambda_v", optional(parts.lambda_v, heads * dv)},
         Size{"rotation_k", optional(parts.rotation_k, dk * dk)},
         Size{"rotation_v", optional(parts.rotation_v, dv * dv)},
+        Size{"frequencies",
+             parts.frequencies.size() <= (s.config.recipe.offset && s.config.recipe.offset_span ? dk / 2 : 0)},
         Size{"counted", parts.counted.empty() || parts.counted.size() == s.batch * s.counted_tokens()}})
     if (!size.fits) return damaged(std::string(size.name) + " has another size than the layer");
   const size_t pages = parts.pages.size() / s.page_bytes();
@@ -143,6 +145,8 @@ Status check_values(const State& s, const LayerParts& parts) {
       return damaged("a raw token holds a value that is not finite");
   for (const auto* x : {&parts.offset_k, &parts.offset_v, &parts.given_offset_k, &parts.given_offset_v})
     if (!all_finite(x->data(), Dtype::float32, x->size())) return damaged("an offset holds a value that is not finite");
+  if (!all_finite(parts.frequencies.data(), Dtype::float32, parts.frequencies.size()))
+    return damaged("frequencies holds a value that is not finite");
   for (const auto* x : {&parts.lambda_k, &parts.lambda_v})
     for (float v : *x)
       if (!(v >= 1e-6f) || std::isinf(v)) return damaged("lambda holds a value below 1e-6 or not finite");
@@ -171,12 +175,13 @@ void load_pages(State& s, const LayerParts& parts) {
   for (size_t i = 0; i < parts.page_table.size(); i++) s.pages[i / each].push_back(pages[parts.page_table[i]]);
 }
 
-// Calls f(side, row, slot of the file, raw storage, slot in it) for every raw token.
+// Calls f(side, row, slot of the file, raw storage, slot in it) for every raw token. Sinks that a window has passed are
+// zeros in the file, and held again until the next append.
 template <class Raw, class F>
 void for_raw(const State& s, Raw& sinks, Raw& tail, F f) {
   for (Side side : {Side::k, Side::v})
     for (int row = 0; row < s.batch * s.config.kv_heads; row++) {
-      for (size_t t = 0; t < raw_sinks(s); t++) f(side, row, t, sinks, t);
+      for (size_t t = 0; sinks.capacity && t < raw_sinks(s); t++) f(side, row, t, sinks, t);
       for (size_t t = 0; t < raw_tail(s); t++) f(side, row, raw_sinks(s) + t, tail, t);
     }
 }
@@ -201,6 +206,7 @@ Status Layer::save(LayerParts& parts) const try {
   out.offset_k = s.offset_k, out.offset_v = s.offset_v, out.given_offset_k = s.given_k, out.given_offset_v = s.given_v;
   out.lambda_k = s.lambda_k, out.lambda_v = s.lambda_v, out.counted = s.tail_counted;
   out.rotation_k = matrix_of(s.rotation_k), out.rotation_v = matrix_of(s.rotation_v);
+  if (s.turn) out.frequencies = s.turn->frequencies, out.interleaved = s.turn->interleaved();
   parts = std::move(out);
   return {};
 } catch (const std::bad_alloc&) {
@@ -226,6 +232,9 @@ Result<Layer> Layer::load(const LayerConfig& config, const LayerParts& parts) tr
   if (config.recipe.offset) {
     s.offset_k = parts.offset_k, s.offset_v = parts.offset_v;
     s.given_k = parts.given_offset_k, s.given_v = parts.given_offset_v;
+    if (!parts.frequencies.empty())
+      s.turn = make_turn(config.recipe.offset_span, parts.frequencies.data(), (int)parts.frequencies.size(),
+                         parts.interleaved);
   }
   s.tail_counted = parts.counted;
   load_pages(s, parts);

@@ -17,7 +17,7 @@ namespace halfbyte {
 
 constexpr size_t kSmallestSplit = 512;  // tokens that are worth a task of their own
 constexpr size_t kTasksAThread = 8;     // tasks so many that it does not matter who gets the last one
-constexpr size_t kPagesACall = 1024;    // pages that a kernel call is told of
+constexpr size_t kPagesACall = 128;     // pages that a kernel call is told of, and the offsets of their spans
 constexpr size_t kExactSplit = 4096;    // tokens of a task where results may not depend on the number of tasks
 
 inline size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -42,12 +42,14 @@ class Floats {
 // Working memory of one thread, kept between calls so that a decoding step allocates nothing.
 struct Scratch {
   Floats q, rotated, acc;  // [rows of a tile][channels]
+  Floats offsets, phases;  // of an offset that turns: [rows of a tile][spans], [sixteens of spans][2][pairs]
   Floats k, v;             // one block, decoded
   std::vector<const uint8_t*> pages;
   Floats partial_max, partial_sum, partial_acc;  // of a call whose tokens are split: see run
 
   size_t bytes() const {
-    return q.bytes() + rotated.bytes() + acc.bytes() + k.bytes() + v.bytes() + pages.capacity() * sizeof(pages[0]);
+    return q.bytes() + rotated.bytes() + acc.bytes() + offsets.bytes() + phases.bytes() + k.bytes() + v.bytes() +
+           pages.capacity() * sizeof(pages[0]);
   }
 };
 

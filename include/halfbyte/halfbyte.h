@@ -47,6 +47,7 @@ typedef struct halfbyte_recipe {
   int sink_tokens;   /* first tokens kept raw; a multiple of 16 */
   int raw_window;    /* newest tokens kept raw besides the unfinished block; a multiple of 16 */
   int offset_tokens; /* > 0: the mean over so many first tokens, raw until then; a multiple of 16 */
+  int offset_span; /* tokens that share K's offset once halfbyte_set_frequencies was called: 16 or 64; 0: it is fixed */
 } halfbyte_recipe;
 
 typedef struct halfbyte_config {
@@ -122,6 +123,10 @@ halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const
 /* R of a dense recipe: float32 [head_dim, head_dim] each, row-major, y = R (x - mu), orthonormal within 1e-3. NULL
    leaves that side alone. Only while nothing is packed; halfbyte_append needs both. */
 halfbyte_status halfbyte_set_rotation(halfbyte_layer* layer, const float* k, const float* v);
+/* RoPE's frequencies, float32 [pairs] in radians a token: K's offset, set or found, is K as before RoPE, and turns with
+   the position from span to span of recipe.offset_span tokens. Pair i is channels i and i + pairs, or 2 i and 2 i + 1
+   when interleaved; other channels keep a fixed offset. pairs = 0 undoes it. Only while nothing is packed. */
+halfbyte_status halfbyte_set_frequencies(halfbyte_layer* layer, const float* frequencies, int pairs, int interleaved);
 halfbyte_status halfbyte_record_past(halfbyte_layer* layer,
                                      int on); /* sliding: keep tokens behind the window while on */
 

@@ -67,6 +67,8 @@ struct Recipe {
   int raw_window = 0;        // newest whole blocks kept raw besides the unfinished one; a multiple of 16 tokens
   int offset_tokens = 0;     // > 0: mu is the mean over so many first tokens, raw until then: the same however tokens
                              // arrive. A multiple of 16
+  int offset_span = 64;      // once set_frequencies says how: mu of K turns with RoPE, so many tokens sharing it. 16 or
+                             // 64; 0: it never does
 
   // Ok when this recipe can code vectors of `head_dim` channels.
   Status check(int head_dim) const;
@@ -131,7 +133,9 @@ struct LayerParts {
   std::vector<float> given_offset_k, given_offset_v;  // [kv_heads, head_dim]: set_offset's
   std::vector<float> lambda_k, lambda_v;              // [kv_heads, head_dim]
   std::vector<float> rotation_k, rotation_v;          // [head_dim, head_dim]: set_rotation's
-  std::vector<uint8_t> counted;                       // [batch, tokens]: 0 for padding, while the offset waits
+  std::vector<float> frequencies;                     // [pairs]: set_frequencies's
+  bool interleaved = false;
+  std::vector<uint8_t> counted;  // [batch, tokens]: 0 for padding, while the offset waits
 };
 
 // The cache of one attention layer: [batch] sequences of equal length, kv_heads each.
@@ -144,8 +148,10 @@ class Layer {
   Layer& operator=(Layer&&) noexcept;
 
   // Adds `tokens` tokens to each sequence. `counted` ([batch, tokens] or null): 0 marks padding, left out of the
-  // offset. Fails on a non-finite value, naming it; the layer is then as before.
-  Status append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted = nullptr);
+  // offset. Fails on a non-finite value, naming it; the layer is then as before. `answered`: these tokens' own queries
+  // will not come, so a sliding layer keeps at once only what later ones see, and no crop can take the tokens back.
+  Status append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted = nullptr,
+                bool answered = false);
   Status attend(const AttendArgs& args);
 
   // Newest visible() tokens as float32 [batch, kv_heads, visible, head_dim].
@@ -171,6 +177,11 @@ class Layer {
   // R of a dense recipe, for all heads: float32 [head_dim, head_dim] row-major, y = R (x − mu), orthonormal within
   // 1e-3. Null leaves that side alone. Only while nothing is packed; append needs both.
   Status set_rotation(const float* k, const float* v);
+  // RoPE's frequencies, float32 [pairs] in radians a token: from now on mu of K, set or found, is K as before RoPE, and
+  // the tokens of a span of recipe.offset_span have it turned to where the middle of the span is. Pair i is channels i
+  // and i + pairs, or 2i and 2i + 1 when interleaved; channels behind 2 · pairs, and pairs of frequency 0, keep mu as
+  // it is. 0 pairs undo it. Any frequencies are exact: they only decide how well mu fits. Only while nothing is packed.
+  Status set_frequencies(const float* frequencies, int pairs, bool interleaved = false);
   // While on, a crop finds what the newest append changed: tokens behind a sliding window, and raw values of its last
   // 64 tokens, which are exact again.
   void record_past(bool on);

@@ -72,9 +72,9 @@ Side side_of(const std::string& name) {
 
 void make_recipe(Recipe* self, const std::string& rotation, uint64_t seed, bool offset, int k_bits, int v_bits,
                  int k_group, int v_group, int scale_bits, bool search, bool signed_scale, bool lambda, int sink_tokens,
-                 int raw_window, int offset_tokens) {
+                 int raw_window, int offset_tokens, int offset_span) {
   Recipe recipe{rotation_of(rotation), seed,   offset,      {k_bits, k_group}, {v_bits, v_group}, scale_bits, search,
-                signed_scale,          lambda, sink_tokens, raw_window,        offset_tokens};
+                signed_scale,          lambda, sink_tokens, raw_window,        offset_tokens,     offset_span};
   check(recipe.check(64));  // every field but the head size, which a recipe does not know
   new (self) Recipe(recipe);
 }
@@ -114,6 +114,7 @@ nb::dict save(const Layer& layer) {
   parts["given_offset_v"] = as_array(std::move(p.given_offset_v));
   parts["lambda_k"] = as_array(std::move(p.lambda_k)), parts["lambda_v"] = as_array(std::move(p.lambda_v));
   parts["rotation_k"] = as_array(std::move(p.rotation_k)), parts["rotation_v"] = as_array(std::move(p.rotation_v));
+  parts["frequencies"] = as_array(std::move(p.frequencies)), parts["interleaved"] = p.interleaved;
   parts["counted"] = as_array(std::move(p.counted));
   return parts;
 }
@@ -131,6 +132,8 @@ Layer* load(int kv_heads, int head_dim_k, int head_dim_v, const std::string& dty
   p.given_offset_v = from_array<float>(parts, "given_offset_v");
   p.lambda_k = from_array<float>(parts, "lambda_k"), p.lambda_v = from_array<float>(parts, "lambda_v");
   p.rotation_k = from_array<float>(parts, "rotation_k"), p.rotation_v = from_array<float>(parts, "rotation_v");
+  p.frequencies = from_array<float>(parts, "frequencies"),
+  p.interleaved = parts.contains("interleaved") && nb::cast<bool>(parts["interleaved"]);
   p.counted = from_array<uint8_t>(parts, "counted");
   Result<Layer> layer =
       Layer::load({kv_heads, head_dim_k, head_dim_v, dtype_of(dtype), recipe, layer_index, sliding_window}, p);
@@ -165,11 +168,12 @@ void attend(Layer& layer, Address q, Address out, int heads, int queries, const 
 }
 
 void append(Layer& layer, Address k, Address v, int batch, size_t tokens, const Strides& k_strides,
-            const Strides& v_strides, Address counted) {
+            const Strides& v_strides, Address counted, bool answered) {
   Status status;
   {
     nb::gil_scoped_release release;
-    status = layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted));
+    status =
+        layer.append(view(k, k_strides), view(v, v_strides), batch, tokens, pointer<const uint8_t>(counted), answered);
   }
   check(status);
 }
@@ -185,7 +189,8 @@ void bind_recipe(nb::module_& m) {
   nb::class_<Recipe>(m, "Recipe", "What a cache does to K and V; see docs/format.md for each field.")
       .def("__init__", &make_recipe, nb::kw_only(), "rotation"_a = "srft", "seed"_a = 0, "offset"_a = true,
            "k_bits"_a = 4, "v_bits"_a = 4, "k_group"_a = 32, "v_group"_a = 0, "scale_bits"_a = 16, "search"_a = true,
-           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0, "offset_tokens"_a = 0)
+           "signed_scale"_a = true, "lambda_"_a = false, "sink_tokens"_a = 0, "raw_window"_a = 0, "offset_tokens"_a = 0,
+           "offset_span"_a = Recipe().offset_span)
       .def_prop_ro("rotation", [](const Recipe& r) { return kRotations[(int)r.rotation]; })
       .def_ro("seed", &Recipe::seed)
       .def_ro("offset", &Recipe::offset)
@@ -199,7 +204,8 @@ void bind_recipe(nb::module_& m) {
       .def_ro("lambda_", &Recipe::lambda)
       .def_ro("sink_tokens", &Recipe::sink_tokens)
       .def_ro("raw_window", &Recipe::raw_window)
-      .def_ro("offset_tokens", &Recipe::offset_tokens);
+      .def_ro("offset_tokens", &Recipe::offset_tokens)
+      .def_ro("offset_span", &Recipe::offset_span);
 }
 
 void bind_layer(nb::module_& m) {
@@ -207,7 +213,8 @@ void bind_layer(nb::module_& m) {
   nb::class_<Layer>(m, "Layer", "The packed cache of one attention layer. Addresses are ints, strides are in elements.")
       .def(nb::new_(&make_layer), nb::kw_only(), "kv_heads"_a, "head_dim_k"_a, "head_dim_v"_a, "dtype"_a, "recipe"_a,
            "layer_index"_a = 0, "sliding_window"_a = 0)
-      .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0)
+      .def("append", &append, "k"_a, "v"_a, "batch"_a, "tokens"_a, "k_strides"_a, "v_strides"_a, "counted"_a = 0,
+           "answered"_a = false)
       .def("attend", &attend, "q"_a, "out"_a, "heads"_a, "queries"_a, "q_strides"_a, "out_strides"_a, "scale"_a,
            nb::kw_only(), "chunk_k"_a = 0, "chunk_v"_a = 0, "chunk_k_strides"_a = none, "chunk_v_strides"_a = none,
            "mask"_a = 0, "mask_strides"_a = std::pair<ptrdiff_t, ptrdiff_t>{0, 0}, "mask_tokens"_a = 0,
@@ -246,6 +253,14 @@ void bind_layer(nb::module_& m) {
           "set_rotation",
           [](Layer& l, Address k, Address v) { check(l.set_rotation(pointer<float>(k), pointer<float>(v))); }, "k"_a,
           "v"_a, "R of a dense recipe: float32 [head_dim, head_dim] row-major, y = R (x - mu).")
+      .def(
+          "set_frequencies",
+          [](Layer& l, Address frequencies, int pairs, bool interleaved) {
+            check(l.set_frequencies(pointer<float>(frequencies), pairs, interleaved));
+          },
+          "frequencies"_a, "pairs"_a, "interleaved"_a = false,
+          "RoPE's frequencies, float32 [pairs] in radians a token: mu of K is K as before RoPE, and turns from span to "
+          "span. Pair i: channels i and i + pairs, or 2 i and 2 i + 1 when interleaved.")
       .def("record_past", &Layer::record_past, "on"_a)
       .def_prop_ro("length", &Layer::length)
       .def_prop_ro("first", &Layer::first)

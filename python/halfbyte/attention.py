@@ -260,8 +260,8 @@ def _causal_mask(step, queries, causal):
     tokens, window = step.tokens, step.layer.sliding_window
     if not causal or queries == 1 or (tokens == queries and not (window and tokens > window)):
         return None
-    token = torch.arange(tokens)
-    last = torch.arange(tokens - queries, tokens)[:, None]
+    token = torch.arange(tokens, device=step.k.device)
+    last = torch.arange(tokens - queries, tokens, device=step.k.device)[:, None]
     shown = token <= last
     return (shown & (token > last - window) if window else shown)[None, None]
 

@@ -78,6 +78,14 @@ def _of_config(config, kinds) -> str:
     return ", ".join(facts)
 
 
+def _offset_of(recipe, layers, head_dim) -> str:
+    if not recipe.offset:
+        return "no offset"
+    turning = sum(layer.turns(head_dim) for layer in layers)
+    where = "" if turning == len(layers) else f" in {turning} of {len(layers)} layers"
+    return f"offset turning with RoPE every {recipe.offset_span} tokens{where}" if turning else "fixed offset"
+
+
 def explain(config, recipe, layer_recipes, layers, reasons) -> str:
     """Three lines about a cache: what is packed, what its recipe does, and why."""
     packed = [index for index, layer in enumerate(layers) if isinstance(layer, Int4Layer)]
@@ -98,8 +106,9 @@ def explain(config, recipe, layer_recipes, layers, reasons) -> str:
             f"{len(packed)} of {len(layers)} layers are packed, {mean:.2f} bits a value with heads of {head_dim}"
             + (f"; bits of layers with their own recipe: {', '.join(own)}" if own else ""),
             f"K {side(recipe.k_bits, recipe.k_group)}; V {side(recipe.v_bits, recipe.v_group)}; "
-            f"rotation {recipe.rotation}, {'offset' if recipe.offset else 'no offset'}, "
-            f"{'scales searched' if recipe.search else 'no search'}",
+            f"rotation {recipe.rotation}, {_offset_of(recipe, [layers[i] for i in packed], head_dim)}, "
+            f"{'scales searched' if recipe.search else 'no search'}, "
+            + (f"the first {recipe.sink_tokens} tokens raw" if recipe.sink_tokens else "no tokens raw for good"),
             "because: " + ("; ".join(reasons) if reasons else "the caller asked for this recipe"),
         ]
     )

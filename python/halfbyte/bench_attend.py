@@ -35,8 +35,14 @@ def _append(cache, key, value):
 
 
 def _packed(geometry: Geometry, recipe, dtype: str):
+    import torch
+
     _, _, kv_heads, head_dim = geometry
-    return _native.Layer(kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim, dtype=dtype, recipe=recipe)
+    layer = _native.Layer(kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim, dtype=dtype, recipe=recipe)
+    if recipe.offset and recipe.offset_span:
+        frequencies = torch.pow(1e6, -torch.arange(0, head_dim, 2) / head_dim)  # of a RoPE over all channels
+        layer.set_frequencies(frequencies.data_ptr(), frequencies.numel())
+    return layer
 
 
 def _folded(query, kv_heads):

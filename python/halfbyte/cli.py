@@ -13,7 +13,6 @@ from .cli_tools import (
     Dtype,
     JsonFile,
     ModelName,
-    PlotFile,
     Quiet,
     Seed,
     begin,
@@ -109,6 +108,25 @@ def show_continuations(texts: dict) -> None:
     console.print(table)
 
 
+@app.command()
+@reports_errors
+def recipes(
+    head_dim: Annotated[int, typer.Option(help="Channels of a head, for the bits.", min=16)] = 128,
+    json_file: JsonFile = None,
+):
+    """Every recipe and codec by name, its bits a value, and whether it has kernels or is simulated by `eval` alone.
+
+    Kernels exist for 4 and 8 bits. Widths of 2, 3 and 6 bits, tables of uneven levels and all codecs of others are
+    simulated: `eval` measures what they would lose, and Int4Cache does not take them.
+
+    Example: `halfbyte recipes --head-dim 64`
+    """
+    begin(json_file)
+    from .simulated import listing
+
+    report(f"recipes, heads of {head_dim}", listing(head_dim), json_file, {})
+
+
 @app.command("eval")
 @reports_errors
 def evaluate(
@@ -145,9 +163,10 @@ def evaluate(
     """Perplexity, KL divergence (nats a token) and top-1 agreement of recipes against the full cache.
 
     kl_p99 is what 99 % of the tokens stay below; the JSON file also has the mean KL in eighths of the window. Recipes:
-    fp, default, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, g16, k8v4; simulated, as there are no
-    kernels: k2v2, k3v3, k4v3, k6v6, table, turning, turning-table; codecs of others, simulated: q4_0, q4_0-hadamard,
-    quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. An unknown name lists all.
+    fp, default, turning, no-sinks, no-offset, paper-per-token, paper-g32, paper-g32-lambda, g32, vector, g16, k8v4;
+    simulated, as there are no kernels: k2v2, k3v3, k4v3, k6v6, table, turning-table; codecs of others, simulated: q4_0,
+    q4_0-hadamard, quanto-int4, hqq-int4, kivi-4-g64, turboquant-4, kvarn-4, nvfp4, fp8-e4m3. `halfbyte recipes` lists
+    all.
 
     Protocols: packed, every token is packed before it is attended, which is harsher than decoding with a cache;
     blocks, the cache's block rule, simulated; deployed, through a real Int4Cache; pre-rope, the outputs of the
@@ -291,28 +310,59 @@ def reproduce(
 def write_page(
     files: Annotated[list[Path], typer.Argument(help="What --json of eval, reproduce and bench generate wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
-    plot: PlotFile = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Also draw PNG files into this folder (needs matplotlib).", file_okay=False)
+    ] = None,
 ):
     """One self-contained page, for light and dark screens: plots of what was measured, then the tables.
 
-    Example: `halfbyte report eval.json reproduce.json generate.json -o report.html`
-    """
-    begin(out, "out", plot=plot)
-    from .report import plot_pareto, write_report
+    With --plots, pareto.png, ladder.png, layers.png, time.png and memory.png as well, as far as the files have them.
 
-    if plot is not None:
-        plot_pareto(files, plot)
+    Example: `halfbyte report eval.json reproduce.json generate.json -o report.html --plots pictures`
+    """
+    begin(out, "out")
+    from .report import write_report
+
+    if plots is not None:
+        if not plots.is_dir():
+            raise ValueError(f"plots: the folder {str(plots)!r} does not exist")
+        from .report_plots import write_plots
+
+        print(f"drew {', '.join(write_plots(files, plots))} in {plots}")
     print(f"wrote {out}: {write_report(files, out)} sections")
 
 
 @app.command()
 @reports_errors
-def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu, or mps: an Apple GPU, through PyTorch.")] = "cpu",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="With --device mps: what a model of Apple's GPUs expects; runs nothing.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="With --device mps: generate is timed with it (a folder, a hub id, tiny-qwen, …).")
+    ] = "tiny-qwen",
+    prefix: Annotated[str, typer.Option(help="With --device mps: prompt lengths of that.")] = "256,1024,2048,4096",
+    json_file: JsonFile = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+):
     """What this processor has, what was built, and a ten-second self-test; exit status 1 when it fails.
 
-    Example: `halfbyte doctor --json doctor.json`
+    With --device mps, for owners of Macs: compiles the Metal kernels, holds each against the CPU's definition, times
+    packing and generate by the source paper's protocols, and writes a file to send in.
+
+    Example: `halfbyte doctor --json doctor.json`, or `halfbyte doctor --device mps --json result.json`
     """
     begin(json_file)
+    if device not in ("cpu", "mps"):
+        raise ValueError(f"device: got {device!r}; takes cpu or mps")
+    if predict and device != "mps":
+        raise ValueError("predict: only Apple's GPUs are predicted; takes --device mps")
+    if predict:
+        return show_predictions(json_file)
+    if device == "mps":
+        return doctor_of_mac(model, whole_numbers(prefix, "prefix", 16), json_file, seed, not quiet)
     from .doctor import installation, self_test
     from .results import command_line, print_table, write_json
 
@@ -324,6 +374,46 @@ def doctor(json_file: JsonFile = None, seed: Seed = 0, quiet: Quiet = False):
         write_json(json_file, rows, command_line(), seeds={"seed": seed}, installation=facts)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def doctor_of_mac(model, prefixes, json_file, seed, progress) -> None:
+    """Checks and benches on an Apple GPU; exit status 1 when a check fails, after the benches."""
+    from . import doctor_mps
+    from .mps_kernels import library
+    from .results import print_table
+
+    library()
+    facts = doctor_mps.device_facts()
+    print_table("machine", facts)
+    checks = doctor_mps.check_device("mps", seed=seed, progress=progress)
+    print_table(f"kernels against the definition, seed {seed}", checks)
+    encode = doctor_mps.bench_encode("mps", progress=progress)
+    print_table(f"packing {doctor_mps.BENCH_VECTORS:,} vectors", encode, "paper: arXiv 2605.05699, on an M1 of 8 cores")
+    generate = doctor_mps.bench_generate("mps", model, prefixes, seed=seed, progress=progress)
+    print_table("generate, float16", [row for row in generate if "error" not in row] or generate)
+    if json_file is not None:
+        doctor_mps.write_result(json_file, facts, checks, encode, generate)
+        print(f"\nwrote {json_file}: please send it in with an issue")
+    if not all(row["ok"] for row in checks):
+        raise typer.Exit(1)
+
+
+def show_predictions(json_file) -> None:
+    """What `halfbyte.metal_model` expects of Apple GPUs."""
+    from . import metal_model
+    from .results import command_line, print_table, write_json
+
+    kernels, attention = metal_model.predict_encode(), metal_model.predict_attend()
+    generation = metal_model.predict_generate()
+    note = "Predictions of a model, not measurements: nothing has run on Apple hardware yet. See docs/metal.md."
+    print_table("packing a vector, predicted", metal_model.table(kernels, "ns"), note)
+    print_table("attention, a token of a KV head, predicted", metal_model.table(attention, "ns"), note)
+    shown = [row for row in generation if row["chip"] in ("M1", "M4 Max")]
+    print_table("generate: least time a token, predicted, beside the source paper's measurements", shown, note)
+    if json_file is not None:
+        rows = {"encode": kernels, "attend": attention, "generate": generation}
+        write_json(json_file, [row | {"table": name} for name in rows for row in rows[name]], command_line(),
+                   prediction=True)  # fmt: skip
 
 
 if __name__ == "__main__":

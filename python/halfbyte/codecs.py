@@ -125,29 +125,24 @@ def nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 class Turning:
     """An offset that turns with RoPE: the mean of the first `tokens` keys as before RoPE, turned to where a key stands.
 
-    frequencies: radians a position for each pair of channels (c, c + half), one tensor a layer. span: positions that
-    share an offset, that of the one in their middle. A constant in the projection stays one vector before RoPE and
+    ropes: the Rope of each layer, None where keys do not turn. span: positions that share an offset, and count as the
+    one in their middle, when the mean is taken too. A constant in the projection stays one vector before RoPE and
     becomes another at every position after it; a fixed offset fits only near the tokens it came from.
     """
 
-    frequencies: Sequence
+    ropes: Sequence
     tokens: int = OFFSET_TOKENS
     span: int = 16
 
     def of(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """float32 [heads, tokens, head_dim], for the keys x at positions 0, 1, ..."""
-        position = torch.arange(x.shape[1])
-        first = self._turn(x[:, : self.tokens], -position[: self.tokens], layer).mean(1, keepdim=True)
-        middle = position // self.span * self.span + (self.span - 1) // 2
-        return self._turn(first.expand_as(x), middle, layer)
-
-    def _turn(self, x, position, layer):
-        frequency = self.frequencies[layer]
-        angle = (position[:, None] * frequency).repeat(1, 2)
-        half = frequency.numel()
-        turned = x[..., : 2 * half]
-        swapped = torch.cat([-turned[..., half:], turned[..., :half]], -1)
-        return torch.cat([turned * angle.cos() + swapped * angle.sin(), x[..., 2 * half :]], -1)
+        rope = self.ropes[layer]
+        x = x.float()
+        if rope is None:
+            return x[:, : self.tokens].mean(1, keepdim=True).expand_as(x)
+        middle = torch.arange(x.shape[1]) // self.span * self.span + (self.span - 1) // 2
+        first = rope.turn(x[:, : self.tokens], -middle[: self.tokens]).mean(1, keepdim=True)
+        return rope.turn(first.expand_as(x), middle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,22 +208,25 @@ def both(quantiser, **fields) -> Codec:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A recipe through the library's own kernels: pack, unpack."""
+    """A recipe through the library's own kernels: pack, unpack. turning: the offset of K, where it is not fixed."""
 
     recipe: Recipe
     calibration: object | None = None
     offset_tokens: int = OFFSET_TOKENS
+    turning: Turning | None = None
 
     def bits_per_value(self, head_dim: int) -> float:
         return bits_per_value(self.recipe, head_dim)
 
     def __call__(self, x: torch.Tensor, layer: int, which: str) -> torch.Tensor:
         lambda_ = getattr(self.calibration, f"lambda_{which}")[layer] if self.recipe.lambda_ else None
-        offset = self._offset(x, layer, which) if self.recipe.offset else None
+        turning = self.turning if self.recipe.offset and which == "k" else None
+        offset = self._offset(x, layer, which) if self.recipe.offset and turning is None else None
         dense = self.recipe.rotation == "dense"
         matrix = getattr(self.calibration, f"rotation_{which}")[layer] if dense else None
-        packed = round_trip(x, self.recipe, which, layer, offset, lambda_, matrix)
-        return keep_first(packed, x, self.recipe.sink_tokens)
+        taken_off = 0.0 if turning is None else turning.of(x, layer)
+        packed = round_trip(x.float() - taken_off, self.recipe, which, layer, offset, lambda_, matrix) + taken_off
+        return keep_first(packed.to(x.dtype), x, self.recipe.sink_tokens)
 
     def _offset(self, x, layer, which):
         given = getattr(self.calibration, f"offset_{which}", None)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from . import _native
+from . import _cuda, _native
 from .recipes import get_recipe
 from .results import cpu_model, usable_cores, version_of
 
@@ -49,6 +49,9 @@ def _attend(key, value, query, recipe):
     _, kv_heads, tokens, head_dim = key.shape
     layer = _native.Layer(kv_heads=kv_heads, head_dim_k=head_dim, head_dim_v=head_dim, dtype="float32", recipe=recipe)
     strides = (kv_heads * tokens * head_dim, tokens * head_dim, head_dim)
+    if recipe.offset and recipe.offset_span:
+        frequencies = (1e4 ** (-np.arange(head_dim // 2) * 2 / head_dim)).astype(np.float32)
+        layer.set_frequencies(frequencies.ctypes.data, frequencies.size)
     layer.append(key.ctypes.data, value.ctypes.data, 1, tokens, strides, strides)
     out, heads = np.empty_like(query), query.shape[1]
     row = (heads * head_dim, head_dim, head_dim)
@@ -96,7 +99,7 @@ def check_backend(name: str, cases: list[tuple]) -> tuple[float, float]:
     return packing, attending
 
 
-def check_generate() -> float:
+def check_generate(device="cpu", head_dim=32) -> float:
     """Greedy generation by a small random model with an Int4Cache: relative error of its last logits."""
     import torch
     from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -112,10 +115,10 @@ def check_generate() -> float:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
+            head_dim=head_dim,
         )
     ).eval()
-    ids = torch.randint(128, (1, 100))
+    model, ids = model.to(device), torch.randint(128, (1, 100)).to(device)
     logits = []
     for implementation, cache in (("sdpa", DynamicCache(config=model.config)), ("halfbyte", Int4Cache(model.config))):
         model.set_attn_implementation(implementation)
@@ -125,8 +128,28 @@ def check_generate() -> float:
         if generated.shape != (1, 108):
             raise RuntimeError(f"generate gave {list(generated.shape)} tokens, not [1, 108]")
         with torch.inference_mode():
-            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].numpy())
+            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].cpu().numpy())
     return _relative_error(logits[1], logits[0])
+
+
+def check_cuda() -> float:
+    """Attention on the GPU against plain softmax over what it packed there, at tail sizes: the worst error."""
+    import torch
+
+    from .cuda_layer import CudaLayer
+
+    worst = 0.0
+    for tokens in TAIL_TOKENS:
+        key, value = torch.randn(2, 1, 2, tokens, 128, dtype=torch.float16, device="cuda")
+        query = torch.randn(1, 6, 1, 128, dtype=torch.float16, device="cuda")
+        layer = CudaLayer(key.device, 2, 128, 128, "float16", get_recipe("default"))
+        layer.append(key, value)
+        out = torch.full((1, 1, 6, 128), math.nan, dtype=torch.float16, device="cuda")
+        layer.attend(query, out, 128**-0.5, None, None, 0.0, None)
+        key, value, query = (x.float().cpu().numpy() for x in (*layer.unpack(tokens, torch.float32), query))
+        expected = _plain_attention(key, value, query)
+        worst = max(worst, _relative_error(out.transpose(1, 2).float().cpu().numpy(), expected))
+    return worst
 
 
 def installation() -> list[dict]:
@@ -141,6 +164,7 @@ def installation() -> list[dict]:
         "backend in use": _native.backend() + (" (HALFBYTE_BACKEND)" if os.environ.get("HALFBYTE_BACKEND") else ""),
         "threads": _native.num_threads(),
         "halfbyte": f"{_native.version} ({_native.commit})",
+        **_cuda.installation(),
     }
     facts |= {name: version_of(name) or "not installed" for name in ("torch", "transformers", "numpy")}
     return [{"what": name, "value": str(value)} for name, value in facts.items()]
@@ -176,6 +200,8 @@ def self_test(seed: int = 0, progress: bool = True) -> list[dict]:
             rows.append(_judge(f"{name}: attention", lambda m=measure: m(1), ATTEND_TOLERANCE))
     finally:
         _native.set_backend(chosen)
+    if _cuda.installation().get("CUDA device 0") == "usable" and version_of("torch"):
+        rows.append(_judge("cuda: attention", check_cuda, ATTEND_TOLERANCE))
     if version_of("torch") and version_of("transformers"):
         rows.append(_judge("generate", check_generate, 0.2))
     return rows

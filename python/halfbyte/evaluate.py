@@ -11,7 +11,8 @@ import torch
 from .auto import head_size
 from .calibrate import Calibration, calibrate, sample_text
 from .codecs import OFFSET_TOKENS, Packed
-from .recipes import Recipe, get_recipe, needs_calibration
+from .recipes import RECIPES, Recipe, get_recipe, needs_calibration
+from .simulated import SIMULATED, packed
 from .tasks import GREEDY_PROMPTS, Greedy, Needles
 from .watch import BlockRule, attention_set_to, watch_attention, watch_projections
 
@@ -110,6 +111,8 @@ def runner(model, codec, protocol: str = "packed"):
     if protocol == "packed":
         return lambda ids: logits_packed(model, ids, codec)
     if protocol == "pre-rope":
+        if isinstance(codec, Packed):
+            codec = dataclasses.replace(codec, turning=None)  # nothing has turned yet
         return lambda ids: logits_pre_rope(model, ids, codec)
     recipe = getattr(codec, "recipe", Recipe())
     if protocol == "blocks":
@@ -133,7 +136,6 @@ def named_recipes(recipes) -> dict:
 
 def _find(recipe):
     from .peers import PEERS
-    from .simulated import SIMULATED
 
     if recipe in (None, "fp"):
         return None
@@ -141,11 +143,12 @@ def _find(recipe):
         return (PEERS | SIMULATED)[recipe]
     if callable(recipe):
         return recipe
-    try:
-        return get_recipe(recipe)
-    except ValueError as error:
-        also = f"'fp', the full cache; simulated: {', '.join(SIMULATED)}; codecs of others: {', '.join(PEERS)}"
-        raise ValueError(f"{error} (and here {also})") from None
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(
+            f"recipe is {recipe!r}; it takes 'fp', the full cache; with kernels: {', '.join(RECIPES)}; simulated: "
+            f"{', '.join(SIMULATED)}; codecs of others, simulated: {', '.join(PEERS)}"
+        )
+    return get_recipe(recipe)
 
 
 class _Maker:
@@ -165,7 +168,8 @@ class _Maker:
                 recipe = recipe(self.model.config.get_text_config(decoder=True))
             return recipe.with_seed(seed)
         recipe = get_recipe(recipe, seed=seed)
-        return Packed(recipe, self._calibration(recipe), self.offset_tokens)
+        config = self.model.config.get_text_config(decoder=True)
+        return packed(recipe, config, self._calibration(recipe), self.offset_tokens)
 
     def _calibration(self, recipe) -> Calibration | None:
         needs = needs_calibration(recipe)

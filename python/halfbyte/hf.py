@@ -30,17 +30,18 @@ class Int4Cache(DynamicCache):
 
     config: the model's config; model.config itself, not a copy. recipe: a name from halfbyte.recipes.RECIPES or a
     Recipe, or "auto": chosen from the config and, given `model`, from its weights; explain() says why. overrides: its
-    fields, such as sink_tokens=16. layers: {layer: recipe or dict of fields} for layers that differ, -1 the last one,
+    fields, such as sink_tokens=0. layers: {layer: recipe or dict of fields} for layers that differ, -1 the last one,
     such as {0: "k8v4", -1: {"v_group": 32}}. drift_every: every so many tokens compare packed attention with raw on one
     layer, and warn when they part (halfbyte.drift). calibration: a halfbyte.calibrate.Calibration, for recipes
-    with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill.
+    with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill, and K's turns
+    with RoPE on the CPU (halfbyte.rope says by which frequencies). Those of a calibration are fixed.
 
     Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
-    for the blocks of 16 tokens that were complete before its own block, raw ones from there on. The first prefill is
-    exempt: it attends exactly to its own raw K, V. With prefill="consistent" it is not, offsets are the mean of the
-    first 64 tokens, and attention computes in float32: what is stored and computed for a token then depends on the
-    tokens before it alone, not on how they were split into steps. That is slower; it is for comparing runs. Under any
-    other attn_implementation everything works on unpacked tensors, slower.
+    for the blocks of 16 tokens that were complete before its own block, raw ones from there on and for the first
+    sink_tokens. The first prefill is exempt: it attends exactly to its own raw K, V. With prefill="consistent" it is
+    not, offsets are the mean of the first 64 tokens, and attention computes in float32: what is stored and computed for
+    a token then depends on the tokens before it alone, not on how they were split into steps. That is slower; it is for
+    comparing runs. Under any other attn_implementation everything works on unpacked tensors, slower.
 
     Raises ValueError for unknown recipes or fields, for values that are not finite, and for a model of another shape,
     dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.export. Under torch.compile it
@@ -66,6 +67,8 @@ class Int4Cache(DynamicCache):
         consistent = prefill == "consistent"
         text_config = config.get_text_config(decoder=True)
         kinds, options = get_layer_types_and_kwargs(text_config)
+        if isinstance(options, dict):  # before transformers 5.19: those of all kinds together
+            options = [options] * len(kinds)
         self._reasons = None
         if recipe == "auto":
             recipe, self._reasons = choose_recipe(text_config, kinds, model)
@@ -98,8 +101,8 @@ class Int4Cache(DynamicCache):
 
     def _make_layer(self, index, kind, options, calibration):
         if kind in PACKED_LAYERS:
-            window, consistent = options.get("sliding_window") or 0, self.prefill == "consistent"
-            recipe = self.layer_recipes[index]
+            window = (options.get("sliding_window") or 0) if kind == "sliding_attention" else 0
+            recipe, consistent = self.layer_recipes[index], self.prefill == "consistent"
             return self._make_packed_layer(recipe, index, self._shared, window, calibration, consistent)
         if kind in DYNAMIC_LAYER_TYPE_MAPPING:
             return self._make_library_layer(kind, options)

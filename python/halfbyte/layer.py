@@ -8,6 +8,8 @@ from transformers.cache_utils import CacheLayerMixin
 from . import _native
 from .attention import States, Step
 from .offset import bias_offset
+from .rooms import append_native, attend_native, make_room, unpack_native
+from .rope import layer_rope
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 OFFSET_TOKENS = 16  # a shorter first prefill gives no mean worth having
@@ -21,6 +23,7 @@ class Shared:
         self.layers = []
         self.packed = False  # attention reads packed layers, so update returns handles
         self.rope_means = {}
+        self._ropes = {}
 
     def begin_forward(self, first):
         """Called by the first layer's update: looks up the attention, keeps thread counts equal and layers in step."""
@@ -35,6 +38,14 @@ class Shared:
                 f"{last.seen}: takes a model with the layers of the config that the cache was made with "
                 "(call reset() after a forward pass that was interrupted)"
             )
+
+    def rope(self, layer, head_dim):
+        """The Rope by which a layer's keys turn, or None: see layer_rope."""
+        kind = "sliding_attention" if layer.is_sliding else "full_attention"
+        key = (kind, head_dim) if _alike(self.config) else (kind, head_dim, layer.layer_idx)
+        if key not in self._ropes:
+            self._ropes[key] = layer_rope(self.config, layer.layer_idx, kind, head_dim)
+        return self._ropes[key]
 
     def roll_back(self, length):
         """Takes the layers that a failed forward pass has already advanced back to `length` tokens.
@@ -79,6 +90,7 @@ class Int4Layer(CacheLayerMixin):
         self._k_shape = self._v_shape = self._q_shape = None
         self.batch = 0
         self.dtype = self.device = None
+        self._on_cpu = True
 
     def lazy_initialization(self, key_states, value_states):
         if key_states.dtype not in DTYPES:
@@ -86,22 +98,57 @@ class Int4Layer(CacheLayerMixin):
         batch, kv_heads, _, dim_k = key_states.shape
         dim_v = value_states.shape[-1]
         _check_against_config(self._shared.config, self.layer_idx, kv_heads, dim_k)
-        native = _native.Layer(
+        native = self._make_room(key_states.device, kv_heads, dim_k, dim_v, key_states.dtype)
+        native.record_past(self.record_past)
+        self._calibrate(native, kv_heads, dim_k, dim_v)
+        self.native = native
+        self._set_batch(batch)
+        self.is_initialized = True
+
+    def _make_room(self, device, kv_heads, dim_k, dim_v, dtype, parts=None):
+        """See rooms.make_room."""
+        native = make_room(
+            device,
+            self.consistent,
+            parts,
             kv_heads=kv_heads,
             head_dim_k=dim_k,
             head_dim_v=dim_v,
-            dtype=DTYPES[key_states.dtype],
+            dtype=DTYPES[dtype],
             recipe=self.recipe,
             layer_index=self.layer_idx,
             sliding_window=self.sliding_window,
         )
-        native.record_past(self.record_past)
-        self._calibrate(native, kv_heads, dim_k, dim_v)
-        self.native = native
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
-        self._set_batch(batch)
-        self.is_initialized = True
+        rope = self.rope(dim_k) if parts is None else None
+        self._turns = rope is not None and hasattr(native, "set_frequencies")  # Metal kernels take fixed offsets alone
+        if self._turns:
+            native.set_frequencies(rope.frequencies.data_ptr(), rope.frequencies.numel(), rope.interleaved)
+        elif parts is not None:
+            self._turns = len(parts.get("frequencies", ())) > 0
+        return native
+
+    def _move(self, device):
+        """Takes the codes to another device, as they are."""
+        if self._staged is not None or self._assigned:
+            self._settle()
+        parts = self.native.save() if self.seen else None
+        recorded = self.record_past
+        self.native = self._make_room(device, self.kv_heads, self.head_dim_k, self.head_dim_v, self.dtype, parts)
+        self.native.record_past(recorded)
+        if parts is None:
+            self._calibrate(self.native, self.kv_heads, self.head_dim_k, self.head_dim_v)
+
+    def rope(self, head_dim):
+        """The Rope that this layer's offset follows, or None: none wanted, a given one, or keys that do not turn."""
+        recipe = self.recipe
+        fixed = not recipe.offset or not recipe.offset_span or getattr(self.calibration, "offset_k", None)
+        return None if fixed else self._shared.rope(self, head_dim)
+
+    def turns(self, head_dim):
+        """Whether this layer's offset turns, or will once tokens come."""
+        return self._turns if self.is_initialized else self.rope(head_dim) is not None
 
     def _calibrate(self, native, kv_heads, dim_k, dim_v):
         if self.calibration is None:
@@ -145,7 +192,8 @@ class Int4Layer(CacheLayerMixin):
 
         The unpacked ones hold packed values for blocks complete before these tokens, raw ones after. Raises ValueError,
         with the whole cache as before the forward pass, if a value is not finite or the shape or dtype is another than
-        the layer's; NotImplementedError off the CPU.
+        the layer's. On a CUDA device values are checked without waiting, and one that is not finite raises in a later
+        step. States on another device than before take the codes there.
         """
         shared = self._shared
         if self._staged is not None or self._assigned:
@@ -160,7 +208,7 @@ class Int4Layer(CacheLayerMixin):
                 or key_states.dtype is not self.dtype
                 or value_states.dtype is not self.dtype
                 or type(key_states) is not torch.Tensor
-                or not key_states.is_cpu
+                or key_states.device != self.device
             ):
                 self._admit(key_states, value_states)
             step = Step(self, key_states, value_states, start)
@@ -177,7 +225,8 @@ class Int4Layer(CacheLayerMixin):
             if start:
                 old = self._unpack(step.tokens - key_states.shape[2])
                 tensors = tuple(torch.cat(pair, dim=2) for pair in zip(old, tensors, strict=True))
-            self._append(key_states, value_states)
+            # A later pass that fails goes back to its start, whose window must still be there.
+            self._append(key_states, value_states, answered=start == 0)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(start)
             raise
@@ -189,8 +238,8 @@ class Int4Layer(CacheLayerMixin):
         where = f"layer {self.layer_idx}"
         if _is_traced(k):
             raise NotImplementedError(f"{where}: torch.compile and torch.export can not trace Int4Cache: run eagerly")
-        if not (k.is_cpu and v.is_cpu):
-            raise NotImplementedError(f"{where}: key_states on {k.device}: takes CPU tensors; use DynamicCache there")
+        if k.device != v.device:
+            raise ValueError(f"{where}: value_states: got {v.device}, takes {k.device} as key_states")
         if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3]:
             raise ValueError(
                 f"{where}: key_states and value_states: got shapes {list(k.shape)} and {list(v.shape)}, "
@@ -204,6 +253,8 @@ class Int4Layer(CacheLayerMixin):
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             return
+        if k.device != self.device:
+            self._move(k.device)
         if self.seen == 0 and self.batch != k.shape[0]:
             self._set_batch(k.shape[0])
         got = (k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype)
@@ -214,32 +265,25 @@ class Int4Layer(CacheLayerMixin):
 
     def restore(self, facts, dtype, parts):
         """Takes over saved content. facts: kv_heads, head sizes and tokens seen; parts: what native.save() gave."""
-        self.native = _native.Layer.load(
-            kv_heads=facts["kv_heads"],
-            head_dim_k=facts["head_dim_k"],
-            head_dim_v=facts["head_dim_v"],
-            dtype=DTYPES[dtype],
-            recipe=self.recipe,
-            layer_index=self.layer_idx,
-            sliding_window=self.sliding_window,
-            parts=parts,
-        )
-        self.dtype, self.device = dtype, torch.device("cpu")
-        self.kv_heads, self.head_dim_k, self.head_dim_v = (facts[n] for n in ("kv_heads", "head_dim_k", "head_dim_v"))
+        sizes = (facts[name] for name in ("kv_heads", "head_dim_k", "head_dim_v"))
+        self.native = self._make_room(torch.device("cpu"), *sizes, dtype, parts)
         self._set_batch(self.native.batch)
         self.seen = facts["seen"]
         self.is_initialized = True
 
-    def _append(self, k, v, counted=None):
-        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count."""
+    def _append(self, k, v, counted=None, answered=False):
+        """counted: uint8 [batch, tokens], 0 for padding, which the offset leaves out; None: all count.
+
+        answered: no query of these tokens will read them from here: a sliding layer keeps what later ones see.
+        """
         tokens = k.shape[2]
         if tokens == 0:
             return
-        k, k_strides = _rows(k)
-        v, v_strides = _rows(v)
-        address = 0 if counted is None else counted.data_ptr()
         try:
-            self.native.append(k.data_ptr(), v.data_ptr(), self.batch, tokens, k_strides, v_strides, address)
+            if self._on_cpu:
+                append_native(self.native, k, v, counted, answered)
+            else:
+                self.native.append(k, v, counted, answered)
         except ValueError as error:
             raise ValueError(f"layer {self.layer_idx}: {error}") from None
         self.seen += tokens
@@ -272,10 +316,13 @@ class Int4Layer(CacheLayerMixin):
         short = step.length < OFFSET_TOKENS and not self.consistent
         try:
             if module is not None and short and self.recipe.offset and self.calibration is None:
-                offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k)
+                span = self.recipe.offset_span if self._turns else 0
+                offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k, span)
                 if offset is not None:
                     self.native.set_offset(offset.data_ptr(), 0)
-            self._append(step.k.detach(), step.v.detach(), counted)
+            # A first prefill is attended as raw states.
+            answered = step.start == 0 and not self.consistent
+            self._append(step.k.detach(), step.v.detach(), counted, answered)
         except (ValueError, RuntimeError, MemoryError):
             self._fail(step.start)
             raise
@@ -318,45 +365,32 @@ class Int4Layer(CacheLayerMixin):
             self._q_shape = shape
         if self.drift is not None:
             self.drift.observe(self, query, step, scaling)
-        query, query_strides = _rows(query)
-        dim_v = self.head_dim_v
-        out = query.new_empty(batch, queries, heads, dim_v)
-        options = {"exact": True} if self.consistent else {}
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        out = query.new_empty(batch, queries, heads, self.head_dim_v)
+        chunk = None
         if queries > 1:
-            k, v = step.k[:, :, -queries:], step.v[:, :, -queries:]
-            k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (k, v))
-            options.update(chunk_k=k.data_ptr(), chunk_v=v.data_ptr())
-            options.update(chunk_k_strides=k.stride()[:3], chunk_v_strides=v.stride()[:3])
+            chunk = [
+                t if t.stride(3) == 1 else t.contiguous() for t in (step.k[:, :, -queries:], step.v[:, :, -queries:])
+            ]
         if mask is not None:
             if mask.stride(3) != 1:
                 mask = mask.contiguous()
             mask = mask.expand(batch, 1, queries, -1)
-            options.update(mask=mask.data_ptr(), mask_tokens=mask.shape[3])
-            options["mask_strides"] = mask.stride(0), mask.stride(2)
-        if softcap is not None:
-            options["softcap"] = softcap
-        if s_aux is not None:
-            sinks = s_aux.detach().float().contiguous()
-            options["sinks"] = sinks.data_ptr()
-        self.native.attend(
-            query.data_ptr(),
-            out.data_ptr(),
-            heads,
-            queries,
-            query_strides,
-            (queries * heads * dim_v, dim_v, heads * dim_v),
-            scaling if scaling is not None else head_dim**-0.5,
-            **options,
-        )
+        sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+        arguments = query, out, scaling if scaling is not None else head_dim**-0.5, chunk, mask, softcap or 0.0, sinks
+        exact = {"exact": True} if self.consistent else {}
+        if self._on_cpu:
+            attend_native(self.native, *arguments, **exact)
+        else:
+            self.native.attend(*arguments, **exact)
         return out
 
     def _unpack(self, tokens):
         """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of the layer's dtype."""
-        held = self.native.visible
-        parts = [torch.empty(self.batch, self.kv_heads, held, dim) for dim in (self.head_dim_k, self.head_dim_v)]
-        if held:
-            self.native.dequantize(*(part.data_ptr() for part in parts))
-        return [part[:, :, max(held - tokens, 0) :].to(self.dtype) for part in parts]
+        if not self._on_cpu:
+            return self.native.unpack(tokens, self.dtype)
+        return unpack_native(self.native, (self.head_dim_k, self.head_dim_v), self.kv_heads, tokens, self.dtype)
 
     def unpack(self, step):
         """K and V as `step`'s queries see them, its own tokens raw."""
@@ -469,10 +503,10 @@ class Int4Layer(CacheLayerMixin):
         self._clear()
 
     def offload(self):
-        """Nothing to move: the layer lives in CPU memory."""
+        """Nothing to move: codes stay on the device whose states they were made from."""
 
     def prefetch(self):
-        """Nothing to move: the layer lives in CPU memory."""
+        """Nothing to move: codes stay on the device whose states they were made from."""
 
     def copy(self, shared):
         """A layer of its own for another cache; packed pages are shared until either writes to them."""
@@ -489,6 +523,11 @@ class Int4Layer(CacheLayerMixin):
 
     def __deepcopy__(self, memo):
         return self.copy(Shared(self._shared.config))
+
+
+def _alike(config):
+    """Whether all layers of one kind have the same positions."""
+    return not any(getattr(config, name, None) for name in ("no_rope_layers", "per_layer_config"))
 
 
 def _check_against_config(config, layer_idx, kv_heads, head_dim):
@@ -524,12 +563,3 @@ def tensor_bytes(value):
     elif not isinstance(value, (list, tuple)):
         return 0
     return sum(tensor_bytes(item) for item in value)
-
-
-def _rows(tensor):
-    """(a tensor whose last dimension lies in one piece, its other strides)"""
-    strides = tensor.stride()
-    if strides[3] != 1:
-        tensor = tensor.contiguous()
-        strides = tensor.stride()
-    return tensor, strides[:3]

@@ -7,16 +7,24 @@ from halfbyte._native import Recipe
 # The paper's codec: symmetric codes within ±7, float32 scales, no offset, no search (arXiv 2605.05699).
 _PAPER = {"offset": False, "search": False, "signed_scale": False, "scale_bits": 32}
 
+# Models park attention on the first tokens, where an error costs most (docs/decisions/attention-sinks.md).
+_SINKS = {"sink_tokens": 16}
+
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
-    "no-offset": Recipe(offset=False),
+    "default": Recipe(**_SINKS),
+    "no-sinks": Recipe(),
+    "no-offset": Recipe(offset=False, **_SINKS),
+    "fixed-offset": Recipe(offset_span=0, **_SINKS),
+    "turning": Recipe(offset_span=16, **_SINKS),
+    "turning-g32": Recipe(k_group=32, v_group=32, offset_span=16, **_SINKS),
+    "turning-vector": Recipe(k_group=0, v_group=0, offset_span=16, **_SINKS),
     "paper-per-token": Recipe(k_group=0, v_group=0, **_PAPER),
     "paper-g32": Recipe(k_group=32, v_group=32, **_PAPER),
     "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),
-    "g32": Recipe(k_group=32, v_group=32),
-    "g16": Recipe(k_group=16, v_group=16),
-    "k8v4": Recipe(k_bits=8, v_bits=4),
-    "sinks": Recipe(sink_tokens=16),
+    "g32": Recipe(k_group=32, v_group=32, **_SINKS),
+    "vector": Recipe(k_group=0, v_group=0, **_SINKS),
+    "g16": Recipe(k_group=16, v_group=16, **_SINKS),
+    "k8v4": Recipe(k_bits=8, v_bits=4, **_SINKS),
     # No code at all: what is wrong with it is bookkeeping, not rounding.
     "passthrough": Recipe(k_bits=32, v_bits=32, rotation="identity", offset=False),
 }
@@ -36,6 +44,7 @@ FIELDS = (
     "sink_tokens",
     "raw_window",
     "offset_tokens",
+    "offset_span",
 )
 
 
@@ -51,7 +60,10 @@ def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            raise ValueError(f"recipe is {recipe!r}; it takes one of {', '.join(RECIPES)}, or a halfbyte.Recipe")
+            raise ValueError(
+                f"recipe is {recipe!r}; it takes one that has kernels ({', '.join(RECIPES)}), or a halfbyte.Recipe; "
+                "any other is simulated, by `halfbyte eval` alone"
+            )
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe is a {type(recipe).__name__}; it takes a name or a halfbyte.Recipe")

@@ -9,12 +9,14 @@ import shlex
 from pathlib import Path
 
 from .peers import PEERS
-from .recipes import RECIPES
 from .results import render
 from .simulated import SIMULATED
 
 WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 60, 20, 20, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 28, 34, 54
+LONG_TABLE = 12  # rows; longer ones are folded
+FEWEST_POINTS = 8  # of a drawing of bits against loss
+MEBIBYTE = 1 << 20
 KINDS = {"halfbyte": "a", "halfbyte, simulated": "b", "others, simulated": "c"}
 
 STYLE = """
@@ -25,7 +27,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 760px;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
+svg { width: 100%; height: auto; }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 svg .axis { stroke: var(--line); } svg .small { font-size: 10px; } svg .faint { fill: var(--faint); }
 .a { fill: var(--a); stroke: var(--a); color: var(--a); }
 .b { fill: var(--b); stroke: var(--b); color: var(--b); }
@@ -34,20 +37,26 @@ svg path.a, svg path.b, svg path.c { fill: none; stroke-width: 2; }
 table { border-collapse: collapse; width: 100%; font-size: 0.85rem; display: block; overflow-x: auto; }
 th, td { padding: 0.15rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-.legend span { margin-right: 1.2rem; }
+.bars p { margin: 0.25rem 0; font-size: 0.8rem; line-height: 1.3; } .bars p.faint { color: var(--faint); }
+.bars i { display: inline-block; height: 0.75em; margin-right: 0.5em; background: var(--a); }
+summary { color: var(--faint); cursor: pointer; }
+.legend span { margin-right: 1.2rem; display: inline-block; }
 .legend b { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em;
   border-radius: 50%; background: currentColor; }
+@media (max-width: 600px) { svg text { font-size: 19px; } svg .small { display: none; } }
 footer { color: var(--faint); font-size: 0.8rem; margin-top: 3rem; overflow-wrap: anywhere; }
 """
 
 
 class _Scale:
-    """Values to pixels along one axis, linear or logarithmic, with a few round marks."""
+    """Values to pixels along one axis, linear or logarithmic, with a few round marks or those given."""
 
-    def __init__(self, values, start, end, log=False):
-        self.log, self.start, self.end = log, start, end
+    def __init__(self, values, start, end, log=False, marks=None):
+        self.log, self.start, self.end, self.given = log, start, end, marks
         low, high = min(values), max(values)
-        if log:
+        if log and marks:
+            self.low, self.high = math.log10(low) - 0.05, math.log10(high) + 0.05
+        elif log:
             self.low, self.high = math.floor(math.log10(low)), math.ceil(math.log10(high) + 1e-9)
         else:
             room = (high - low or 1) * 0.06
@@ -58,6 +67,8 @@ class _Scale:
         return self.start + (position - self.low) / (self.high - self.low or 1) * (self.end - self.start)
 
     def marks(self):
+        if self.given:
+            return self.given
         if self.log:
             return [10.0**power for power in range(self.low, self.high + 1)]
         step = 10 ** math.floor(math.log10(self.high - self.low))
@@ -67,30 +78,30 @@ class _Scale:
 
 
 def _svg(parts, label, height=HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(label)}">' + "".join(parts) + "</svg>"
-    )
+    label = html.escape(label)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _axes(x: _Scale, y: _Scale, x_label: str, y_label: str) -> list[str]:
     floor = HEIGHT - BOTTOM
     parts = [f'<path class="axis" fill="none" d="M{LEFT} {TOP}V{floor}H{WIDTH - RIGHT}"/>']
     for mark in x.marks():
-        parts.append(f'<text x="{x(mark):.1f}" y="{floor + 18}" text-anchor="middle">{mark:g}</text>')
+        parts.append(f'<text x="{x(mark):.1f}" y="{floor + 20}" text-anchor="middle">{mark:g}</text>')
     for mark in y.marks():
         parts.append(f'<path class="axis" stroke-dasharray="2 4" d="M{LEFT} {y(mark):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:g}</text>')
     parts.append(
         f'<text class="faint" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(x_label)}</text>'
     )
-    parts.append(f'<text class="faint" x="{LEFT + 6}" y="{TOP + 4}">{html.escape(y_label)}</text>')
+    parts.append(f'<text class="faint" x="4" y="19">{html.escape(y_label)}</text>')
     return parts
 
 
 def kind_of(recipe: str) -> str:
     """Whose a row of `eval` is."""
-    names = {"halfbyte, simulated": SIMULATED, "others, simulated": PEERS}
-    return next((kind for kind, of_kind in names.items() if recipe in of_kind), "halfbyte")
+    if recipe.removesuffix("-sinks") in PEERS:
+        return "others, simulated"
+    return "halfbyte, simulated" if recipe in SIMULATED else "halfbyte"
 
 
 def frontier(rows: list[dict]) -> list[dict]:
@@ -103,85 +114,105 @@ def frontier(rows: list[dict]) -> list[dict]:
     return kept
 
 
-class _Labels:
-    """Puts names beside points, each above those that are in its way."""
+class Labels:
+    """Finds places for names beside points, y downwards, where neither another name nor a point is in the way."""
 
-    def __init__(self):
-        self.taken = []
+    def __init__(self, points, left, right, letter=5.6, line=10):
+        self.taken = [(x - 4, x + 4, y - 4, y + 4) for x, y in points]
+        self.left, self.right, self.letter, self.line = left, right, letter, line
 
-    def place(self, name, x, y) -> str:
-        right = x + 6 * len(name)
-        while any(x < end and right > start and abs(y - line) < 11 for start, end, line in self.taken):
-            y -= 11
-        self.taken.append((x, right, y))
-        return f'<text class="small" x="{x:.1f}" y="{y:.1f}">{html.escape(name)}</text>'
+    def find(self, name, x, y):
+        """(left end, base line) of the name, or None where there is no room for it."""
+        wide = self.letter * len(name)
+        right, before, line = x + 7, x - 7 - wide, self.line
+        for left, base in [(right, y + 4), (before, y + 4)] + [
+            (side, y + shift) for shift in (-7, line + 4) for side in (right - 2, before + 2)
+        ]:
+            box = (left, left + wide, base - line + 2, base + 2)
+            free = not any(
+                box[0] < end and box[1] > start and box[2] < below and box[3] > above
+                for start, end, above, below in self.taken
+            )
+            if free and left > self.left and box[1] < self.right:
+                self.taken.append(box)
+                return left, base
+        return None
 
 
 def pareto(rows: list[dict]) -> str:
     """Bits a value against KL, logarithmic; the line joins what nothing beats."""
-    rows = [row for row in rows if row["kl"] > 0]
+    rows = sorted((row for row in rows if row["kl"] > 0), key=lambda row: row["kl"])
     x = _Scale([row["bits"] for row in rows], LEFT, WIDTH - RIGHT)
     y = _Scale([row["kl"] for row in rows], HEIGHT - BOTTOM, TOP, log=True)
     parts = _axes(x, y, "bits a value, scales included", "KL to the full cache, nats a token")
-    points = " L".join(f"{x(row['bits']):.1f} {y(row['kl']):.1f}" for row in frontier(rows))
+    best = frontier(rows)
+    points = " L".join(f"{x(row['bits']):.1f} {y(row['kl']):.1f}" for row in best)
     parts.append(f'<path class="axis" fill="none" d="M{points}"/>')
-    named = {row["recipe"] for row in frontier(rows)} | set(RECIPES)
-    labels = _Labels()
-    for row in sorted(rows, key=lambda row: row["kl"]):
+    labels = Labels([(x(row["bits"]), y(row["kl"])) for row in rows], LEFT, WIDTH)
+    names = []
+    for row in [*best, *(row for row in rows if row not in best)]:
         at = f"{row['recipe']}: {row['bits']:.3g} bits, KL {row['kl']:.3g}"
         mark = KINDS[kind_of(row["recipe"])]
         place = f'cx="{x(row["bits"]):.1f}" cy="{y(row["kl"]):.1f}"'
         parts.append(f'<circle class="{mark}" {place} r="4"><title>{html.escape(at)}</title></circle>')
-        if row["recipe"] in named:
-            parts.append(labels.place(row["recipe"], x(row["bits"]) + 7, y(row["kl"]) + 4))
+        place = labels.find(row["recipe"], x(row["bits"]), y(row["kl"]))
+        if place:
+            name = html.escape(row["recipe"])
+            names.append(f'<text class="small" x="{place[0]:.1f}" y="{place[1]:.1f}">{name}</text>')
     legend = "".join(f'<span><b class="{mark}"></b>{kind}</span>' for kind, mark in KINDS.items())
-    return f'<p class="legend">{legend}</p>' + _svg(parts, "Bits a value against KL")
+    return f'<p class="legend">{legend}</p>' + _svg(parts + names, "Bits a value against KL")
 
 
-def bars(rows: list[dict], key: str = "kl") -> str:
-    """One bar a line, logarithmic."""
-    rows = [row for row in rows if row.get(key)]
-    height = 30 * len(rows) + 40
-    x = _Scale([row[key] for row in rows], 300, WIDTH - 80, log=True)
-    parts = []
-    for i, row in enumerate(rows):
-        y = 20 + 30 * i
-        parts.append(f'<text x="290" y="{y + 14}" text-anchor="end" class="small">{html.escape(row["line"])}</text>')
-        parts.append(f'<rect class="a" x="300" y="{y}" width="{max(x(row[key]) - 300, 1):.1f}" height="18"/>')
-        parts.append(f'<text x="{x(row[key]) + 6:.1f}" y="{y + 14}">{row[key]:.3g}</text>')
-    return _svg(parts, "KL of each line", height)
+def bars(rows: list[dict]) -> str:
+    """One bar a line, as long as the logarithm of its KL; text around it, so that any width of page will do."""
+    rows = [row for row in rows if row.get("kl")]
+    length = _Scale([row["kl"] for row in rows], 0, 80, log=True)
+    drawn = "".join(
+        f"<p>{html.escape(row['line'].replace('`', ''))}<br>"
+        f'<i style="width: {max(length(row["kl"]), 1):.1f}%"></i>{row["kl"]:.3g}</p>'
+        for row in rows
+    )
+    return f'<div class="bars"><p class="faint">KL, on a logarithmic scale</p>{drawn}</div>'
 
 
 def heat(rows: list[dict]) -> str:
-    """KL of each layer's K and V packed alone: darker loses more."""
+    """KL of each layer's K and V packed alone: the stronger the colour, the larger the loss."""
     cells = {tuple(row["line"].split()[1:]): row["kl"] for row in rows}
     layers = sorted({int(layer) for layer, _ in cells})
     most = max(cells.values()) or 1.0
-    size = min(60, (WIDTH - 80) / len(layers))
-    parts = []
+    size = min(80, (WIDTH - 80) / len(layers))
+    parts = [f'<text class="faint" x="60" y="14">KL with one side of one layer packed; strongest: {most:.2g}</text>']
     for column, layer in enumerate(layers):
         x = 60 + column * size
-        parts.append(f'<text x="{x + size / 2:.1f}" y="14" text-anchor="middle">{layer}</text>')
+        parts.append(f'<text x="{x + size / 2:.1f}" y="36" text-anchor="middle">{layer}</text>')
         for line, which in enumerate("KV"):
-            value = cells.get((str(layer), which), 0.0)
-            fill = f"rgba(var(--heat), {0.08 + 0.92 * value / most:.2f})"
+            value, y = cells.get((str(layer), which), 0.0), 44 + line * 40
+            share = 0.08 + 0.92 * value / most
             parts.append(
-                f'<rect x="{x:.1f}" y="{20 + line * 40}" width="{size - 2:.1f}" height="38" style="fill: {fill}">'
-                f"<title>layer {layer} {which}: {value:.3g}</title></rect>"
+                f'<rect x="{x:.1f}" y="{y}" width="{size - 2:.1f}" height="38" '
+                f'style="fill: rgba(var(--heat), {share:.2f})"><title>layer {layer} {which}: {value:.3g}</title></rect>'
             )
-    parts += [f'<text x="40" y="{44 + line * 40}" text-anchor="end">{which}</text>' for line, which in enumerate("KV")]
-    return _svg(parts, "KL by layer and side", 110)
+            if size > 50:
+                ink = ' style="fill: var(--paper)"' if share > 0.5 else ""
+                parts.append(
+                    f'<text x="{x + size / 2 - 1:.1f}" y="{y + 24}" text-anchor="middle"{ink}>{value:.2g}</text>'
+                )
+    parts += [f'<text x="44" y="{68 + line * 40}" text-anchor="end">{which}</text>' for line, which in enumerate("KV")]
+    return _svg(parts, "KL by layer and side", 130)
 
 
-def lines(rows: list[dict], keys: dict[str, str], y_label: str) -> str:
-    """Rows of `bench generate` against the prefix. keys: {row key: name}."""
-    x = _Scale([row["prefix"] for row in rows], LEFT, WIDTH - RIGHT, log=True)
-    y = _Scale([row[key] for row in rows for key in keys], HEIGHT - BOTTOM, TOP)
+def lines(rows: list[dict], keys: dict[str, str], y_label: str, unit: float = 1.0) -> str:
+    """Rows of `bench generate` against the prefix. keys: {row key: name}; unit: what the values are divided by."""
+    rows = sorted(rows, key=lambda row: row["prefix"])
+    prefixes = [row["prefix"] for row in rows]
+    x = _Scale(prefixes, LEFT, WIDTH - RIGHT, log=True, marks=prefixes)
+    y = _Scale([0.0, *(row[key] / unit for row in rows for key in keys)], HEIGHT - BOTTOM, TOP)
     parts = _axes(x, y, "prefix, tokens", y_label)
     for (key, name), mark in zip(keys.items(), ("c", "a"), strict=True):
-        points = [(x(row["prefix"]), y(row[key])) for row in sorted(rows, key=lambda row: row["prefix"])]
+        points = [(x(row["prefix"]), y(row[key] / unit)) for row in rows]
         parts.append(f'<path class="{mark}" d="M' + " L".join(f"{a:.1f} {b:.1f}" for a, b in points) + '"/>')
-        parts.append(f'<text x="{points[-1][0] - 4:.1f}" y="{points[-1][1] - 8:.1f}" text-anchor="end">{name}</text>')
+        parts += [f'<circle class="{mark}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points]
+        parts.append(f'<text x="{points[-1][0] - 8:.1f}" y="{points[-1][1] - 8:.1f}" text-anchor="end">{name}</text>')
     return _svg(parts, y_label)
 
 
@@ -192,9 +223,11 @@ def table(rows: list[dict]) -> str:
     ]
     head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in keys)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(render(row[key]))}</td>" for key in keys) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(render(row[key]).replace('`', ''))}</td>" for key in keys) + "</tr>"
+        for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return whole if len(rows) <= LONG_TABLE else f"<details><summary>{len(rows)} rows</summary>{whole}</details>"
 
 
 def read_documents(paths) -> list[dict]:
@@ -211,25 +244,35 @@ def read_documents(paths) -> list[dict]:
     return documents
 
 
-def model_of(document: dict) -> str:
-    """What a command was told to measure; the default where it was not."""
+def option_of(document: dict, name: str, default: str) -> str:
+    """What a command was told under an option; the default where it was not."""
     words = shlex.split(document["command"])
-    return words[words.index("--model") + 1] if "--model" in words[:-1] else "tiny-qwen"
+    return words[words.index(name) + 1] if name in words[:-1] else default
 
 
-def evaluated_rows(documents: list[dict]) -> dict[str, list[dict]]:
-    """{model: rows} of the files of `eval`, those of one model joined."""
-    found: dict[str, list] = {}
+def model_of(document: dict) -> str:
+    """What a command was told to measure."""
+    return option_of(document, "--model", "tiny-qwen")
+
+
+def evaluated_rows(documents: list[dict]) -> dict[tuple, list[dict]]:
+    """{(model, how it was measured): rows} of the files of `eval`; those measured alike are joined, a recipe once."""
+    found: dict[tuple, dict] = {}
     for document in documents:
         if "recipe" in document["rows"][0] and "kl" in document["rows"][0]:
-            found.setdefault(model_of(document), []).extend(document["rows"])
-    return found
+            windows, window = option_of(document, "--windows", "8"), option_of(document, "--window", "2048")
+            how = f"{windows} windows of {window}, {option_of(document, '--protocol', 'packed')}"
+            rows = found.setdefault((model_of(document), how), {})
+            rows.update({row["recipe"]: row for row in document["rows"]})
+    return {key: list(rows.values()) for key, rows in found.items()}
 
 
 def sections(documents: list[dict]):
     """(heading, HTML) in the order they are read."""
-    for model, rows in evaluated_rows(documents).items():
-        yield f"Bits against loss, {model}", pareto(rows) + table(sorted(rows, key=lambda row: row["bits"]))
+    for (model, how), rows in evaluated_rows(documents).items():
+        plot = pareto(rows) if len(rows) >= FEWEST_POINTS else ""
+        heading = f"Bits against loss, {model} ({how.replace('1 windows', 'one window')})"
+        yield heading, plot + table(sorted(rows, key=lambda row: row["bits"]))
     for document in documents:
         model, rows = model_of(document), document["rows"]
         if "fp_ms_per_token" in rows[0]:
@@ -241,7 +284,7 @@ def sections(documents: list[dict]):
                     f"Time and memory against context, {name}",
                     (
                         lines(dtype_rows, time, "ms a token")
-                        + lines(dtype_rows, held, "bytes of cache")
+                        + lines(dtype_rows, held, "MiB of cache", MEBIBYTE)
                         + table(dtype_rows)
                     ),
                 )
@@ -250,28 +293,6 @@ def sections(documents: list[dict]):
             shown = [{key: value for key, value in row.items() if key != "table"} for row in own]
             plot = heat(own) if name == "layers" else "" if name == "memory" else bars(own)
             yield f"{name.capitalize()}, {model}", plot + table(shown)
-
-
-def plot_pareto(paths, file) -> None:
-    """The rows of all `eval` files as one PNG, a panel a model: bits against KL, with what nothing beats joined."""
-    from .plots import figure, save
-
-    found = evaluated_rows(read_documents(paths))
-    if not found:
-        raise ValueError("json: none of the files is of `eval`")
-    drawn, panels = figure(6.2 * len(found), 4.6, ncols=len(found), squeeze=False)
-    colors = dict(zip(KINDS, ("#0b5cad", "#1a8a4a", "#c2570c"), strict=True))
-    for panel, (model, rows) in zip(panels[0], found.items(), strict=True):
-        rows = [row for row in rows if row["kl"] > 0 and row["bits"] < 9]
-        best = frontier(rows)
-        panel.plot([row["bits"] for row in best], [row["kl"] for row in best], color="#8b949e", linewidth=1)
-        for kind, color in colors.items():
-            own = [row for row in rows if kind_of(row["recipe"]) == kind]
-            panel.scatter([row["bits"] for row in own], [row["kl"] for row in own], color=color, label=kind, zorder=3)
-        panel.set(title=model, xlabel="bits a value, scales included", yscale="log")
-    panels[0][0].set_ylabel("KL to the full cache, nats a token")
-    panels[0][-1].legend()
-    save(drawn, file)
 
 
 def write_report(paths, out) -> int:

@@ -18,13 +18,13 @@ from .layer import DTYPES, Int4Layer
 from .recipes import FIELDS, Recipe, needs_calibration
 
 FORMAT = "halfbyte-cache"
-VERSION = 1
+VERSION = 2  # 1: without offsets that turn
 # What two models must share for the cache of one to mean something to the other.
 MODEL_FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "sliding_window", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"),
 )
-COUNTS = ("batch", "length", "first", "packed_end", "pages_dropped", "offset_ready")
+COUNTS = ("batch", "length", "first", "packed_end", "pages_dropped", "offset_ready", "interleaved")
 # Arrays of a packed layer: their dtype in the file; None: the layer's own.
 ARRAYS = {
     "page_table": torch.int32,
@@ -39,6 +39,7 @@ ARRAYS = {
     "lambda_v": torch.float32,
     "rotation_k": torch.float32,
     "rotation_v": torch.float32,
+    "frequencies": torch.float32,
     "counted": torch.uint8,
 }
 
@@ -107,6 +108,10 @@ def _fields(recipe):
     return {field: getattr(recipe, field) for field in FIELDS}
 
 
+def _recipe(fields):
+    return Recipe(**({"offset_span": 0} | fields))  # which files of version 1 do not have
+
+
 def _packed_layer(layer):
     layer._settle()
     if layer.seen == 0:
@@ -128,7 +133,7 @@ def _packed_layer(layer):
         shapes[f"offset_{side}"] = (batch, heads, dim)
         shapes[f"given_offset_{side}"] = shapes[f"lambda_{side}"] = (heads, dim)
         shapes[f"rotation_{side}"] = (dim, dim)
-    shapes["counted"] = (batch, -1)
+    shapes["counted"], shapes["frequencies"] = (batch, -1), (-1,)
     arrays = {}
     for name, dtype in ARRAYS.items():
         if parts[name].size:
@@ -180,8 +185,8 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
     facts = _checked_facts(tensors, metadata, path)
     _check_model(facts, config, path, model)
     try:
-        recipe, layers = Recipe(**facts["recipe"]), facts["layers"]
-        own = {int(index): Recipe(**fields) for index, fields in facts["layer_recipes"].items()}
+        recipe, layers = _recipe(facts["recipe"]), facts["layers"]
+        own = {int(index): _recipe(fields) for index, fields in facts["layer_recipes"].items()}
         calibrated = any(map(needs_calibration, [recipe, *own.values()]))
         calibration = _calibration(layers, tensors) if calibrated else None
         cache = cache_class(
@@ -206,9 +211,10 @@ def _checked_facts(tensors, metadata, path):
         version, crc32, text = int(head["version"]), head["crc32"], str(head.get("facts"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: the cache file {path!r} is damaged: {error}") from error
-    if version != VERSION:
-        advice = "upgrade halfbyte to read it" if version > VERSION else "this version no longer reads it"
-        raise ValueError(f"path: {path!r} has format version {version}, takes {VERSION}: {advice}")
+    if not 1 <= version <= VERSION:
+        raise ValueError(
+            f"path: {path!r} has format version {version}, takes 1 to {VERSION}: upgrade halfbyte to read it"
+        )
     if zlib.crc32(text.encode()) != crc32:
         raise ValueError(f"path: the cache file {path!r} is damaged: the checksum of its facts does not fit")
     facts = json.loads(text)
@@ -239,6 +245,8 @@ def _calibration(layers, tensors):
     """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
     parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
     parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
+    if any(name.endswith(".frequencies") for name in tensors):  # an offset that turns is none of a calibration
+        tensors = {name: tensor for name, tensor in tensors.items() if "given_offset" not in name}
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }
@@ -265,7 +273,7 @@ def _fill_layer(layer, facts, arrays):
         raise ValueError(f"a layer is packed, the model's is a {type(layer).__name__}")
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     dtype = dtypes[facts["dtype"]]
-    parts = {name: facts[name] for name in COUNTS}
+    parts = {name: facts[name] for name in COUNTS if name in facts}
     for name, array in arrays.items():
         if array.dtype is not (ARRAYS[name] or dtype):
             raise ValueError(f"{name} is {array.dtype}, takes {ARRAYS[name] or dtype}")

@@ -345,13 +345,15 @@ HALFBYTE_INLINE void weigh_tile(const PageFormat& format, const f32x16 (*p)[kPag
 
 // Scores of kRows rows and one page; blocks that no row sees score nothing.
 template <int kRows, int kBits>
-HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, const PageTile& tile,
-                                f32x16 (*scores)[kPageBlocks]) {
+HALFBYTE_INLINE void score_tile(const AttendPackedArgs& args, const PackedQuery& q, int first_row, size_t page,
+                                const PageTile& tile, f32x16 (*scores)[kPageBlocks]) {
   const PageFormat& format = *args.format;
   for (int i = 0; i < kPageBlocks; i++) {
     f32x16 block[kRows];
     const bool seen = i >= tile.first && i < tile.last;
-    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? args.q_offset[first_row + r] : kNothing);
+    const float* offset =
+        args.q_offset.at + first_row * args.q_offset.row + page * args.q_offset.page + i * args.q_offset.block;
+    for (int r = 0; r < kRows; r++) block[r] = set1(seen ? offset[r * args.q_offset.row] : kNothing);
     if (seen)
       score_block<kRows, kBits>(format.k, q, first_row, tile.page + k_codes_at(format, i),
                                 tile.page + k_scales_at(format, i), tile.ahead, block);
@@ -382,7 +384,7 @@ static void attend_packed_rows(const AttendPackedArgs& args, const PackedQuery& 
     const PageTile tile = tile_at(args, page);
     const size_t token = args.first_token + page * kPageTokens;
     const bool all = token >= inside.lo && token + kPageTokens <= inside.hi;
-    score_tile<kRows, kBitsK>(args, q, first_row, tile, p);
+    score_tile<kRows, kBitsK>(args, q, first_row, page, tile, p);
     for (int r = 0; r < kRows; r++) {
       mask16 lanes[kPageBlocks];
       for (int i = 0; !all && i < kPageBlocks; i++) {

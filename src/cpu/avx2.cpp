@@ -15,6 +15,8 @@ namespace {
 
 #include "attend.h"
 
+#include "score_offsets.h"
+
 #include "attend_raw.h"
 
 #include "peak.h"
@@ -28,7 +30,8 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx2Backend = {"avx2",       avx2::supported, avx2::kRegisterRows, avx2::peak,      avx2::rotate,
-                                     avx2::encode, avx2::decode,    avx2::attend_packed, avx2::attend_raw};
+extern const Backend kAvx2Backend = {
+    "avx2",       avx2::supported, avx2::kRegisterRows, avx2::peak,          avx2::rotate,
+    avx2::encode, avx2::decode,    avx2::score_offsets, avx2::attend_packed, avx2::attend_raw};
 
 }  // namespace halfbyte

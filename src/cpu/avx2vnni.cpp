@@ -16,6 +16,8 @@ namespace {
 
 #include "attend.h"
 
+#include "score_offsets.h"
+
 #include "attend_raw.h"
 
 #include "peak.h"
@@ -35,8 +37,8 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx2VnniBackend = {"avx2vnni",       avx2vnni::supported,     avx2vnni::kRegisterRows,
-                                         avx2vnni::peak,   avx2vnni::rotate,        avx2vnni::encode,
-                                         avx2vnni::decode, avx2vnni::attend_packed, avx2vnni::attend_raw};
+extern const Backend kAvx2VnniBackend = {
+    "avx2",           avx2vnni::supported, avx2vnni::kRegisterRows, avx2vnni::peak,          avx2vnni::rotate,
+    avx2vnni::encode, avx2vnni::decode,    avx2vnni::score_offsets, avx2vnni::attend_packed, avx2vnni::attend_raw};
 
 }  // namespace halfbyte

@@ -15,6 +15,8 @@ namespace {
 
 #include "attend.h"
 
+#include "score_offsets.h"
+
 #include "attend_raw.h"
 
 #include "peak.h"
@@ -30,8 +32,8 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kAvx512Backend = {"avx512",       avx512::supported,     avx512::kRegisterRows,
-                                       avx512::peak,   avx512::rotate,        avx512::encode,
-                                       avx512::decode, avx512::attend_packed, avx512::attend_raw};
+extern const Backend kAvx512Backend = {
+    "avx512",       avx512::supported, avx512::kRegisterRows, avx512::peak,          avx512::rotate,
+    avx512::encode, avx512::decode,    avx512::score_offsets, avx512::attend_packed, avx512::attend_raw};
 
 }  // namespace halfbyte

@@ -19,6 +19,8 @@ namespace {
 
 #include "attend.h"
 
+#include "score_offsets.h"
+
 #include "attend_raw.h"
 
 #include "peak.h"
@@ -36,7 +38,8 @@ bool supported() {
 
 namespace halfbyte {
 
-extern const Backend kNeonBackend = {"neon",       neon::supported, neon::kRegisterRows, neon::peak,      neon::rotate,
-                                     neon::encode, neon::decode,    neon::attend_packed, neon::attend_raw};
+extern const Backend kNeonBackend = {
+    "neon",       neon::supported, neon::kRegisterRows, neon::peak,          neon::rotate,
+    neon::encode, neon::decode,    neon::score_offsets, neon::attend_packed, neon::attend_raw};
 
 }  // namespace halfbyte

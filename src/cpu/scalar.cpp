@@ -14,6 +14,8 @@ namespace {
 
 #include "attend.h"
 
+#include "score_offsets.h"
+
 #include "attend_raw.h"
 
 #include "peak.h"
@@ -25,8 +27,8 @@ bool supported() { return true; }
 
 namespace halfbyte {
 
-extern const Backend kScalarBackend = {"scalar",       scalar::supported,     scalar::kRegisterRows,
-                                       scalar::peak,   scalar::rotate,        scalar::encode,
-                                       scalar::decode, scalar::attend_packed, scalar::attend_raw};
+extern const Backend kScalarBackend = {
+    "scalar",       scalar::supported, scalar::kRegisterRows, scalar::peak,          scalar::rotate,
+    scalar::encode, scalar::decode,    scalar::score_offsets, scalar::attend_packed, scalar::attend_raw};
 
 }  // namespace halfbyte

@@ -15,8 +15,15 @@
 //   dot4_weights     the same with nibbles and four unsigned bytes
 //   sum_four         the sums over the lanes of four registers
 //   flip             a row with some bits of the bytes of each lane turned over
+//   take             load, for a value that several instructions read
+//   sub_too          sub, where adds are many: on a unit that multiplies if the CPU adds on others
+//   nearest_code     the integer next to value · inverse, kept within those of kBits; for 4, the product is in ±15
+//   join_bytes       from registers of kRounder + (0 … 255), the bytes of each lane
 
 using mask16 = uint16_t;
+
+// Adding it to |x| < 2^22 rounds x to even and leaves it as an integer in the low bits.
+constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23
 
 // For loops over a fixed array of registers: left to itself the compiler may keep the array in memory.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
@@ -35,6 +42,11 @@ using u8x64 = __m512i;
 
 HALFBYTE_INLINE f32x16 set1(float x) { return _mm512_set1_ps(x); }
 HALFBYTE_INLINE f32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+HALFBYTE_INLINE f32x16 take(const float* p) {
+  f32x16 x = load(p);
+  asm("" : "+v"(x));  // or g++ loads it anew as the operand of each instruction that reads it
+  return x;
+}
 HALFBYTE_INLINE void store(float* p, f32x16 x) { _mm512_storeu_ps(p, x); }
 HALFBYTE_INLINE f32x16 load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 HALFBYTE_INLINE f32x16 load_bf16(const uint16_t* p) {
@@ -51,6 +63,7 @@ HALFBYTE_INLINE f32x16 mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
 HALFBYTE_INLINE f32x16 div(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
 HALFBYTE_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
 HALFBYTE_INLINE f32x16 fnma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fnmadd_ps(a, b, c); }
+HALFBYTE_INLINE f32x16 sub_too(f32x16 a, f32x16 b) { return fnma(b, set1(1.0f), a); }
 HALFBYTE_INLINE f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 HALFBYTE_INLINE f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 HALFBYTE_INLINE f32x16 abs(f32x16 a) { return _mm512_abs_ps(a); }
@@ -86,6 +99,23 @@ HALFBYTE_INLINE void store_low_bytes(void* p, i32x16 a) { _mm_storeu_si128((__m1
 HALFBYTE_INLINE i32x16 bits_of(f32x16 a) { return _mm512_castps_si512(a); }
 HALFBYTE_INLINE i32x16 limit_bytes(i32x16 a, int less, int most) {
   return _mm512_min_epu8(_mm512_subs_epu8(a, _mm512_set1_epi8((char)less)), _mm512_set1_epi8((char)most));
+}
+template <int kBits>
+HALFBYTE_INLINE f32x16 nearest_code(f32x16 value, f32x16 inverse) {
+  const f32x16 rounded = fma(value, inverse, set1(kRounder));
+  if constexpr (kBits == 4) {  // 0 … 15, then −16 … −1, by the integer's last five bits
+    const f32x16 up = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7, 7, 7, 7, 7);
+    const f32x16 down = _mm512_setr_ps(-8, -8, -8, -8, -8, -8, -8, -8, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_permutex2var_ps(up, bits_of(rounded), down);
+  }
+  constexpr float kHalf = 1 << (kBits - 1);
+  return sub(min(max(rounded, set1(kRounder - kHalf)), set1(kRounder + kHalf - 1.0f)), set1(kRounder));
+}
+HALFBYTE_INLINE i32x16 join_bytes(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+  const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+  i32x16 word = _mm512_mask_shuffle_epi8(bits_of(a), 0x2222222222222222, bits_of(b), low);
+  word = _mm512_mask_shuffle_epi8(word, 0x4444444444444444, bits_of(c), low);
+  return _mm512_mask_shuffle_epi8(word, 0x8888888888888888, bits_of(d), low);
 }
 HALFBYTE_INLINE void transpose_bytes(i32x16 r[4]) {
   const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -288,6 +318,23 @@ static void transpose16(f32x16 r[16]) {
   memcpy(r, to, sizeof to);
 }
 
+#endif
+
+#if !HALFBYTE_TARGET_AVX512
+HALFBYTE_INLINE f32x16 take(const float* p) { return load(p); }
+HALFBYTE_INLINE f32x16 sub_too(f32x16 a, f32x16 b) { return sub(a, b); }
+template <int kBits>
+HALFBYTE_INLINE f32x16 nearest_code(f32x16 value, f32x16 inverse) {
+  constexpr float kHalf = 1 << (kBits - 1);
+  const f32x16 code = max(fma(value, inverse, set1(kRounder)), set1(kRounder - kHalf));
+  return sub(min(code, set1(kRounder + kHalf - 1.0f)), set1(kRounder));
+}
+HALFBYTE_INLINE i32x16 join_bytes(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {  // they add up without carries
+  constexpr uint32_t kRounderBits = 0x4b400000u * 0x01010101u;               // kRounder's share in the sum
+  i32x16 low = add(bits_of(a), shift_left<8>(bits_of(b)));
+  i32x16 high = add(shift_left<16>(bits_of(c)), shift_left<24>(bits_of(d)));
+  return sub(add(low, high), set1((int)kRounderBits));
+}
 #endif
 
 // e^x for x <= 0, relative error under 4e-6 + 1.2e-7·|x| (the polynomial's, and x's own rounding); below −87 it is

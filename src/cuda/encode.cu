@@ -12,31 +12,20 @@
 namespace halfbyte::gpu {
 namespace {
 
-constexpr int kVectors = 8;  // simdgroups of a portable thread block, one vector each
+constexpr int kSimds = 8;  // of a portable thread block
 
-HALFBYTE_INLINE int widest(const PageFormat& f) {
-  return f.k.padded_dim > f.v.padded_dim ? f.k.padded_dim : f.v.padded_dim;
+// Even thread blocks take K, odd ones V.
+__device__ int first_vector(int head_dim) {
+  return (blockIdx.x / 2 * kSimds + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
-// The vector of one simdgroup: (side, sequence, head, token) in that order, sides last.
-struct Item {
-  bool active, is_k;
-  int b, head, token;
-};
-
-__device__ Item item_of(int batch, int kv_heads, int first_token, int tokens) {
-  const long long i = (long long)blockIdx.x * kVectors + threadIdx.x / kSimd, all = 2ll * batch * kv_heads * tokens;
-  const long long row = i / 2 / tokens;
-  return {i < all, i % 2 == 0, (int)(row / kv_heads), (int)(row % kv_heads), first_token + (int)(i / 2 % tokens)};
-}
-
-__global__ void __launch_bounds__(kVectors* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
-  extern __shared__ float memory[];
-  const EncodeShape& s = call.shape;
-  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
-  float* x = memory + threadIdx.x / kSimd * 2 * widest(s.format);
-  encode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active, x,
-                x + widest(s.format), call.bad, threadIdx.x % kSimd);
+__global__ void __launch_bounds__(kSimds* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
+  __shared__ float memory[kSimds * kSimdFloats];
+  const bool is_k = blockIdx.x % 2 == 0;
+  const PageFormat& f = call.shape.format;
+  encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+                    first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
+                    call.bad, threadIdx.x % kSimd);
 }
 
 struct DecodeCall {
@@ -45,16 +34,48 @@ struct DecodeCall {
   Pages pages;
 };
 
-__global__ void __launch_bounds__(kVectors* kSimd) decode_kernel(const __grid_constant__ DecodeCall call) {
-  extern __shared__ float memory[];
-  const DecodeShape& s = call.shape;
-  const Item item = item_of(s.batch, s.kv_heads, s.first_token, s.tokens);
-  decode_vector(s, call.pages, call.side[item.is_k ? 0 : 1], item.is_k, item.b, item.head, item.token, item.active,
-                memory + threadIdx.x / kSimd * widest(s.format), threadIdx.x % kSimd);
+__global__ void __launch_bounds__(kSimds* kSimd) decode_kernel(const __grid_constant__ DecodeCall call) {
+  __shared__ float memory[kSimds * kSimdFloats];
+  const bool is_k = blockIdx.x % 2 == 0;
+  const PageFormat& f = call.shape.format;
+  decode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+                    first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
+                    threadIdx.x % kSimd);
+}
+
+// Thread blocks for all vectors of both sides.
+int portable_blocks(const TokenRange& range, const PageFormat& f) {
+  const int fewest = std::min(vectors_of(f.k.head_dim), vectors_of(f.v.head_dim)) * kSimds;
+  return 2 * ((range.batch * range.kv_heads * range.tokens + fewest - 1) / fewest);
+}
+
+struct CopyCall {
+  const uchar* from[2];
+  uchar* to[2];
+  Strides3 from_strides[2], to_strides[2];
+  int head_dim[2], kv_heads, tokens, element_bytes;
+};
+
+// A thread block a (sequence, head, token); K, then V.
+__global__ void copy_kernel(const __grid_constant__ CopyCall call) {
+  const int token = blockIdx.x % call.tokens, row = blockIdx.x / call.tokens;
+  for (int side = 0; side < 2; side++) {
+    const long long from = element_at(call.from_strides[side], row / call.kv_heads, row % call.kv_heads, token);
+    const long long to = element_at(call.to_strides[side], row / call.kv_heads, row % call.kv_heads, token);
+    for (int c = threadIdx.x; c < call.head_dim[side]; c += blockDim.x)
+      if (call.element_bytes == 4)
+        reinterpret_cast<uint*>(call.to[side])[to + c] = reinterpret_cast<const uint*>(call.from[side])[from + c];
+      else
+        reinterpret_cast<ushort*>(call.to[side])[to + c] = reinterpret_cast<const ushort*>(call.from[side])[from + c];
+  }
+}
+
+OffsetSpans spans_of(const HalfbyteCudaTables& tables) {
+  return {(int)tables.offset_span, (int)tables.offset_first, std::max(1, (int)tables.offset_count)};
 }
 
 EncodeSide side_of(const SideFormat& f, const HalfbyteCudaView& view, const HalfbyteCudaTables& tables) {
-  EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}};
+  EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}, spans_of(tables)};
   std::copy_n(f.signed_scale ? kSearchSigned : kSearch, kSearchSize, side.factors);
   return side;
 }
@@ -81,7 +102,7 @@ template <class T>
 int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
   const size_t bytes = fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
-  const int warps = call.shape.batch * call.shape.kv_heads * call.shape.tokens / kBlockTokens;
+  const int warps = call.shape.range.batch * call.shape.range.kv_heads * call.shape.range.tokens / kBlockTokens;
   const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
   const int sides = std::min((warps + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
   return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>, 2 * sides, kEncodeWarps * kSimd, bytes, stream,
@@ -90,15 +111,9 @@ int encode_blocks_with(const EncodeCall& call, void* stream) {
 
 int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
   if (tokens <= 0) return 0;
-  call.shape.first_token = first_token, call.shape.tokens = tokens;
-  const long long vectors = 2ll * call.shape.batch * call.shape.kv_heads * tokens;
-  return launch(portable_encode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
-                kVectors * 2 * widest(call.shape.format) * 4, stream, call);
-}
-
-std::vector<double> layer_rotation(const HalfbyteCudaLayer& layer, int64_t is_v) {
-  return rotation_matrix(make_rotation((Rotation)layer.rotation, (int)(is_v ? layer.head_dim_v : layer.head_dim_k),
-                                       (uint64_t)layer.seed, (int)layer.layer_index));
+  call.shape.range.first_token = first_token, call.shape.range.tokens = tokens;
+  return launch(portable_encode_kernel, portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
+                call);
 }
 
 template <class T>
@@ -111,7 +126,7 @@ ushort bits_of(T x) {
 
 // r in terms of T that sum up to it, in the order of fragment_index: [8 elements] each.
 template <class T>
-void write_fragments(const std::vector<double>& r, int d, bool is_k, ushort* out) {
+void write_fragments(const float* r, int d, bool is_k, ushort* out) {
   for (int span = 0; span < d / kSpan; span++)
     for (int step = 0; step < d / 16; step++)
       for (int part = 0; part < 2; part++)
@@ -121,11 +136,11 @@ void write_fragments(const std::vector<double>& r, int d, bool is_k, ushort* out
             const int g = lane / 4, t = lane % 4, reg = e / 2;
             const int out_channel = is_k ? part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2 : part * 16 + 2 * g + reg % 2;
             const int in_channel = input_channel(step, t, (is_k ? reg % 2 : reg / 2) * 2 + e % 2);
-            double rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
+            float rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
             for (int term = 0; term < kTerms<T>; term++) {
-              const T x = T((float)rest);
+              const T x = T(rest);
               out[fragment_index(d, term, span, step, part, lane) * 8 + e] = bits_of(x);
-              rest -= (double)(float)x;
+              rest -= (float)x;  // exact
             }
           }
 }
@@ -137,10 +152,11 @@ using namespace halfbyte;
 using namespace halfbyte::gpu;
 
 extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
+  const OnDevice device(a->device);
   EncodeCall call{};
   EncodeShape& s = call.shape;
   s.format = page_format(a->layer);
-  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.dtype = (int)a->layer.dtype;
+  s.range = {(int)a->batch, (int)a->layer.kv_heads, 0, 0}, s.dtype = (int)a->layer.dtype;
   s.data_first = (int)a->data_first, s.limit = (float)a->limit;
   call.side[0] = side_of(s.format.k, a->k, a->k_tables), call.side[1] = side_of(s.format.v, a->v, a->v_tables);
   call.fragments[0] = static_cast<const uint4*>(a->k_tables.fragments);
@@ -157,25 +173,39 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   if (int error = encode_portable(call, begin, from - begin, a->stream)) return error;
   if (int error = encode_portable(call, to, end - to, a->stream)) return error;
   if (from == to) return 0;
-  s.first_token = from, s.tokens = to - from;
+  s.range.first_token = from, s.range.tokens = to - from;
   return s.dtype == kBfloat16 ? encode_blocks_with<__nv_bfloat16>(call, a->stream)
                               : encode_blocks_with<__half>(call, a->stream);
 }
 
+extern "C" int halfbyte_cuda_copy(const HalfbyteCudaCopy* a) {
+  if (a->tokens <= 0) return 0;
+  const OnDevice device(a->device);
+  const CopyCall call{{bytes_of(a->k.data), bytes_of(a->v.data)},
+                      {bytes_of(a->k_to.data), bytes_of(a->v_to.data)},
+                      {strides_of(a->k), strides_of(a->v)},
+                      {strides_of(a->k_to), strides_of(a->v_to)},
+                      {(int)a->layer.head_dim_k, (int)a->layer.head_dim_v},
+                      (int)a->layer.kv_heads,
+                      (int)a->tokens,
+                      a->layer.dtype == kFloat32 ? 4 : 2};
+  return launch(copy_kernel, (int)(a->batch * a->layer.kv_heads * a->tokens), 128, 0, a->stream, call);
+}
+
 extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
   if (a->tokens <= 0) return 0;
+  const OnDevice device(a->device);
   DecodeCall call{};
   DecodeShape& s = call.shape;
   s.format = page_format(a->layer);
-  s.batch = (int)a->batch, s.kv_heads = (int)a->layer.kv_heads, s.first_token = (int)a->first_token,
-  s.tokens = (int)a->tokens;
+  s.range = {(int)a->batch, (int)a->layer.kv_heads, (int)a->first_token, (int)a->tokens};
   s.out_first = (int)a->out_first, s.out_tokens = (int)a->out_tokens;
-  call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda};
-  call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda};
+  call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda,
+                  spans_of(a->k_tables)};
+  call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda,
+                  spans_of(a->v_tables)};
   call.pages = pages_of(a->pages);
-  const long long vectors = 2ll * s.batch * s.kv_heads * s.tokens;
-  return launch(decode_kernel, (int)((vectors + kVectors - 1) / kVectors), kVectors * kSimd,
-                kVectors * widest(s.format) * 4, a->stream, call);
+  return launch(decode_kernel, portable_blocks(s.range, s.format), kSimds * kSimd, 0, a->stream, call);
 }
 
 extern "C" int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer) {
@@ -190,18 +220,20 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
-  const std::vector<double> r = layer_rotation(*layer, is_v);
+  const std::vector<double> r =
+      rotation_matrix(make_rotation((Rotation)layer->rotation, (int)(is_v ? layer->head_dim_v : layer->head_dim_k),
+                                    (uint64_t)layer->seed, (int)layer->layer_index));
   std::copy(r.begin(), r.end(), rotation);
 }
 
-extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments) {
-  const std::vector<double> r = layer_rotation(*layer, is_v);
+extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
+                                        void* fragments) {
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
   auto* out = static_cast<ushort*>(fragments);
   if (layer->dtype == kBfloat16)
-    write_fragments<__nv_bfloat16>(r, d, !is_v, out);
+    write_fragments<__nv_bfloat16>(rotation, d, !is_v, out);
   else
-    write_fragments<__half>(r, d, !is_v, out);
+    write_fragments<__half>(rotation, d, !is_v, out);
 }
 
 extern "C" int halfbyte_cuda_probe(int64_t device) {

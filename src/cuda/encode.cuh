@@ -17,7 +17,7 @@ struct EncodeCall {
   EncodeSide side[2];  // K, V
   Pages pages;
   gpu_global const uint4* fragments[2];       // R, see fragment_index
-  gpu_global const float* rotated_offset[2];  // R mu [batch][kv_heads][d], or null
+  gpu_global const float* rotated_offset[2];  // R mu, in the order of EncodeSide::offset, or null
   uint32_t limit_bits;                        // the largest codable element, as bits of its dtype
   int* bad;                                   // set to 1 if a value can not be coded
 };
@@ -189,7 +189,9 @@ __device__ __forceinline__ void rotate_block(const EncodeCall& call, const Encod
   const bool has_offset = call.rotated_offset[IsK ? 0 : 1] != nullptr, has_lambda = side.lambda != nullptr;
   // Where there is none, some other floats are read and not used: a load that is always valid needs no branch.
   const float* other = reinterpret_cast<const float*>(call.fragments[IsK ? 0 : 1]);
-  const float* offset = has_offset ? call.rotated_offset[IsK ? 0 : 1] + ((long long)b * s.kv_heads + head) * D : other;
+  const float* offset = has_offset ? call.rotated_offset[IsK ? 0 : 1] +
+                                         offset_at(side.spans, b * s.range.kv_heads + head, first_token, D)
+                                   : other;
   const float* lambda = has_lambda ? side.lambda + (long long)head * D : other;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++)
@@ -252,12 +254,13 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
   const EncodeShape& s = call.shape;
   const SideFormat& f = IsK ? s.format.k : s.format.v;
   const EncodeSide& side = call.side[IsK ? 0 : 1];
-  const int lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4, blocks = s.tokens / kBlockTokens;
-  const int all = s.batch * s.kv_heads * blocks;
+  const TokenRange& range = s.range;
+  const int lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4, blocks = range.tokens / kBlockTokens;
+  const int all = range.batch * range.kv_heads * blocks;
   uint32_t largest = 0;
   for (int i = first; i < all; i += step) {
-    const int token = s.first_token + i % blocks * kBlockTokens, head = i / blocks % s.kv_heads,
-              b = i / blocks / s.kv_heads;
+    const int token = range.first_token + i % blocks * kBlockTokens, head = i / blocks % range.kv_heads,
+              b = i / blocks / range.kv_heads;
     Values<D> v;
     rotate_block<T, IsK, D>(call, side, fragments, b, head, token, g, t, v, largest);
     const BlockSide block = block_side(page_of(call.pages, s.format, b, head, token), s.format, IsK, token);

@@ -31,11 +31,20 @@ typedef struct {
   const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
   const float* transposed;     /* [d][d] */
   const void* fragments;       /* halfbyte_cuda_fragments, or null */
-  const float* offset;         /* [batch][kv_heads][d] */
+  const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
   const float* rotated_offset; /* R mu, alike */
   const float* lambda;         /* [kv_heads][d] */
   const float* inverse_lambda;
+  /* Each offset serves offset_span tokens, the first from token offset_span * offset_first on; 0: one for all. */
+  int64_t offset_span, offset_first, offset_count;
 } HalfbyteCudaTables;
+
+/* How K's offset turns in spans of tokens; waves: cos and sin in the middle of spans 0, 1, ..., [spans][pairs][2], or
+ * null. Pair i: channels i and i + pairs, or 2 i and 2 i + 1 when interleaved. */
+typedef struct {
+  const float* waves;
+  int64_t span, pairs, interleaved;
+} HalfbyteCudaTurn;
 
 /* table[b][i]: address of the page that holds tokens 64 * (first_page + i) onwards of sequence b. */
 typedef struct {
@@ -54,6 +63,7 @@ typedef struct {
   HalfbyteCudaLayer layer;
   HalfbyteCudaTables k, v;
   HalfbyteCudaPages pages;
+  HalfbyteCudaTurn turn;
   int64_t batch, heads, queries, causal;
   double scale, softcap;
   int64_t length, first, sliding_window, sink_tokens, packed_end, raw_window, warm_up, kept;
@@ -66,6 +76,7 @@ typedef struct {
   void* space;       /* halfbyte_cuda_attend_space bytes */
   int32_t* arrivals; /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
   int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
+  int64_t device;    /* that holds all of this, as in the other calls */
   void* stream;
 } HalfbyteCudaAttend;
 
@@ -77,10 +88,18 @@ typedef struct {
   int64_t batch, first_token, tokens, data_first;
   HalfbyteCudaView k, v;
   double limit; /* larger magnitudes can not be coded: *bad becomes 1 */
-  int32_t* bad;
-  int64_t portable;
+  int32_t* bad; /* of the device, or of the host where the device can write to it */
+  int64_t portable, device;
   void* stream;
 } HalfbyteCudaEncode;
+
+/* Copies K and V [batch, kv_heads, tokens, head_dim] of any strides: raw tokens to where a cache keeps them. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaView k, v, k_to, v_to;
+  int64_t batch, tokens, device;
+  void* stream;
+} HalfbyteCudaCopy;
 
 /* Packed tokens [first_token, first_token + tokens) to float32 [batch][kv_heads][out_tokens][head_dim], whose first
  * token is at position out_first. */
@@ -91,21 +110,24 @@ typedef struct {
   int64_t batch, first_token, tokens, out_first, out_tokens;
   float* k;
   float* v;
+  int64_t device;
   void* stream;
 } HalfbyteCudaDecode;
 
 int halfbyte_cuda_attend(const HalfbyteCudaAttend* call);
 int halfbyte_cuda_encode(const HalfbyteCudaEncode* call);
+int halfbyte_cuda_copy(const HalfbyteCudaCopy* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
 
-/* Bytes of scratch that an attend needs; of one KV head's part of a page; of a side's fragments, 0 if it has none. */
+/* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens; of one KV head's part
+ * of a page; of a side's fragments, 0 if it has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 
-/* Fill host memory: R as [d][d], and the same as the encoding kernel reads it. */
+/* Fill host memory: R as [d][d] of a rotation that is not dense, and any R as the encoding kernel reads it. */
 void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation);
-void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, void* fragments);
+void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation, void* fragments);
 
 /* 0 if device `device` can run these kernels, else a CUDA error number. */
 int halfbyte_cuda_probe(int64_t device);

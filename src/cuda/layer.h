@@ -1,7 +1,7 @@
 // The C interface's descriptions as the structures of the kernels; host only.
 #pragma once
 
-#include "gpu/element.h"
+#include "gpu/rotate.h"
 
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
@@ -25,24 +25,39 @@ inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast
 
 // Table entries are addresses, that is, offsets from null.
 inline Pages pages_of(const HalfbyteCudaPages& pages) {
-  return {nullptr, reinterpret_cast<const long long*>(pages.table), (int)pages.table_stride, (int)pages.first_page};
+  return {nullptr, pages.table, (int)pages.table_stride, (int)pages.first_page};
 }
 
-inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed}; }
+inline RotationTable table_of(const HalfbyteCudaTables& tables) {
+  return {tables.rotation, tables.transposed, nullptr, nullptr};
+}
 
-inline int multiprocessors() {
-  int device = 0, n = 0;
+// Launches go to one device of several while this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int64_t device) {
+    cudaGetDevice(&before_);
+    if (before_ != device) cudaSetDevice((int)device), changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
-  return n;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
-inline int shared_memory_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Lets a kernel use `bytes` of shared memory, then launches it; returns the launch's error.
 template <class Call>

@@ -2,12 +2,13 @@
 // merge.
 #pragma once
 
-#include "gpu/element.h"
+#include "gpu/rotate.h"
 
-namespace halfbyte::gpu {
+namespace halfbyte {
+namespace gpu {
 
-constexpr float kUnseen = -1e30f;  // the maximum of a row that has seen nothing
-constexpr int kRawTokens = 32;     // raw tokens that `finish` scores at a time
+gpu_constexpr float kUnseen = -1e30f;  // the maximum of a row that has seen nothing
+gpu_constexpr int kRawTokens = 32;     // raw tokens that `finish` scores at a time
 
 // What one call attends to. Positions count from the start of the sequence, as in the CPU's Layer::attend.
 struct AttendShape {
@@ -19,8 +20,15 @@ struct AttendShape {
   int sink_tokens, packed_end, raw_window, warm_up;
   int kept;         // raw values exist from this position on
   int mask_tokens;  // the mask covers the newest ones
-  long long mask_batch_stride, mask_query_stride;
+  int64_t mask_batch_stride, mask_query_stride;
   Strides3 q_strides, out_strides;
+};
+
+// How the offset of K turns with RoPE, a span of tokens at a time; without waves it does not. See docs/format.md.
+struct Turn {
+  gpu_global const float* waves;  // [spans][pairs][2]: cos and sin in the middle of each span, or null
+  int span, pairs;
+  int pair_step, pair_gap;  // pair i: channels i · pair_step and i · pair_step + pair_gap
 };
 
 struct AttendBuffers {
@@ -35,6 +43,7 @@ struct AttendBuffers {
   gpu_global const float* inverse_lambda_v;
   Pages pages;
   gpu_global float* partials;  // [slots][partial_floats]
+  Turn turn;
 };
 
 // Raw tokens that lie one after the other: positions [begin, end), `first` being the one at k and v.
@@ -51,21 +60,21 @@ struct RowSight {
   int lo, hi, packed_end, raw_from;
 };
 
-HALFBYTE_INLINE int rows_of(const AttendShape& s) { return s.group * s.queries; }
-HALFBYTE_INLINE int row_tiles(const AttendShape& s) { return (rows_of(s) + kTileRows - 1) / kTileRows; }
+HALFBYTE_INLINE int rows_of(gpu_local const AttendShape& s) { return s.group * s.queries; }
+HALFBYTE_INLINE int row_tiles(gpu_local const AttendShape& s) { return (rows_of(s) + kTileRows - 1) / kTileRows; }
 
 // A partial result: acc [kTileRows][padded_dim of V] in code domain, then maxima and sums [kTileRows], in powers of
 // two.
-HALFBYTE_INLINE int partial_floats(const AttendShape& s) { return kTileRows * (s.format.v.padded_dim + 2); }
+HALFBYTE_INLINE int partial_floats(gpu_local const AttendShape& s) { return kTileRows * (s.format.v.padded_dim + 2); }
 
 // First token that a query at `position` sees raw when raw values still exist, as Layer::State::raw_start.
-HALFBYTE_INLINE int raw_start(const AttendShape& s, int position) {
+HALFBYTE_INLINE int raw_start(gpu_local const AttendShape& s, int position) {
   if (position < s.warm_up) return s.sink_tokens;
   const int block = position / kBlockTokens * kBlockTokens - s.raw_window;
   return block > s.sink_tokens ? block : s.sink_tokens;
 }
 
-HALFBYTE_INLINE RowSight sight_of(const AttendShape& s, int row, bool masked) {
+HALFBYTE_INLINE RowSight sight_of(gpu_local const AttendShape& s, int row, bool masked) {
   const int position = s.length - s.queries + row / s.group;
   const int start = raw_start(s, position), held = s.kept < position + 1 ? s.kept : position + 1;
   RowSight sight;
@@ -82,24 +91,24 @@ HALFBYTE_INLINE RowSight sight_of(const AttendShape& s, int row, bool masked) {
   return sight;
 }
 
-gpu_fn bool mask_shows(gpu_const AttendShape& s, gpu_global const uchar* mask, int b, int row, int token) {
+gpu_fn bool mask_shows(gpu_local const AttendShape& s, gpu_global const uchar* mask, int b, int row, int token) {
   return !mask ||
          mask[b * s.mask_batch_stride + row / s.group * s.mask_query_stride + token - (s.length - s.mask_tokens)];
 }
 
 // A score as a power of two, soft-capped.
-gpu_fn float log2_score(gpu_const AttendShape& s, float score) {
+gpu_fn float log2_score(gpu_local const AttendShape& s, float score) {
   return (s.softcap > 0.0f ? s.softcap * tanh(score / s.softcap) : score) * kLog2e;
 }
 
 // q · scale of the tile's rows (query heads × queries) to q [d][kTileRows], zeros where there is no row.
 template <bool Wide>
-gpu_fn void load_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile,
+gpu_fn void load_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, int tile,
                          gpu_shared float* q, int tid, int threads) {
   const int d = s.format.k.head_dim, rows = rows_of(s), lane = tid % kSimd;
   for (int slot = tid / kSimd; slot < kTileRows; slot += threads / kSimd) {
     const int row = tile * kTileRows + slot;
-    const long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
+    const int64_t at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
 #pragma unroll 4
     for (int c = lane; c < d; c += kSimd)
       q[c * kTileRows + slot] = row < rows ? load_as<Wide>(in.q, s.dtype, at + c) * s.scale : 0.0f;
@@ -108,20 +117,27 @@ gpu_fn void load_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, 
 
 // The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [padded_dim][kTileRows], its largest magnitude and
 // q·mu·scale of each row to `largest` and `offset`. q [d][kTileRows] is scratch. Ends with a barrier.
-template <bool Wide>
-gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int tile,
-                            gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
+template <bool Wide, int D = 0>
+gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                            int tile, gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
                             gpu_shared float* offset, int tid, int threads) {
   const int d = s.format.k.head_dim, padded = s.format.k.padded_dim, lane = tid % kSimd;
   load_queries<Wide>(s, in, b, head, tile, q, tid, threads);
   gpu_barrier();
   if (in.rotation_k.r) rotate_tile(in.rotation_k.transposed, d, q, rotated, tid, threads);
-  for (int at = tid + (in.rotation_k.r ? d * kTileRows : 0); at < padded * kTileRows; at += threads)
-    rotated[at] = at < d * kTileRows ? q[at] : 0.0f;
+  for (int at = tid + (in.rotation_k.r ? d * kTileRows : 0); at < padded * kTileRows; at += threads) {
+    const float factor = in.rotation_k.factors && at < d * kTileRows ? in.rotation_k.factors[at / kTileRows] : 1.0f;
+    rotated[at] = at < d * kTileRows ? q[at] * factor : 0.0f;
+  }
   gpu_barrier();
+  if (in.rotation_k.factors) {
+    for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd)
+      FastRotation<D, 1>::forward(in.rotation_k, VectorSpace{rotated + row, 0, kTileRows}, lane);
+    gpu_barrier();
+  }
   if (in.inverse_lambda_k) {
     for (int at = tid; at < d * kTileRows; at += threads)
-      rotated[at] *= in.inverse_lambda_k[(long long)head * d + at / kTileRows];
+      rotated[at] *= in.inverse_lambda_k[(int64_t)head * d + at / kTileRows];
     gpu_barrier();
   }
   for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
@@ -129,7 +145,7 @@ gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& i
 #pragma unroll 4
     for (int c = lane; c < d; c += kSimd) {
       top = max(top, fabs(rotated[c * kTileRows + row]));
-      if (in.offset_k) dot += q[c * kTileRows + row] * in.offset_k[((long long)b * s.kv_heads + head) * d + c];
+      if (in.offset_k) dot += q[c * kTileRows + row] * in.offset_k[((int64_t)b * s.kv_heads + head) * d + c];
     }
     top = simd_max(top), dot = simd_sum(dot);
     if (lane == 0) largest[row] = top, offset[row] = dot;
@@ -137,30 +153,65 @@ gpu_fn void prepare_queries(gpu_const AttendShape& s, gpu_const AttendBuffers& i
   gpu_barrier();
 }
 
+HALFBYTE_INLINE int product_floats(gpu_local const Turn& turn) { return turn.waves ? kTileRows * 2 * turn.pairs : 0; }
+
+// q·mu of an offset that turns is Σ product · wave over pairs: those products to [pairs][kTileRows][2], and to `offset`
+// what the channels behind the pairs add. q: as prepare_queries left it. Ends with a barrier.
+gpu_fn void turn_products(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                          gpu_shared const float* q, gpu_shared float* products, gpu_shared float* offset, int tid,
+                          int threads) {
+  const int d = s.format.k.head_dim, lane = tid % kSimd;
+  gpu_global const float* mu = in.offset_k + ((int64_t)b * s.kv_heads + head) * d;
+  for (int at = tid; at < in.turn.pairs * kTileRows; at += threads) {
+    const int row = at % kTileRows, x = at / kTileRows * in.turn.pair_step, y = x + in.turn.pair_gap;
+    const float qx = q[x * kTileRows + row], qy = q[y * kTileRows + row];
+    products[2 * at] = qx * mu[x] + qy * mu[y], products[2 * at + 1] = qy * mu[x] - qx * mu[y];
+  }
+  for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
+    float dot = 0.0f;
+    for (int c = 2 * in.turn.pairs + lane; c < d; c += kSimd) dot += q[c * kTileRows + row] * mu[c];
+    dot = simd_sum(dot);
+    if (lane == 0) offset[row] = dot;
+  }
+  gpu_barrier();
+}
+
+// q·mu of one row's pairs in the span of a token, the same in every lane. products: from this row on.
+gpu_fn float turned_offset(gpu_local const Turn& turn, gpu_shared const float* products, int token, int lane) {
+  gpu_global const float* waves = turn.waves + (int64_t)(token / turn.span) * turn.pairs * 2;
+  float sum = 0.0f;
+  for (int i = lane; i < turn.pairs; i += kSimd)
+    sum += products[i * kTileRows * 2] * waves[2 * i] + products[i * kTileRows * 2 + 1] * waves[2 * i + 1];
+  return simd_sum(sum);
+}
+
 // One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
-// rotated: [padded_dim of K][kTileRows] from this row on. The result goes to `partial` at `slot_row`.
-gpu_fn void attend_packed_row(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, int row,
-                              int begin, int end, gpu_shared const float* rotated, float offset,
-                              gpu_global float* partial, int slot_row, int lane) {
-  gpu_const SideFormat& fk = s.format.k;
-  gpu_const SideFormat& fv = s.format.v;
+// rotated: [padded_dim of K][kTileRows] from this row on, and so products, if K's offset turns. The result goes to
+// `partial` at `slot_row`.
+gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              int row, int begin, int end, gpu_shared const float* rotated, float fixed_offset,
+                              gpu_global float* partial, int slot_row, int lane,
+                              gpu_shared const float* products = nullptr) {
+  gpu_local const SideFormat& fk = s.format.k;
+  gpu_local const SideFormat& fv = s.format.v;
   const RowSight sight = sight_of(s, row, in.mask != nullptr);
-  const int slot = lane % kBlockTokens, half = lane / kBlockTokens;
+  const int slot = lane % kBlockTokens, part = lane / kBlockTokens;
   float top = kUnseen, sum = 0.0f, acc[kMaxHeadDim / kSimd] = {};
   for (int block = begin / kBlockTokens * kBlockTokens; block < end; block += kBlockTokens) {
     gpu_global uchar* page = page_of(in.pages, s.format, b, head, block);
     const BlockSide k = block_side(page, s.format, true, block), v = block_side(page, s.format, false, block);
     float dot = 0.0f;  // each half of the simdgroup takes every other span
-    for (int c = half * kSpan; c < fk.head_dim; c += c % kSpan == kSpan - 1 ? kSpan + 1 : 1)
+    for (int c = part * kSpan; c < fk.head_dim; c += c % kSpan == kSpan - 1 ? kSpan + 1 : 1)
       dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) *
              rotated[c * kTileRows];
     const int token = block + slot;
+    const float offset = fixed_offset + (in.turn.waves ? turned_offset(in.turn, products, block, lane) : 0.0f);
     float score = log2_score(s, dot + gpu_lane_xor(dot, kBlockTokens) + offset);
     const bool seen =
         token >= max(sight.lo, begin) && token < min(sight.packed_end, end) && mask_shows(s, in.mask, b, row, token);
     const float new_top = max(top, simd_max(seen ? score : kUnseen));
     const float keep = exp2(top - new_top), p = seen ? exp2(score - new_top) : 0.0f;
-    sum = sum * keep + simd_sum(half ? 0.0f : p);
+    sum = sum * keep + simd_sum(part ? 0.0f : p);
     top = new_top;
     for (int i = 0; i < kMaxHeadDim / kSimd; i++) acc[i] *= keep;
     for (int t = 0; t < kBlockTokens; t++) {
@@ -192,11 +243,11 @@ struct FinishSpace {
   gpu_shared float* sum;      // [kTileRows]
 };
 
-HALFBYTE_INLINE int finish_floats(const PageFormat& f) {
-  return kTileRows * (f.k.head_dim + f.v.padded_dim + f.v.head_dim + kRawTokens + 2);
+HALFBYTE_INLINE constexpr int finish_floats(int k_dim, int v_padded, int v_dim) {
+  return kTileRows * (k_dim + v_padded + v_dim + kRawTokens + 2);
 }
 
-gpu_fn FinishSpace finish_space(gpu_const PageFormat& f, gpu_shared float* at) {
+gpu_fn FinishSpace finish_space(gpu_local const PageFormat& f, gpu_shared float* at) {
   FinishSpace space;
   space.q = at;
   space.y = space.q + kTileRows * f.k.head_dim;
@@ -208,7 +259,7 @@ gpu_fn FinishSpace finish_space(gpu_const PageFormat& f, gpu_shared float* at) {
 }
 
 // Log-sum-exp over `n` partial results of one tile, to y, top and sum. Ends with a barrier.
-gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* partials, int n, FinishSpace space,
+gpu_fn void merge_partials(gpu_local const AttendShape& s, gpu_global const float* partials, int n, FinishSpace space,
                            int tid, int threads) {
   const int padded = s.format.v.padded_dim, each = partial_floats(s), lane = tid % kSimd;
   gpu_global const float* tops = partials + kTileRows * padded;
@@ -216,11 +267,11 @@ gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* par
   for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
     float top = kUnseen, sum = 0.0f;
 #pragma unroll 4
-    for (int i = lane; i < n; i += kSimd) top = max(top, tops[(long long)i * each + row]);
+    for (int i = lane; i < n; i += kSimd) top = max(top, tops[(int64_t)i * each + row]);
     top = simd_max(top);
 #pragma unroll 4
     for (int i = lane; i < n; i += kSimd)
-      sum += sums[(long long)i * each + row] * exp2(tops[(long long)i * each + row] - top);
+      sum += sums[(int64_t)i * each + row] * exp2(tops[(int64_t)i * each + row] - top);
     sum = simd_sum(sum);
     if (lane == 0) space.top[row] = top, space.sum[row] = sum;
   }
@@ -229,17 +280,17 @@ gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* par
     const int some = min(kRawTokens, n - from);
     for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd)
       if (lane < some)
-        space.weights[row * kRawTokens + lane] = exp2(tops[(long long)(from + lane) * each + row] - space.top[row]);
+        space.weights[row * kRawTokens + lane] = exp2(tops[(int64_t)(from + lane) * each + row] - space.top[row]);
     gpu_barrier();
     for (int at = 4 * tid; at < kTileRows * padded; at += 4 * threads) {  // four channels of a row
       const int row = at / padded;
       gpu_shared const float* weights = space.weights + row * kRawTokens;
       gpu_shared float* y = space.y + at % padded * kTileRows + row;
-      gpu_global const float4* first = (gpu_global const float4*)(partials + (long long)from * each + at);
+      gpu_global const float4* first = (gpu_global const float4*)(partials + (int64_t)from * each + at);
       float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 16
       for (int i = 0; i < some; i++) {
-        const float4 part = first[(long long)i * (each / 4)];
+        const float4 part = first[(int64_t)i * (each / 4)];
         const float weight = weights[i];
         acc[0] += part.x * weight, acc[1] += part.y * weight, acc[2] += part.z * weight, acc[3] += part.w * weight;
       }
@@ -250,21 +301,28 @@ gpu_fn void merge_partials(gpu_const AttendShape& s, gpu_global const float* par
 }
 
 // Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p, from y to out. Ends with a barrier.
-gpu_fn void leave_code_domain(gpu_const AttendShape& s, gpu_const AttendBuffers& in, int b, int head, FinishSpace space,
-                              int tid, int threads) {
+template <int D>
+gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              FinishSpace space, int tid, int threads) {
   const int d = s.format.v.head_dim;
   if (in.inverse_lambda_v) {
     for (int at = tid; at < d * kTileRows; at += threads)
-      space.y[at] *= in.inverse_lambda_v[(long long)head * d + at / kTileRows];
+      space.y[at] *= in.inverse_lambda_v[(int64_t)head * d + at / kTileRows];
+    gpu_barrier();
+  }
+  if (in.rotation_v.factors) {
+    for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd)
+      FastRotation<D, 1>::back(in.rotation_v, VectorSpace{space.y + row, 0, kTileRows}, tid % kSimd);
     gpu_barrier();
   }
   if (in.rotation_v.r)
     rotate_tile(in.rotation_v.r, d, space.y, space.out, tid, threads);
   else
-    for (int at = tid; at < d * kTileRows; at += threads) space.out[at] = space.y[at];
+    for (int at = tid; at < d * kTileRows; at += threads)
+      space.out[at] = space.y[at] * (in.rotation_v.factors ? back_factor(in.rotation_v, at / kTileRows) : 1.0f);
   gpu_barrier();
   if (in.offset_v) {
-    gpu_global const float* mu = in.offset_v + ((long long)b * s.kv_heads + head) * d;
+    gpu_global const float* mu = in.offset_v + ((int64_t)b * s.kv_heads + head) * d;
 #pragma unroll 4
     for (int at = tid; at < d * kTileRows; at += threads)
       space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];
@@ -274,13 +332,13 @@ gpu_fn void leave_code_domain(gpu_const AttendShape& s, gpu_const AttendBuffers&
 
 // Scores of n raw tokens from `from` to weights [kTileRows][kRawTokens], one token a simdgroup at a time.
 template <bool Wide>
-gpu_fn void score_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens& raw, int b, int head,
-                      int tile, int from, int n, FinishSpace space, int tid, int threads) {
+gpu_fn void score_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw,
+                      int b, int head, int tile, int from, int n, FinishSpace space, int tid, int threads) {
   const int d = s.format.k.head_dim, lane = tid % kSimd, row = min(tile * kTileRows + lane % kTileRows, rows_of(s) - 1);
   const RowSight sight = sight_of(s, row, in.mask != nullptr);
   for (int i = tid / kSimd; i < n; i += threads / kSimd) {
     const int token = from + i;
-    const long long at = element_at(raw.k_strides, b, head, token - raw.first);
+    const int64_t at = element_at(raw.k_strides, b, head, token - raw.first);
     float dots[kTileRows] = {};
 #pragma unroll 4
     for (int c = lane; c < d; c += kSimd) {
@@ -300,12 +358,12 @@ gpu_fn void score_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu
 
 // out += Σ weight · v, a thread one channel of four rows. Rows whose weight is 0 may hold anything finite.
 template <bool Wide>
-gpu_fn void add_raw(gpu_const AttendShape& s, gpu_const RawTokens& raw, int b, int head, int from, int n,
+gpu_fn void add_raw(gpu_local const AttendShape& s, gpu_local const RawTokens& raw, int b, int head, int from, int n,
                     FinishSpace space, int tid, int threads) {
   const int d = s.format.v.head_dim;
   for (int at = tid; at < d * (kTileRows / 4); at += threads) {
     const int channel = at % d, row = at / d * 4;
-    const long long first = element_at(raw.v_strides, b, head, from - raw.first) + channel;
+    const int64_t first = element_at(raw.v_strides, b, head, from - raw.first) + channel;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 16
     for (int t = 0; t < n; t++) {
@@ -318,8 +376,9 @@ gpu_fn void add_raw(gpu_const AttendShape& s, gpu_const RawTokens& raw, int b, i
 
 // Adds raw tokens to the running softmax in top, sum and out, kRawTokens at a time.
 template <bool Wide>
-gpu_fn void attend_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens& raw, int b, int head,
-                       int tile, FinishSpace space, int tid, int threads) {
+gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in,
+                       gpu_local const RawTokens& raw, int b, int head, int tile, FinishSpace space, int tid,
+                       int threads) {
   const int d = s.format.v.head_dim, lane = tid % kSimd;
   for (int from = raw.begin; from < raw.end; from += kRawTokens) {
     const int n = min(kRawTokens, raw.end - from);
@@ -341,14 +400,14 @@ gpu_fn void attend_raw(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gp
 }
 
 // Partial results [n] of one tile of rows, and the raw tokens, to finished outputs. Run by a whole threadgroup.
-template <bool Wide>
-gpu_fn void finish(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_const RawTokens* raw, int n_raw,
-                   gpu_global const float* partials, int n, int b, int head, int tile, gpu_shared float* memory,
-                   int tid, int threads) {
+template <bool Wide, int D = 0>
+gpu_fn void finish(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens* raw,
+                   int n_raw, gpu_global const float* partials, int n, int b, int head, int tile,
+                   gpu_shared float* memory, int tid, int threads) {
   FinishSpace space = finish_space(s.format, memory);
   load_queries<Wide>(s, in, b, head, tile, space.q, tid, threads);
   merge_partials(s, partials, n, space, tid, threads);
-  leave_code_domain(s, in, b, head, space, tid, threads);
+  leave_code_domain<D>(s, in, b, head, space, tid, threads);
   for (int i = 0; i < n_raw; i++) attend_raw<Wide>(s, in, raw[i], b, head, tile, space, tid, threads);
   const int d = s.format.v.head_dim;
   for (int at = tid; at < kTileRows * d; at += threads) {
@@ -367,4 +426,5 @@ gpu_fn void finish(gpu_const AttendShape& s, gpu_const AttendBuffers& in, gpu_co
   }
 }
 
-}  // namespace halfbyte::gpu
+}  // namespace gpu
+}  // namespace halfbyte

@@ -3,14 +3,15 @@
 
 #include "gpu/gpu.h"
 
-namespace halfbyte::gpu {
+namespace halfbyte {
+namespace gpu {
 
-constexpr float kLog2e = 1.44269504088896f;
+gpu_constexpr float kLog2e = 1.44269504088896f;
 
 // Dtype of the public API, as a number.
 enum ElementType { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
-gpu_fn float load_value(gpu_global const uchar* p, int dtype, long long i) {
+gpu_fn float load_value(gpu_global const uchar* p, int dtype, int64_t i) {
   if (dtype == kFloat32) return ((gpu_global const float*)p)[i];
   ushort bits = ((gpu_global const ushort*)p)[i];
   return dtype == kFloat16 ? half_bits_to_float(bits) : bits_as_float((uint)bits << 16);
@@ -18,7 +19,7 @@ gpu_fn float load_value(gpu_global const uchar* p, int dtype, long long i) {
 
 // The same where the caller has branched on the width already, so that loads in a loop need not wait for one another.
 template <bool Wide>
-gpu_fn float load_as(gpu_global const uchar* p, int dtype, long long i) {
+gpu_fn float load_as(gpu_global const uchar* p, int dtype, int64_t i) {
   if (Wide) return ((gpu_global const float*)p)[i];
   const ushort bits = ((gpu_global const ushort*)p)[i];
   const float as_half = half_bits_to_float(bits), as_bf16 = bits_as_float((uint)bits << 16);
@@ -31,42 +32,47 @@ gpu_fn ushort float_to_bf16_bits(float x) {
   return (ushort)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-gpu_fn void store_value(gpu_global uchar* p, int dtype, long long i, float x) {
+gpu_fn void store_value(gpu_global uchar* p, int dtype, int64_t i, float x) {
   if (dtype == kFloat32)
     ((gpu_global float*)p)[i] = x;
   else
     ((gpu_global ushort*)p)[i] = dtype == kFloat16 ? float_to_half_bits(x) : float_to_bf16_bits(x);
 }
 
-gpu_fn float simd_sum(float x) {
-  for (int mask = kSimd / 2; mask > 0; mask >>= 1) x += gpu_lane_xor(x, mask);
+// Over the `lanes` neighbouring lanes, a power of two, that x is one of.
+gpu_fn float lanes_sum(float x, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask >>= 1) x += gpu_lane_xor(x, mask);
   return x;
 }
 
-gpu_fn float simd_max(float x) {
-  for (int mask = kSimd / 2; mask > 0; mask >>= 1) x = max(x, gpu_lane_xor(x, mask));
+gpu_fn float lanes_max(float x, int lanes) {
+  for (int mask = lanes / 2; mask > 0; mask >>= 1) x = max(x, gpu_lane_xor(x, mask));
   return x;
 }
+
+gpu_fn float simd_sum(float x) { return lanes_sum(x, kSimd); }
+gpu_fn float simd_max(float x) { return lanes_max(x, kSimd); }
 
 // Strides of a [batch, heads, tokens, channels] array in elements; channels are contiguous.
 struct Strides3 {
-  long long batch, head, token;
+  int64_t batch, head, token;
 };
 
-gpu_fn long long element_at(gpu_const Strides3& s, int b, int head, int token) {
+gpu_fn int64_t element_at(gpu_local const Strides3& s, int b, int head, int token) {
   return b * s.batch + head * s.head + token * s.token;
 }
 
 // The pages of a layer. table[b][i] is the byte offset from `pool` of the page with tokens 64·(first_page + i) onwards.
 struct Pages {
   gpu_global uchar* pool;
-  gpu_global const long long* table;  // [batch][table_stride]
+  gpu_global const int64_t* table;  // [batch][table_stride]
   int table_stride;
   int first_page;
 };
 
-gpu_fn gpu_global uchar* page_of(gpu_const Pages& pages, gpu_const PageFormat& format, int b, int head, int token) {
-  long long page = pages.table[(long long)b * pages.table_stride + token / kPageTokens - pages.first_page];
+gpu_fn gpu_global uchar* page_of(gpu_local const Pages& pages, gpu_local const PageFormat& format, int b, int head,
+                                 int token) {
+  int64_t page = pages.table[(int64_t)b * pages.table_stride + token / kPageTokens - pages.first_page];
   return pages.pool + page + head * page_head_bytes(format);
 }
 
@@ -76,53 +82,22 @@ struct BlockSide {
   gpu_global uchar* scales;
 };
 
-gpu_fn BlockSide block_side(gpu_global uchar* page, gpu_const PageFormat& format, bool is_k, int token) {
+gpu_fn BlockSide block_side(gpu_global uchar* page, gpu_local const PageFormat& format, bool is_k, int token) {
   int block = token % kPageTokens / kBlockTokens;
   return {page + (is_k ? k_codes_at(format, block) : v_codes_at(format, block)),
           page + (is_k ? k_scales_at(format, block) : v_scales_at(format, block))};
 }
 
-gpu_fn float load_scale(gpu_const SideFormat& f, gpu_global const uchar* scales, int group, int token) {
+gpu_fn float load_scale(gpu_local const SideFormat& f, gpu_global const uchar* scales, int group, int token) {
   return load_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + token);
 }
 
-gpu_fn float code_value(gpu_const SideFormat& f, bool is_k, gpu_global const uchar* codes, int token, int channel) {
+gpu_fn float code_value(gpu_local const SideFormat& f, bool is_k, gpu_global const uchar* codes, int token,
+                        int channel) {
   CodePlace place = is_k ? k_code_place(f.bits, token, channel) : v_code_place(f.bits, token, channel);
   int code = codes[place.byte] >> place.shift & (f.bits == 4 ? 15 : 255);
   return (float)(code - zero_code(f.bits));
 }
 
-// R as a dense matrix, so that any rotation costs the same. Null for the identity.
-struct RotationTable {
-  gpu_global const float* r;           // [d][d], y_i = Σ r[i][j] x_j
-  gpu_global const float* transposed;  // [d][d]
-};
-
-constexpr int kTileRows = 8;  // vectors that share the reading of a matrix, of codes, of raw tokens
-
-// out[i][row] = Σ_j m[j][i] x[j][row], x and out being [d][kTileRows]: m is the transposed table to rotate, the plain
-// one to rotate back. Four lanes share two channels, a quarter of the sum each. Run by a whole threadgroup; d is even.
-gpu_fn void rotate_tile(gpu_global const float* m, int d, gpu_shared const float* x, gpu_shared float* out, int tid,
-                        int threads) {
-  const int lane = tid % kSimd, part = lane / 8;
-  for (int first = tid / kSimd * 8; first < d / 2; first += threads / kSimd * 8) {
-    const int pair = first + lane % 8;
-    float sum[2][kTileRows] = {};
-    if (pair < d / 2) {
-#pragma unroll 16  // loads under way
-      for (int j = part; j < d; j += 4) {
-        const float2 r = ((gpu_global const float2*)m)[j * (d / 2) + pair];
-        const float4 low = ((gpu_shared const float4*)x)[2 * j], high = ((gpu_shared const float4*)x)[2 * j + 1];
-        const float rows[kTileRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        for (int row = 0; row < kTileRows; row++) sum[0][row] += r.x * rows[row], sum[1][row] += r.y * rows[row];
-      }
-    }
-    for (int row = 0; row < kTileRows; row++)
-      for (int e = 0; e < 2; e++) {
-        const float half = sum[e][row] + gpu_lane_xor(sum[e][row], 8), whole = half + gpu_lane_xor(half, 16);
-        if (part == row / 2 && pair < d / 2) out[(2 * pair + e) * kTileRows + row] = whole;
-      }
-  }
-}
-
-}  // namespace halfbyte::gpu
+}  // namespace gpu
+}  // namespace halfbyte

@@ -33,9 +33,12 @@ TEST(Append, AnyChunkingGivesIdenticalBytes) {
       const Array k = random_array(random, 2, 2, tokens, d, dtype), v = random_array(random, 2, 2, tokens, d, dtype);
       const Array q = random_array(random, 2, 4, 1, d, dtype);
       const std::vector<float> mu = random.normals(2 * d);
+      const Rope rope = random_rope(random, d);
+      recipe.offset_span = form % 2 ? 16 : 64;
       auto build = [&](const std::vector<size_t>& at) {
         Layer layer = make_layer(config_of(2, d, dtype, recipe));
         if (recipe.offset) must(layer.set_offset(mu.data(), mu.data()));  // else the first chunk's size decides μ
+        if (recipe.offset && form % 3) must(set_rope(layer, rope));
         for (size_t i = 1; i < at.size(); i++) must(append(layer, k, v, at[i - 1], at[i]));
         return layer;
       };

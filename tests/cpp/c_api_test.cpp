@@ -47,13 +47,13 @@ TEST(CApi, DefaultsAreThoseOfCpp) {
   EXPECT_EQ((int)Dtype::float32, HALFBYTE_FLOAT32);
   EXPECT_EQ((int)Dtype::float16, HALFBYTE_FLOAT16);
   EXPECT_EQ((int)Dtype::bfloat16, HALFBYTE_BFLOAT16);
-  const std::vector<int> got = {c.k_bits,     c.k_group,       c.v_bits,       c.v_group, c.scale_bits,
-                                c.offset,     c.search,        c.signed_scale, c.lambda,  c.sink_tokens,
-                                c.raw_window, c.offset_tokens, (int)c.seed};
-  const std::vector<int> want = {recipe.k.bits,     recipe.k.group,     recipe.v.bits,     recipe.v.group,
-                                 recipe.scale_bits, recipe.offset,      recipe.search,     recipe.signed_scale,
-                                 recipe.lambda,     recipe.sink_tokens, recipe.raw_window, recipe.offset_tokens,
-                                 (int)recipe.seed};
+  const std::vector<int> got = {c.k_bits,     c.k_group,       c.v_bits,       c.v_group,  c.scale_bits,
+                                c.offset,     c.search,        c.signed_scale, c.lambda,   c.sink_tokens,
+                                c.raw_window, c.offset_tokens, c.offset_span,  (int)c.seed};
+  const std::vector<int> want = {recipe.k.bits,      recipe.k.group,     recipe.v.bits,     recipe.v.group,
+                                 recipe.scale_bits,  recipe.offset,      recipe.search,     recipe.signed_scale,
+                                 recipe.lambda,      recipe.sink_tokens, recipe.raw_window, recipe.offset_tokens,
+                                 recipe.offset_span, (int)recipe.seed};
   EXPECT_EQ(got, want);
   const halfbyte_attend_args args = halfbyte_default_attend_args();
   EXPECT_EQ(args.queries, 1);
@@ -66,6 +66,8 @@ TEST(CApi, DefaultsAreThoseOfCpp) {
 TEST(CApi, EveryRecipeFieldArrives) {
   Random random;
   const Array x = random_array(random, 1, 1, 100, 64);
+  const std::vector<float> frequencies = rope_frequencies(64);
+  int interleaved = 0;
   auto through_c = [&](auto change) {
     halfbyte_config config = c_config(1, 64);
     change(config.recipe);
@@ -77,6 +79,9 @@ TEST(CApi, EveryRecipeFieldArrives) {
     const std::vector<float> dense = random_rotation(random, 64);
     if (config.recipe.rotation == HALFBYTE_DENSE) {
       EXPECT_EQ(halfbyte_set_rotation(layer, dense.data(), dense.data()), HALFBYTE_OK) << halfbyte_last_error();
+    }
+    if (config.recipe.offset_span && config.recipe.offset) {
+      EXPECT_EQ(halfbyte_set_frequencies(layer, frequencies.data(), 32, interleaved), HALFBYTE_OK);
     }
     const halfbyte_view view = c_view(x);
     EXPECT_EQ(halfbyte_append(layer, &view, &view, 1, 100, nullptr), HALFBYTE_OK) << halfbyte_last_error();
@@ -103,6 +108,9 @@ TEST(CApi, EveryRecipeFieldArrives) {
   differs("sink_tokens", [](halfbyte_recipe& r) { r.sink_tokens = 16; });
   differs("raw_window", [](halfbyte_recipe& r) { r.raw_window = 16; });
   differs("offset_tokens", [](halfbyte_recipe& r) { r.offset_tokens = 48; });
+  differs("offset_span", [](halfbyte_recipe& r) { r.offset_span = 16; });
+  differs("offset_span", [](halfbyte_recipe& r) { r.offset_span = 0; });
+  differs("interleaved", [&](halfbyte_recipe&) { interleaved = 1; });
 }
 
 TEST(CApi, AttendsAsCppDoes) {

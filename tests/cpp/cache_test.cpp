@@ -425,6 +425,49 @@ TEST(Cache, SlidingCropNeedsItsPast) {
   EXPECT_LT(error_of(want, plain), kByteRounding);
 }
 
+TEST(Cache, AnsweredTokensLeaveOnlyTheWindow) {
+  Random random;
+  const size_t page = 64 * 42 + 64 + 16, raw = 2 * 16 * 32 * 4;
+  for (size_t tokens : {1, 39, 40, 64, 103, 104, 1000})
+    for (int sinks : {0, 16}) {
+      Recipe recipe;
+      recipe.sink_tokens = sinks;
+      LayerConfig config = config_of(1, 32, Dtype::float32, recipe);
+      config.sliding_window = 40;
+      const Array x = random_array(random, 2, 1, tokens + 1, 32), q = random_array(random, 2, 2, 1, 32);
+      Layer layer = make_layer(config), other = make_layer(config);
+      must(layer.append(x.view(), x.view(), 2, tokens, nullptr, true));
+      must(append(other, x, x, 0, tokens));
+      EXPECT_EQ(layer.visible(), std::min<size_t>(tokens, 39));
+      // A window lies on two pages at most, and its sinks are gone.
+      if (tokens >= 64) {
+        EXPECT_LT(layer.bytes(), 2 * (2 * page + raw) + 2048) << tokens;
+      }
+      EXPECT_TRUE(tokens < 40 || !layer.crop(tokens - 1).ok()) << tokens;
+      // From the next token on nothing tells them apart.
+      for (Layer* each : {&layer, &other}) must(append(*each, x, x, tokens, tokens + 1));
+      EXPECT_EQ(layer.first(), other.first());
+      EXPECT_EQ(layer.packed_tokens(), other.packed_tokens());
+      const Decoded a = decode(layer), b = decode(other);
+      EXPECT_TRUE(same_tokens(a.k, b.k, 0, a.k.tokens) && same_tokens(a.v, b.v, 0, a.v.tokens)) << tokens;
+      const Array got = attend(layer, q), want = attend(other, q);
+      for (size_t i = 0; i < got.size(); i++) EXPECT_EQ(got.flat(i), want.flat(i)) << tokens;
+    }
+}
+
+TEST(Cache, AnsweredTokensStayWhileThePastIsRecorded) {
+  Random random;
+  LayerConfig config = config_of(1, 32);
+  config.sliding_window = 40;
+  const Array x = random_array(random, 1, 1, 300, 32);
+  Layer layer = make_layer(config), whole = filled(x, x);
+  layer.record_past(true);
+  must(layer.append(x.view(), x.view(), 1, 300, nullptr, true));
+  EXPECT_EQ(layer.visible(), 300u);
+  must(layer.crop(100)), must(whole.crop(100));
+  EXPECT_TRUE(same_tokens(decode(layer).k, decode(whole).k, 0, 100));
+}
+
 // ---- the raw baseline
 
 TEST(RawCache, AttendsToWhatItWasGiven) {

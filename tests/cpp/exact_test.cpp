@@ -30,7 +30,7 @@ TEST(Plain, TakesNothingThatCodesWouldNeed) {
   expect_bad([](Recipe& r) { r.lambda = true; }, "lambda false");
   expect_bad([](Recipe& r) { r.k.bits = 8; }, "k_bits and v_bits take 32 together");
   expect_bad([](Recipe& r) { r.v.bits = 4; }, "k_bits and v_bits take 32 together");
-  expect_bad([](Recipe& r) { r.k.bits = r.v.bits = 16; }, "k_bits is 16; it takes 4, 8, or 32");
+  expect_bad([](Recipe& r) { r.k.bits = r.v.bits = 16; }, "k_bits is 16; it takes 4 or 8, which have kernels, or 32");
   expect_bad([](Recipe& r) { r.offset_tokens = 24; }, "offset_tokens is 24");
   expect_bad([](Recipe& r) { r.offset_tokens = -16; }, "offset_tokens is -16");
 }
@@ -172,10 +172,12 @@ struct Walk {
     const size_t n = std::array{1, 1, 2, 5, 17, 40, 90}[random.below(7)], from = length();
     for (auto& sequence : sequences)
       for (size_t i = 0; i < n; i++) sequence.push_back(random.below(100));
-    must(append(layer, gather(pool_k, sequences, from, from + n), gather(pool_v, sequences, from, from + n)));
-    const size_t window = config.sliding_window;
-    if (window && !recorded && from > window - 1) first = std::max(first, from - (window - 1));
-    newest = n;
+    const bool answered = random.below(3) == 0;
+    const Array k = gather(pool_k, sequences, from, from + n), v = gather(pool_v, sequences, from, from + n);
+    must(layer.append(k.view(), v.view(), k.batch, n, nullptr, answered));
+    const size_t window = config.sliding_window, next = answered ? length() : from;
+    if (window && !recorded && next > window - 1) first = std::max(first, next - (window - 1));
+    newest = answered ? 0 : n;
   }
 
   void attend_newest() {

@@ -193,6 +193,7 @@ TEST(Memory, OtherCallsFailWithoutATrace) {
   const size_t bytes = layer.bytes();
   auto unchanged = [&] { EXPECT_EQ(layer.bytes(), bytes); };
   EXPECT_GT(fail_everywhere([&] { return layer.set_offset(twos.data(), twos.data()); }, unchanged), 1);
+  EXPECT_GT(fail_everywhere([&] { return layer.set_frequencies(ones.data(), 32); }, [] {}), 3);
   EXPECT_GT(fail_everywhere([&] { return layer.set_lambda(twos.data(), ones.data()); }, [] {}), 3);
 
   Recipe rotated;

@@ -21,7 +21,7 @@ struct Form {
   std::vector<size_t> rows = {};  // for select; none: not selected
   int d_k = 32, d_v = 32;
   Dtype dtype = Dtype::float32;
-  bool offset_given = false, padded = false, recorded = false;
+  bool offset_given = false, padded = false, recorded = false, turns = false;
 };
 
 std::vector<Form> forms() {
@@ -33,7 +33,8 @@ std::vector<Form> forms() {
   k8v4.k.bits = 8;
   sinks.sink_tokens = 32, window.raw_window = 128, both.sink_tokens = 16, both.raw_window = 16,
   warm_up.offset_tokens = 48;
-  Recipe plain_sinks = plain_recipe();
+  Recipe by_block, plain_sinks = plain_recipe();
+  by_block.offset_span = 16;
   plain_sinks.sink_tokens = 80, plain_sinks.raw_window = 16;
   return {
       {"one token", {}, 1},
@@ -62,6 +63,10 @@ std::vector<Form> forms() {
       {"sliding, wide raw window", window, 300, 5},
       {"sliding with sinks", both, 200, 30, 0, {1, 0, 1}},
       {"sliding plain", plain_recipe(), 200, 40},
+      {"turning", {}, 200, 0, 0, {1, 0, 1}, 32, 32, Dtype::float32, false, true, false, true},
+      {"turning block by block", by_block, 200, 0, 69, {}, 18, 32, Dtype::float32, true, false, true, true},
+      {"turning and sliding", {}, 300, 100, 0, {}, 32, 32, Dtype::bfloat16, false, false, false, true},
+      {"turning, offset waits", {}, 12, 0, 0, {}, 32, 32, Dtype::float32, false, true, false, true},
   };
 }
 
@@ -74,6 +79,7 @@ LayerConfig config_of(const Form& form) {
 Layer layer_of(Random& random, const Form& form) {
   Layer layer = make_layer(config_of(form));
   auto per_head = [&](int d) { return random.normals(2 * d, 0.3f); };
+  if (form.turns) must(set_rope(layer, random_rope(random, form.d_k)));
   if (form.offset_given) must(layer.set_offset(per_head(form.d_k).data(), per_head(form.d_v).data()));
   if (form.recipe.lambda) {
     std::vector<float> k, v;
@@ -300,6 +306,8 @@ TEST(Damage, IsNamed) {
   refused("given_offset_v", [](LayerParts& p) { p.given_offset_v = {1.0f}; });
   refused("lambda_k", [](LayerParts& p) { p.lambda_k.pop_back(); });
   refused("lambda_v", [](LayerParts& p) { p.lambda_v.pop_back(); });
+  refused("frequencies has another size", [](LayerParts& p) { p.frequencies.resize(17); });
+  refused("frequencies holds", [](LayerParts& p) { p.frequencies = {1.0f, INFINITY}; });
   refused("lambda is missing", [](LayerParts& p) { p.lambda_v.clear(); });
   refused("counted", [](LayerParts& p) { p.counted = {1}; });
   refused("an offset", [](LayerParts& p) { p.offset_k[3] = NAN; });
@@ -308,6 +316,13 @@ TEST(Damage, IsNamed) {
   refused("a page", [](LayerParts& p) { std::fill(p.pages.begin(), p.pages.end(), 0x7e); });
   EXPECT_FALSE(Layer::load(testing::config_of(2, 63), good).ok());
   expect_refused(testing::config_of(2, 64, Dtype::float32, form.recipe), good, "damaged");
+  LayerParts turning = good;
+  turning.frequencies = {1.0f};
+  EXPECT_TRUE(Layer::load(config, turning).ok());
+  LayerConfig fixed = config;
+  fixed.recipe.offset_span = 0;
+  EXPECT_TRUE(Layer::load(fixed, good).ok());
+  expect_refused(fixed, turning, "frequencies has another size");
 }
 
 // Sizes whose product wraps around to what the arrays hold.
@@ -456,7 +471,7 @@ void damage_counts(Random& random, LayerParts& parts) {
 }
 
 void damage_arrays(Random& random, LayerParts& parts) {
-  switch (random.below(11)) {
+  switch (random.below(13)) {
     case 0:
       damage(random, parts.page_table);
       break;
@@ -489,6 +504,12 @@ void damage_arrays(Random& random, LayerParts& parts) {
       break;
     case 10:
       damage(random, parts.counted);
+      break;
+    case 11:
+      damage(random, parts.frequencies);
+      break;
+    case 12:
+      parts.interleaved = !parts.interleaved;
       break;
   }
 }

@@ -1,4 +1,5 @@
 // Attention of several query tokens in one step: the block rule, which depends on positions and not on how tokens came.
+#include <array>
 #include <thread>
 
 #include "attend.h"
@@ -15,6 +16,7 @@ struct Story {
   int sliding_window = 0;
   size_t before = 0, chunk = 0;  // tokens held, then tokens of the step
   float softcap = 0.0f;
+  Rope rope = {};
 };
 
 // Codes always come from one fast backend: here it is attention that differs.
@@ -28,6 +30,7 @@ Layer start(const Story& story, const Array& k, const Array& v, const std::vecto
   config.sliding_window = story.sliding_window;
   Layer layer = make_layer(config);
   must(layer.set_offset(mu.data(), mu.data()));  // else the first chunk's size would decide μ
+  must(set_rope(layer, story.rope));
   if (story.before) must(append_coded(layer, k, v, 0, story.before));
   return layer;
 }
@@ -150,6 +153,16 @@ TEST(Steps, HeadSizesAndDtypes) {
 TEST(Steps, Softcap) {
   Random random;
   check_story(random, {{}, 64, 0, 40, 11, 2.0f});
+}
+
+TEST(Steps, OffsetsThatTurn) {
+  Random random;
+  for (int span : {16, 64})
+    for (auto [before, chunk, window] : {std::array{40, 30, 0}, {100, 17, 50}, {120, 20, 0}, {64, 1, 0}}) {
+      Story story{{}, 32, window, (size_t)before, (size_t)chunk, window ? 3.0f : 0.0f, random_rope(random, 32)};
+      story.recipe.offset_span = span;
+      check_story(random, story);
+    }
 }
 
 TEST(Steps, MaskMayShowTheFuture) {  // bidirectional spans, as image tokens have them

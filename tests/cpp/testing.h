@@ -221,8 +221,56 @@ inline std::string difference(const LayerParts& a, const LayerParts& b) {
   compare("given_offset_k", a.given_offset_k, b.given_offset_k);
   compare("given_offset_v", a.given_offset_v, b.given_offset_v);
   compare("lambda_k", a.lambda_k, b.lambda_k), compare("lambda_v", a.lambda_v, b.lambda_v);
+  compare("frequencies", a.frequencies, b.frequencies), compare("interleaved", a.interleaved, b.interleaved);
   compare("counted", a.counted, b.counted);
   return name;
+}
+
+// Frequencies of RoPE over `rotated` channels, in radians a token.
+inline std::vector<float> rope_frequencies(int rotated, double base = 1e4) {
+  std::vector<float> frequencies;
+  for (int i = 0; i < rotated / 2; i++) frequencies.push_back((float)std::pow(base, -2.0 * i / rotated));
+  return frequencies;
+}
+
+// Any of those that a layer may be told of: over all channels or some, pairs side by side or half a head apart.
+struct Rope {
+  std::vector<float> frequencies;
+  bool interleaved = false;
+};
+inline Rope random_rope(Random& random, int d) {
+  return {rope_frequencies(d / 2 / (1 + random.below(2)) * 2, random.below(2) ? 1e4 : 1e6), random.below(2) == 1};
+}
+inline Status set_rope(Layer& layer, const Rope& rope) {
+  return layer.set_frequencies(rope.frequencies.data(), (int)rope.frequencies.size(), rope.interleaved);
+}
+
+// x [d] as RoPE turns it at a position, in double.
+inline std::vector<double> turned(const Rope& rope, const float* x, int d, double position) {
+  std::vector<double> out(x, x + d);
+  const int pairs = (int)rope.frequencies.size();
+  for (int i = 0; i < pairs; i++) {
+    const int a = rope.interleaved ? 2 * i : i, b = rope.interleaved ? 2 * i + 1 : i + pairs;
+    const double angle = (double)rope.frequencies[i] * position, c = std::cos(angle), s = std::sin(angle);
+    out[a] = c * x[a] - s * x[b], out[b] = c * x[b] + s * x[a];
+  }
+  return out;
+}
+
+// Keys with a constant before RoPE, ± `bias` in every channel, beside a rest of spread 1.
+inline Array turning_keys(Random& random, const Rope& rope, int batch, int heads, size_t tokens, int d, float bias,
+                          Dtype dtype = Dtype::float32) {
+  Array k = random_array(random, batch, heads, tokens, d, dtype);
+  for (int b = 0; b < batch; b++)
+    for (int h = 0; h < heads; h++) {
+      std::vector<float> constant(d);
+      for (float& c : constant) c = random.below(2) ? bias : -bias;
+      for (size_t t = 0; t < tokens; t++) {
+        const std::vector<double> here = turned(rope, constant.data(), d, (double)t);
+        for (int c = 0; c < d; c++) k.set(b, h, t, c, k.get(b, h, t, c) + (float)here[c]);
+      }
+    }
+  return k;
 }
 
 inline bool same_bits(const Array& a, const Array& b) { return a.bytes == b.bytes; }

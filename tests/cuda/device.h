@@ -118,7 +118,7 @@ struct Tables {
       : matrix(make_matrix(layer, d, is_v)),
         rotation(matrix),
         rotation_t(transposed(matrix, d)),
-        fragments(make_fragments(layer, is_v)),
+        fragments(make_fragments(layer, is_v, matrix)),
         offset(mu),
         rotated(rotate(matrix, mu, d)),
         factors(lambda),
@@ -129,9 +129,9 @@ struct Tables {
     halfbyte_cuda_rotation(&layer, is_v, m.data());
     return m;
   }
-  static std::vector<uint8_t> make_fragments(const HalfbyteCudaLayer& layer, bool is_v) {
+  static std::vector<uint8_t> make_fragments(const HalfbyteCudaLayer& layer, bool is_v, const std::vector<float>& m) {
     std::vector<uint8_t> bytes(halfbyte_cuda_fragment_bytes(&layer, is_v));
-    if (!bytes.empty()) halfbyte_cuda_fragments(&layer, is_v, bytes.data());
+    if (!bytes.empty()) halfbyte_cuda_fragments(&layer, is_v, m.data(), bytes.data());
     return bytes;
   }
   static std::vector<float> rotate(const std::vector<float>& m, const std::vector<float>& x, int d) {
@@ -156,7 +156,10 @@ struct Tables {
             offset.get(),
             rotated.get(),
             factors.get(),
-            inverse.get()};
+            inverse.get(),
+            0,
+            0,
+            1};
   }
 
   std::vector<float> matrix;

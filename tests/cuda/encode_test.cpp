@@ -148,6 +148,7 @@ TEST(CudaDecode, GivesBackWhatTheReferenceDoes) {
                                   (int64_t)c.prefix,
                                   out_k.get(),
                                   out_v.get(),
+                                  0,
                                   nullptr};
     ASSERT_EQ(halfbyte_cuda_decode(&call), 0);
     ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);

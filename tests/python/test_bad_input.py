@@ -55,9 +55,16 @@ def test_unknown_field_lists_the_fields(qwen):
         Int4Cache(qwen.config, sinks=16)
 
 
-def test_bad_field(qwen):
-    with pytest.raises(ValueError, match="k_bits"):
-        Int4Cache(qwen.config, k_bits=5)
+@pytest.mark.parametrize("bits", [2, 3, 5, 6])
+def test_widths_without_kernels_name_those_with(qwen, bits):
+    with pytest.raises(ValueError, match=f"v_bits is {bits}; it takes 4 or 8, which have kernels"):
+        Int4Cache(qwen.config, v_bits=bits)
+
+
+@pytest.mark.parametrize("name", ["k3v3", "table", "kivi-4-g64"])
+def test_simulated_recipes_are_no_caches(qwen, name):
+    with pytest.raises(ValueError, match=rf"recipe is '{name}'.*default.*k8v4.*simulated, by `halfbyte eval` alone"):
+        Int4Cache(qwen.config, name)
 
 
 def test_not_a_config(qwen):

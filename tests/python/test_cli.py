@@ -10,7 +10,7 @@ from commands import GENERATE_KEYS, at_home, run, run_rows  # noqa: F401 (a fixt
 from halfbyte import demo, results
 
 COMMANDS = (["demo"], ["bench", "attend"], ["bench", "roofline"], ["bench", "encode"], ["bench", "generate"],
-            ["bench", "glue"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
+            ["bench", "glue"], ["recipes"], ["eval"], ["calibrate"], ["reproduce"], ["report"], ["doctor"])  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -56,11 +56,14 @@ def test_help_does_not_import_torch():
         (["demo", "--prefix", "2"], "prefix: got 2; takes numbers of at least 16"),
         (["demo", "--prefix", "32768", "--model", "tiny-qwen"], "exceed the 32768 positions of 'tiny-qwen'"),
         (["doctor", "--json", "missing/rows.json"], "json: the folder .*missing' does not exist"),
+        (["doctor", "--device", "tpu"], "device: got 'tpu'; takes cpu or mps"),
+        (["doctor", "--predict"], "predict: only Apple's GPUs are predicted"),
         (["eval", "--text", "TEXT", "--protocol", "x"], "protocol: got 'x'; takes one of packed, blocks"),
         (["eval", "--text", "TEXT", "--seeds", "a"], "seeds: got 'a'; takes whole numbers"),
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
         (["calibrate", "--out", "c.safetensors", "--learn", "x"], "kind: got 'x'; takes one of lambda, cayley"),
         (["reproduce", "--text", "TEXT", "--table", "x"], "tables: got 'x'; takes some of rotation, ladder"),
+        (["report", "missing.json", "--plots", "missing"], "plots: the folder 'missing' does not exist"),
         (["report", "missing.json"], "json: 'missing.json' is not a file that --json wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

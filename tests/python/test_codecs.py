@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import rotate_half
 
+from halfbyte import Int4Cache
 from halfbyte.codecs import Codec, Linear, Packed, PerLayer, Side, Sinks, Table, both, round_trip
 from halfbyte.peers import PEERS, Affine, Float8, Gaussian, HalfQuadratic, MicroFloat, RowColumn, gaussian_levels
 from halfbyte.recipes import get_recipe
-from halfbyte.simulated import LEVELS, SIMULATED, turning
+from halfbyte.simulated import LEVELS, SIMULATED, packed, turning
 
 
 def normal(*shape, seed=0):
@@ -55,11 +56,36 @@ def test_a_turning_offset_follows_a_constant_through_rope(qwen):
     keys = (constant * cos + rotate_half(constant) * sin).detach()
     exact = turning(qwen.config, 1)
     torch.testing.assert_close(exact.of(keys, 0), keys, rtol=1e-3, atol=1e-2)
-    near, far = (turning(qwen.config, 16).of(keys, 0) - keys)[:, 7::16], keys[:, :256].mean(1, keepdim=True) - keys
-    assert near.abs().max() < 0.01 * far.abs().max()  # in the middle of a span it is exact
+    slow = 32  # of the 64 pairs: what turns by less than a right angle in half a span is followed
+    near, far = turning(qwen.config, 64).of(keys, 0) - keys, keys[:, :256].mean(1, keepdim=True) - keys
+    assert near[..., slow:64].norm() < 0.3 * far[..., slow:64].norm()
+    assert near.norm() < far.norm()
     noisy = keys + normal(2, 1000, 128, seed=1)
     assert (Side(Linear(), offset=exact).apply(noisy, 0) - noisy).square().mean() < 0.01
     assert (Side(Linear(), offset=256).apply(noisy, 0) - noisy).square().mean() > 1
+
+
+@pytest.mark.parametrize("recipe", ["default", "turning", "fixed-offset"])
+def test_offsets_are_those_of_a_cache(model, recipe):
+    """The codec of an evaluation gives back what a cache does, whichever way its offset goes."""
+    config, tokens = model.config, 289  # the last one stays raw
+    heads, head_dim = config.num_key_value_heads, config.head_dim
+    model.set_attn_implementation("sdpa")  # under which an update packs at once
+    cache = Int4Cache(config, recipe)
+    codec = packed(get_recipe(recipe), config, tokens=tokens)
+    for index, layer in enumerate(cache.layers):
+        bias = rope_of(cache, index).turn(20 * normal(heads, 1, head_dim).expand(-1, tokens, -1), torch.arange(tokens))
+        keys = normal(heads, tokens, head_dim, seed=1) + bias
+        layer.record_past = True
+        cache.update(keys[None], keys[None], index)
+        for which, held in (("k", layer.keys[0]), ("v", layer.values[0])):
+            differ = (held - codec(keys, index, which)).abs() > 1e-3
+            assert differ[:, :288].any(-1).float().mean() < 0.02, (index, which)  # a tie may fall either way
+
+
+def rope_of(cache, index):
+    layer = cache.layers[index]
+    return cache._shared.rope(layer, cache._shared.config.head_dim)
 
 
 def test_matrices_stand_for_a_rotation_and_need_not_be_orthogonal():

@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from halfbyte.codecs import Codec, Linear, Packed, Side, both, round_trip
+from halfbyte.codecs import Codec, Linear, Side, both, round_trip
 from halfbyte.evaluate import PROTOCOLS, Score, evaluate, logits_deployed, logits_packed, logits_pre_rope
 from halfbyte.peers import PEERS
 from halfbyte.recipes import RECIPES, get_recipe
-from halfbyte.simulated import SIMULATED
+from halfbyte.simulated import SIMULATED, packed, turning
 from halfbyte.watch import watch_attention
 
-DEFAULT = Packed(get_recipe("default"))
+
+def default_of(model):
+    return packed(get_recipe("default"), model.config)
 
 
 def test_score_is_perplexity_kl_and_agreement():
@@ -107,7 +109,7 @@ def test_as_deployed_is_exact_on_the_prompt_and_close_after_it(model, text):
         model.set_attn_implementation("sdpa")
         plain = model(text, use_cache=False).logits[0]
         deployed = logits_deployed(model, text[0], get_recipe("default"))
-        packed = logits_packed(model, text[0], DEFAULT)
+        packed = logits_packed(model, text[0], default_of(model))
     torch.testing.assert_close(deployed[:256], plain[:256], rtol=1e-3, atol=1e-3)
     after, spread = slice(256, None), plain[256:].std()
     assert 0.005 * spread < (deployed[after] - plain[after]).std() < 0.2 * spread
@@ -139,26 +141,29 @@ def test_the_simulated_block_rule_gives_what_the_cache_gives(model, text):
 
 
 def test_a_simulated_codec_is_the_recipe_it_spells_out(model, text):
-    spelled = Codec(Side(Linear(4, 32)), Side(Linear(4, 0)))
-    one, other = evaluate(model, text[0], {"own": "default", "spelled": spelled}, 1, 256, progress=False)
+    def spelled(config):
+        return Codec(Side(Linear(4, 32), offset=turning(config, 64)), Side(Linear(4, 0)))
+
+    one, other = evaluate(model, text[0], {"own": "no-sinks", "spelled": spelled}, 1, 256, progress=False)
     assert one["kl"] == pytest.approx(other["kl"], rel=0.02)  # codes on a tie may differ
     assert one["bits"] == other["bits"] == (4.25 + 4 + 16 / model.config.head_dim) / 2 + 0.125
 
 
 def test_the_ladder_of_the_offset(qwen, text):
-    """None, fixed, turning with RoPE every block, and every token: on a model with key biases each step tells."""
-    names = ["no-offset", "default", "turning", "turning-token", "table", "turning-table"]
+    """None, fixed, turning with RoPE every page, block, and token: on a model with key biases each step tells."""
+    names = ["no-offset", "fixed-offset", "default", "turning", "turning-token", "table", "turning-table"]
     rows = evaluate(qwen, text[0], names, 1, 640, seeds=(0, 1), progress=False)
     kl = {row["recipe"]: row["kl"] for row in rows}
-    assert kl["default"] < 0.1 * kl["no-offset"]
+    assert kl["fixed-offset"] < 0.1 * kl["no-offset"]
+    assert kl["default"] < 0.8 * kl["fixed-offset"]
     assert kl["turning"] < kl["default"]
-    assert kl["turning-token"] < 0.85 * kl["default"]
-    assert kl["table"] < kl["default"]
-    assert kl["turning-table"] < kl["table"]
+    assert kl["turning-token"] < kl["turning"]
+    assert kl["table"] < kl["default"] < 0.0045
+    assert kl["turning-table"] < kl["default"]
 
 
 def test_sinks_and_a_raw_window_lower_the_loss(qwen, text):
-    recipes = {"plain": "default", "kept": get_recipe("default", sink_tokens=16, raw_window=128)}
+    recipes = {"plain": "no-sinks", "kept": get_recipe("default", raw_window=128)}
     rows = evaluate(qwen, text[0], recipes, 1, 512, protocol="blocks", progress=False)
     assert rows[1]["kl"] < 0.8 * rows[0]["kl"]
     deployed = evaluate(qwen, text[0], recipes, 1, 512, protocol="deployed", progress=False)
@@ -191,7 +196,8 @@ def test_seeds_give_a_mean_and_a_deviation(qwen, text):
 
 
 def test_tasks_tell_a_good_codec_from_a_bad_one(qwen, text):
-    rows = evaluate(qwen, text[0], ["fp", "k8v4", "paper-per-token"], 1, 256, greedy=24, needles=2, progress=False)
+    recipes = {"full": "fp", "good": get_recipe("default", k_bits=8, v_bits=8), "bad": "paper-per-token"}
+    rows = evaluate(qwen, text[0], recipes, 1, 256, greedy=24, needles=2, progress=False)
     full, good, bad = rows
     assert (full["greedy_tokens"], full["needle_agree"], full["needle_kl"]) == (24, 1, 0)
     assert bad["greedy_tokens"] < good["greedy_tokens"]

@@ -154,6 +154,29 @@ def test_crop_past_the_window_needs_recording(gemma, text):
     assert cache.layers[0].native.visible < 256 + 64
 
 
+@pytest.mark.parametrize("attention", ["halfbyte", "sdpa"])
+def test_a_prefill_leaves_its_window_in_sliding_layers(gemma, text, attention):
+    whole, cut = Int4Cache(gemma.config), Int4Cache(gemma.config)
+    whole.activate_past_recording()
+    gemma.set_attn_implementation(attention)
+    with torch.inference_mode():
+        logits = [gemma(text[:, :600], past_key_values=cache).logits for cache in (whole, cut)]
+    assert torch.equal(*logits)
+    assert [layer.native.visible for layer in whole.layers] == [600] * 4
+    assert [layer.native.visible for layer in cut.layers] == [255, 600, 255, 600]
+    assert cut.layers[0].nbytes < 0.55 * whole.layers[0].nbytes
+    assert torch.equal(cut.layers[0].keys, whole.layers[0].keys[:, :, -255:])
+    assert torch.equal(cut.layers[0].values, whole.layers[0].values[:, :, -255:])
+    # A pass that fails in a later layer goes back to the end of the prefill, whose window is there.
+    cut.update(*[torch.zeros(1, 1, 1, 256)] * 2, 0)
+    with pytest.raises(ValueError, match="layer 3"):
+        cut.update(*[torch.full((1, 1, 1, 256), torch.nan)] * 2, 3)
+    assert cut.get_seq_length() == 600
+    whole.layers[0].native.record_past(False)
+    steps = [forward(gemma, text[:, 600:603], cache) for cache in (whole, cut)]
+    torch.testing.assert_close(*steps, rtol=0, atol=1e-4)
+
+
 def test_copies_are_independent_and_watch_the_same_config(model, text):
     cache = filled(model, text[:, :270])
     other = copy.deepcopy(cache)

@@ -5,10 +5,13 @@ import pickle
 
 import pytest
 import torch
+from transformers import Cohere2Config
 
 from halfbyte import Int4Cache, Int4StaticCache
 from halfbyte.auto import bias_sizes
-from halfbyte.recipes import FIELDS, get_recipe, layer_recipes
+from halfbyte.peers import PEERS
+from halfbyte.recipes import FIELDS, RECIPES, get_recipe, layer_recipes
+from halfbyte.simulated import SIMULATED, listing
 
 MIXED = {0: "k8v4", -1: {"v_group": 32}}
 
@@ -81,6 +84,31 @@ def test_auto_sees_the_planted_biases_and_says_so(qwen, gemma):
     ):
         assert len(cache.explain().splitlines()) == 3
         assert reason in cache.explain()
+    assert "the first 16 tokens raw" in Int4Cache(qwen.config).explain().splitlines()[1]
+    assert "no tokens raw" in Int4Cache(qwen.config, "no-sinks").explain().splitlines()[1]
+
+
+def test_the_listing_says_what_has_kernels(qwen):
+    rows = {row["recipe"]: row for row in listing(128)}
+    assert len(rows) == len(RECIPES) + len(SIMULATED) + len(PEERS)
+    for name, row in rows.items():
+        assert (row["runs"] == "kernels") == (name in RECIPES)
+        if row["runs"] != "kernels":
+            with pytest.raises(ValueError, match="it takes one that has kernels"):
+                Int4Cache(qwen.config, name)
+    assert {name: rows[name]["bits"] for name in ("default", "k3v3", "kivi-4-g64")} == {
+        "default": 4.3125, "k3v3": 3.5, "kivi-4-g64": 4.5}  # fmt: skip
+
+
+def test_explain_says_whether_the_offset_turns(qwen, gemma):
+    for config, recipe, said in (
+        (qwen.config, "default", ", offset turning with RoPE every 64 tokens, "),
+        (gemma.config, "turning", ", offset turning with RoPE every 16 tokens, "),
+        (qwen.config, "fixed-offset", ", fixed offset, "),
+        (qwen.config, "no-offset", ", no offset, "),
+        (Cohere2Config(num_hidden_layers=4), "default", "every 64 tokens in 3 of 4 layers, "),
+    ):
+        assert said in Int4Cache(config, recipe).explain()
 
 
 def test_explain_counts_bits_by_layer(qwen):

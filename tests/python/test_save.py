@@ -48,7 +48,7 @@ def assert_goes_on_alike(model, cache, other, ids):
 
 
 @pytest.mark.parametrize("prefill", ["exact", "consistent"])
-@pytest.mark.parametrize("recipe", ["default", "passthrough", "paper-g32", "g16", "k8v4"])
+@pytest.mark.parametrize("recipe", ["default", "passthrough", "paper-g32", "turning", "k8v4"])
 def test_round_trip(model, text, path, recipe, prefill):
     cache = Int4Cache(model.config, recipe, prefill=prefill, sink_tokens=16, raw_window=16)
     forward(model, torch.cat([text[:, :300], text[:, 100:400]]), cache)
@@ -94,7 +94,7 @@ def test_pages_that_beams_share_are_saved_once(qwen, text, path):
     single = path.stat().st_size
     cache.batch_repeat_interleave(8)
     cache.save(path)
-    assert path.stat().st_size < single + 8 * 4 * 2 * 2 * 16 * 128 * 4 + 20000  # and 8 raw tails
+    assert path.stat().st_size < single + 8 * 4 * 2 * 2 * (16 + 12) * 128 * 4 + 20000  # and 8 raw sinks and tails
     other = Int4Cache.load(path, qwen.config)
     assert other.nbytes < 1.01 * cache.nbytes
     assert torch.equal(
@@ -210,11 +210,28 @@ def rewrite(path, change):
     save_file(tensors, path, {FORMAT: json.dumps(head)})
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "upgrade halfbyte"), (0, "no longer reads")])
-def test_other_versions(qwen, saved, path, version, advice):
+@pytest.mark.parametrize("version", [3, 0])
+def test_other_versions(qwen, saved, path, version):
     rewrite(path, lambda head, facts: head.update(version=version))
-    with pytest.raises(ValueError, match=f"format version {version}, takes 1: .*{advice}"):
+    with pytest.raises(ValueError, match=f"format version {version}, takes 1 to 2: upgrade halfbyte"):
         Int4Cache.load(path, qwen.config)
+
+
+def test_version_1_had_fixed_offsets(qwen, text, path):
+    cache = Int4Cache(qwen.config, "fixed-offset")
+    forward(qwen, text[:, :200], cache)
+    cache.save(path)
+
+    def as_it_was(head, facts):
+        head["version"] = 1
+        del facts["recipe"]["offset_span"]
+        for layer in facts["layers"]:
+            del layer["interleaved"]
+
+    rewrite(path, as_it_was)
+    other = Int4Cache.load(path, qwen.config)
+    assert other.recipe.offset_span == 0
+    assert_goes_on_alike(qwen, cache, other, text[:, 300:320])
 
 
 def test_other_models(qwen, gemma, saved, path):

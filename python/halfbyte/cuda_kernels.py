@@ -1,0 +1,272 @@
+"""The kernels of libhalfbyte_cuda for one layer: what they are told, their scratch memory, the tables of rotations."""
+
+import ctypes
+import functools
+
+import torch
+
+from . import _cuda
+from .cuda_pages import PAGE_TOKENS
+
+ROW_TILE = 8  # rows (query heads x queries) that one part of an attention kernel takes
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+ROTATIONS = ("identity", "srft", "srht", "dense")
+LARGEST = {16: 1e4, 32: 1e15}  # codable magnitudes by scale_bits, as in the C++ Layer
+
+
+def describe(view, tensor):
+    """Writes a [batch, heads, tokens, channels] tensor into a View of the library; channels lie in one piece."""
+    view.data = tensor.data_ptr()
+    view.batch_stride, view.head_stride, view.token_stride, _ = tensor.stride()
+
+
+def host_floats(address, shape):
+    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
+    if not address:
+        return None
+    count = shape[0] * shape[1]
+    array = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
+
+
+def rotate(mu, rotation):
+    """R mu; rotation: R, or None for the identity."""
+    return mu if rotation is None else (mu.double() @ rotation.double().T).float()
+
+
+class Kernels:
+    """Launches on the current stream of a device. Nothing waits for it, so `failed` comes true some steps later."""
+
+    def __init__(self, device, recipe, kv_heads, head_dim_k, head_dim_v, dtype, layer_index):
+        self.device, self.recipe = device, recipe
+        self._library = _cuda.load()
+        names = "encode", "copy", "attend", "decode"
+        self._functions = {name: getattr(self._library, f"halfbyte_cuda_{name}") for name in names}
+        self._description = _cuda.LayerDescription(
+            kv_heads, head_dim_k, head_dim_v, DTYPES[dtype],
+            recipe.k_bits, recipe.v_bits, recipe.k_group, recipe.v_group, recipe.scale_bits, recipe.search,
+            recipe.signed_scale, ROTATIONS.index(recipe.rotation), recipe.seed, layer_index,
+        )  # fmt: skip
+        self.page_bytes = kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
+        self._offset = self._turned = None
+        self._own_flag()
+
+    def _own_flag(self):
+        self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which the device can write to
+        self._failed = ctypes.c_int32.from_address(self._flag.data_ptr())
+
+    @property
+    def failed(self):
+        """Whether an encode so far has met a value that it can not code."""
+        return self._failed.value != 0
+
+    def forgive(self):
+        if self.failed:
+            torch.cuda.synchronize(self.device)
+            self._failed.value = 0
+
+    def copy(self):
+        """For a layer of its own; `bind` must follow."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._own_flag()
+        other._failed.value = self._failed.value
+        return other
+
+    def rotations(self, dense):
+        """Those of K and V as (R, its transpose, R in fragments); None for what there is not."""
+        return rotation_tables(self._library, self._description, self.device, dense)
+
+    def bind(self, batch, pages, rotations, offset, factors, turn, **constants):
+        """Describes what changes with pages, offset or batch alone.
+
+        offset: of K and V (mu, R mu), each None where there is none; turn: a Turn if K's does, or None; constants:
+        fields of an attention call.
+        """
+        if offset is not self._offset:
+            self._turned = None
+        self._rotations, self._offset, self._turn = rotations, offset, turn
+        tables = []
+        for side in (0, 1):
+            held = *rotations[side], *offset[side], *factors[side]
+            tables.append(_cuda.Tables(*(None if x is None else x.data_ptr() for x in held)))
+        common = self._description, *tables, pages.described()
+        self._encode, self._attend, self._decode = (
+            kind(*common) for kind in (_cuda.Encode, _cuda.Attend, _cuda.Decode)
+        )
+        self._copy = _cuda.Copy(self._description)
+        for call in (self._encode, self._attend, self._decode, self._copy):
+            call.batch, call.device = batch, self.device.index
+        self._encode.limit, self._encode.bad = LARGEST[self.recipe.scale_bits], self._flag.data_ptr()
+        self._attend.causal = 1
+        for name, value in constants.items():
+            setattr(self._attend, name, value)
+        if turn is not None:
+            self._waves = turn.waves(pages.end * PAGE_TOKENS)  # kept: calls hold its address
+            self._attend.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
+        # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
+        self._q, self._out, self._raw = self._attend.q, self._attend.out, list(self._attend.raw)
+        self._k, self._v = self._copy.k, self._copy.v
+        self._room = self._scratch_key = None
+        self._spans = [None] * len(self._raw)
+
+    def _stream(self):
+        return torch._C._cuda_getCurrentRawStream(
+            self.device.index
+        )  # current_stream() asks this, at ten times the cost
+
+    def _launch(self, name, call):
+        call.stream = self._stream()
+        error = self._functions[name](call)
+        if error:
+            raise RuntimeError(f"CUDA: {self._library.halfbyte_cuda_error(error).decode()}")
+
+    def encode(self, pair, data_first, begin, end):
+        """Packs tokens [begin, end) of (K, V), which start at position data_first."""
+        call = self._encode
+        describe(call.k, pair[0])
+        describe(call.v, pair[1])
+        call.data_first, call.first_token, call.tokens = data_first, begin, end - begin
+        self._describe_offsets(call.k_tables, begin, end)
+        self._launch("encode", call)
+
+    def copy_raw(self, pair, room, slot):
+        """Copies (K, V) to where raw tokens are kept, from `slot` on."""
+        call = self._copy
+        k, v = pair
+        describe(self._k, k)
+        describe(self._v, v)
+        if room is not self._room:
+            self._room = room
+            k_to, v_to = self._to = call.k_to, call.v_to
+            describe(k_to, room[0])
+            describe(v_to, room[1])
+            self._start = k_to.data, v_to.data
+        k_to, v_to = self._to
+        element = k.element_size()
+        k_to.data = self._start[0] + slot * k_to.token_stride * element
+        v_to.data = self._start[1] + slot * v_to.token_stride * element
+        call.tokens = k.shape[2]
+        self._launch("copy", call)
+
+    def decode(self, first_token, tokens, out_first, parts):
+        """Unpacks tokens to float32 (K, V) [batch, kv_heads, tokens, head_dim] that start at position out_first."""
+        call = self._decode
+        call.first_token, call.tokens, call.out_first = first_token, tokens, out_first
+        call.out_tokens, call.k, call.v = parts[0].shape[2], parts[0].data_ptr(), parts[1].data_ptr()
+        self._describe_offsets(call.k_tables, first_token, first_token + tokens)
+        self._launch("decode", call)
+
+    def _describe_offsets(self, tables, begin, end):
+        """Offsets of K for the spans of tokens [begin, end), if it turns."""
+        if self._turn is None or self._offset[0][0] is None:
+            return
+        span = self._turn.span
+        first, last = begin // span, (end - 1) // span + 1
+        if self._turned is None or self._turned[:2] != (first, last):  # blocks of a span come one after the other
+            mu = self._turn.turn(self._offset[0][0], first, last)
+            self._turned = first, last, mu, rotate(mu, self._rotations[0][0])
+        *_, mu, rotated = self._turned
+        tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
+        tables.offset_span, tables.offset_first, tables.offset_count = span, first, last - first
+
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
+        """As CudaLayer.attend. counts: length, first, packed_end, kept.
+
+        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens.
+        """
+        call, result = self._attend, self._out
+        _, heads, queries, _ = query.shape
+        call.heads, call.queries, call.scale, call.softcap = heads, queries, scale, softcap
+        call.length, call.first, call.packed_end, call.kept = counts
+        describe(self._q, query)
+        result.data = out.data_ptr()
+        result.batch_stride, result.token_stride, result.head_stride, _ = out.stride()
+        call.sinks = None if sinks is None else sinks.data_ptr()
+        call.mask = None
+        if mask is not None:
+            call.mask, call.mask_tokens = mask.data_ptr(), mask.shape[3]
+            call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
+        for i, span in enumerate(spans):
+            self._describe_span(i, *span)
+        call.n_raw = len(spans)
+        key = heads, queries, self._stream()
+        if key != self._scratch_key:
+            self._scratch = Scratch.of(self.device, key[2])
+            self._scratch.make_room(self._library, call)
+            self._scratch_key = key
+        call.space, call.arrivals = self._scratch.where
+        self._launch("attend", call)
+        if queries > 1:
+            self._spans = [None] * len(self._raw)  # the chunk is not this layer's to keep
+
+    def _describe_span(self, i, pair, first, begin, end, are_sinks):
+        raw = self._raw[i]
+        if pair is not self._spans[i]:
+            self._spans[i] = pair
+            describe(raw.k, pair[0])
+            describe(raw.v, pair[1])
+        raw.first, raw.begin, raw.end, raw.are_sinks = first, begin, end, are_sinks
+
+
+class Scratch:
+    """Memory for attention's partial results. One for all layers that work on a stream, which take turns there."""
+
+    _of = {}  # noqa: RUF012 - {(device index, stream): Scratch}
+
+    def __init__(self, device):
+        self.device = device
+        self._space = torch.empty(0, dtype=torch.uint8, device=device)
+        self._arrivals = torch.zeros(0, dtype=torch.int32, device=device)
+
+    @classmethod
+    def of(cls, device, stream):
+        key = device.index, stream
+        if key not in cls._of:
+            cls._of[key] = cls(device)
+        return cls._of[key]
+
+    def make_room(self, library, call):
+        """Has `where` name enough space, and zeroed counters, for calls of this batch, heads and queries."""
+        size = library.halfbyte_cuda_attend_space(call)
+        rows = -(-call.heads // call.layer.kv_heads * call.queries // ROW_TILE)
+        counters = call.batch * call.layer.kv_heads * rows
+        if self._space.numel() < size:
+            self._space = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self._arrivals.numel() < counters:
+            self._arrivals = torch.zeros(counters, dtype=torch.int32, device=self.device)
+        self.where = self._space.data_ptr(), self._arrivals.data_ptr()
+
+
+def rotation_tables(library, description, device, dense):
+    """For K and V (R, its transpose, R as the encoding kernel reads it), on the device; None for what there is not.
+
+    dense: the matrices of a recipe that brings its own, or None for each side. Other tables are shared by all layers of
+    a kind, of any cache.
+    """
+    if dense[0] is not None:
+        return tuple(_tables(library, description, device, side, dense[side]) for side in (0, 1))
+    return _shared_tables(bytes(description), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_tables(description, device):
+    library, description = _cuda.load(), _cuda.LayerDescription.from_buffer_copy(description)
+    made = []
+    for side in (0, 1):
+        dim = description.head_dim_v if side else description.head_dim_k
+        matrix = torch.empty(dim, dim)
+        library.halfbyte_cuda_rotation(description, side, matrix.data_ptr())
+        made.append(_tables(library, description, device, side, matrix))
+    return tuple(made)
+
+
+def _tables(library, description, device, side, matrix):
+    fragments = torch.empty(library.halfbyte_cuda_fragment_bytes(description, side), dtype=torch.uint8)
+    if fragments.numel():
+        matrix = matrix.contiguous()
+        library.halfbyte_cuda_fragments(description, side, matrix.data_ptr(), fragments.data_ptr())
+    fragments = fragments.to(device) if fragments.numel() else None
+    if description.rotation == 0:
+        return None, None, fragments
+    return matrix.to(device), matrix.T.contiguous().to(device), fragments

@@ -1,0 +1,308 @@
+// Fibers on ucontext, and what the sanitizers have to be told of them.
+//
+// This file itself is compiled without sanitizers: the exchange of values between lanes is the hardware's business, not
+// a memory access of the kernel.
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(EMULATOR_ADDRESS)
+#include <sanitizer/common_interface_defs.h>
+#elif defined(EMULATOR_THREAD)
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+
+enum class State { ready, at_barrier, at_simd_barrier, at_shuffle, done };
+
+// Two tags in turn: a thread that is one barrier ahead must not be taken for one that has arrived here.
+struct Tags {
+  char of[2];
+};
+
+struct Fiber {
+  ucontext_t context;
+  State state = State::ready;
+  int line = 0, barriers = 0, simd_barriers = 0;
+  unsigned value = 0, from = 0;
+  bool is_xor = false;
+  void* asan_stack = nullptr;
+};
+
+// What threads of the same number share in all groups: the same thread to ThreadSanitizer, so that a stack used again
+// is not taken for a race.
+struct Worker {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+#if defined(EMULATOR_THREAD)
+  void* tsan = __tsan_create_fiber(0);
+#endif
+};
+
+struct Group {
+  std::vector<Fiber> fibers;
+  unsigned index = 0;
+  Tags barrier_tags = {};
+  char shared_tag = 0;
+  std::vector<Tags> simd_tags;
+  std::unique_ptr<float[]> shared;
+  int shared_floats = 0;      // once a thread has asked for it
+  int wrong_shared_line = 0;  // where it is too much, or another size
+  std::string error;
+};
+
+ucontext_t host;
+Group* group;
+int self;
+const std::function<void(unsigned, unsigned)>* kernel;
+int skipped_line;
+bool skipped_by_odd_only;
+std::vector<Worker> workers;
+std::vector<std::unique_ptr<float[]>> used_memory;  // of the launch's groups that are done
+char start_tag, end_tag;                            // of a launch
+
+#if defined(EMULATOR_ADDRESS)
+const void* host_stack;
+size_t host_stack_bytes;
+void* host_asan_stack;
+#elif defined(EMULATOR_THREAD)
+void* host_tsan;
+#endif
+
+void release([[maybe_unused]] char* tag) {
+#if defined(EMULATOR_THREAD)
+  __tsan_release(tag);
+#endif
+}
+
+void acquire([[maybe_unused]] char* tag) {
+#if defined(EMULATOR_THREAD)
+  __tsan_acquire(tag);
+#endif
+}
+
+void switch_to_host([[maybe_unused]] bool for_good) {
+  Fiber& fiber = group->fibers[self];
+#if defined(EMULATOR_ADDRESS)
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.asan_stack, host_stack, host_stack_bytes);
+#elif defined(EMULATOR_THREAD)
+  __tsan_switch_to_fiber(host_tsan, 1);  // 1: a switch orders nothing
+#endif
+  swapcontext(&fiber.context, &host);
+#if defined(EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(fiber.asan_stack, &host_stack, &host_stack_bytes);
+#endif
+}
+
+void switch_to_fiber(int thread) {
+  self = thread;
+  Fiber& fiber = group->fibers[thread];
+#if defined(EMULATOR_ADDRESS)
+  __sanitizer_start_switch_fiber(&host_asan_stack, workers[thread].stack.get(), kStackBytes);
+#elif defined(EMULATOR_THREAD)
+  __tsan_switch_to_fiber(workers[thread].tsan, 1);
+#endif
+  swapcontext(&host, &fiber.context);
+#if defined(EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(host_asan_stack, nullptr, nullptr);
+#endif
+}
+
+void fiber_main() {
+#if defined(EMULATOR_ADDRESS)
+  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+#endif
+  acquire(&start_tag);
+  (*kernel)(group->index, (unsigned)self);
+  release(&end_tag);
+  group->fibers[self].state = State::done;
+  switch_to_host(true);
+}
+
+void wait(State state, int line) {
+  Fiber& fiber = group->fibers[self];
+  fiber.state = state, fiber.line = line;
+  switch_to_host(false);
+}
+
+void start(Group& g, int threads) {
+  while ((int)workers.size() < threads) workers.emplace_back();
+  g.fibers = std::vector<Fiber>(threads);
+  g.simd_tags.resize((threads + kLanes - 1) / kLanes);
+  for (Fiber& fiber : g.fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = workers[&fiber - &g.fibers[0]].stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes, fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+#if defined(EMULATOR_THREAD)
+  host_tsan = __tsan_get_current_fiber();
+#endif
+}
+
+// By the host, so that the memory is no thread's.
+void allocate_shared(Group& g) {
+  g.shared.reset(new float[g.shared_floats]);
+  std::fill_n(g.shared.get(), g.shared_floats, std::numeric_limits<float>::quiet_NaN());
+  release(&g.shared_tag);
+}
+
+void run_thread(Group& g, int thread) {
+  switch_to_fiber(thread);
+  if (g.shared || !g.shared_floats) return;
+  allocate_shared(g);
+  switch_to_fiber(thread);
+}
+
+std::string failure(const char* what, int thread, int line) {
+  return std::string(what) + ", thread " + std::to_string(thread) + ", line " + std::to_string(line);
+}
+
+// Gives each lane what it asked for if all lanes of a simdgroup wait at one place. False: none of them waits.
+bool resolve_simd(Group& g, int first, int lanes, std::string& error) {
+  Fiber* fibers = &g.fibers[first];
+  int waiting = 0, some = 0;
+  for (int i = 0; i < lanes; i++)
+    if (fibers[i].state == State::at_shuffle || fibers[i].state == State::at_simd_barrier) waiting++, some = i;
+  if (!waiting) return false;
+  unsigned values[kLanes];
+  for (int i = 0; i < lanes; i++) {
+    if (fibers[i].state != fibers[some].state || fibers[i].line != fibers[some].line)
+      error = failure("a shuffle or simdgroup barrier that not all lanes reach", first + i, fibers[some].line);
+    values[i] = fibers[i].value;
+  }
+  for (int i = 0; i < lanes && error.empty(); i++) {
+    const unsigned from = fibers[i].is_xor ? (unsigned)i ^ fibers[i].from : fibers[i].from;
+    if (fibers[i].state == State::at_shuffle && from >= (unsigned)lanes)
+      error = failure("a shuffle from a lane that does not exist", first + i, fibers[i].line);
+    else
+      fibers[i].value = values[from % kLanes];
+    fibers[i].state = State::ready;
+  }
+  return true;
+}
+
+// All threads wait or are done: lets those go on that may. False: the group is done, or wrong.
+bool resolve(Group& g) {
+  const int n = (int)g.fibers.size();
+  bool moved = false;
+  for (int first = 0; first < n; first += kLanes) moved |= resolve_simd(g, first, std::min(kLanes, n - first), g.error);
+  if (moved || !g.error.empty()) return g.error.empty();
+  int at_barrier = 0;
+  for (const Fiber& fiber : g.fibers) at_barrier += fiber.state == State::at_barrier;
+  if (!at_barrier) return false;
+  for (int i = 0; i < n; i++)
+    if (g.fibers[i].state != State::at_barrier || g.fibers[i].line != g.fibers[0].line) {
+      g.error = failure("a barrier that not all threads reach", i, g.fibers[0].line);
+      return false;
+    }
+  for (Fiber& fiber : g.fibers) fiber.state = State::ready;
+  return true;
+}
+
+void arrange(std::vector<int>& order, unsigned schedule, std::mt19937& random) {
+  if (schedule == 1) std::reverse(order.begin(), order.end());
+  if (schedule > 1) std::shuffle(order.begin(), order.end(), random);
+}
+
+std::vector<int> numbers(int n) {
+  std::vector<int> out(n);
+  for (int i = 0; i < n; i++) out[i] = i;
+  return out;
+}
+
+std::string run_group(const Launch& launch, unsigned index, std::mt19937& random) {
+  Group g;
+  g.index = index;
+  group = &g;
+  start(g, launch.threads);
+  std::vector<int> order = numbers(launch.threads);
+  if (launch.schedule == 1) arrange(order, 1, random);
+  do {
+    if (launch.schedule > 1) arrange(order, launch.schedule, random);
+    for (int thread : order)
+      if (g.fibers[thread].state == State::ready) run_thread(g, thread);
+  } while (resolve(g));
+  if (g.wrong_shared_line && g.error.empty())
+    g.error = failure("threadgroup memory of another size, or too much of it", 0, g.wrong_shared_line);
+  used_memory.push_back(std::move(g.shared));
+  return g.error;
+}
+
+}  // namespace
+
+std::string run(const Launch& launch, const std::function<void(unsigned, unsigned)>& body) {
+  if (launch.threads < 1 || launch.threads > kMaxThreads) return "a group has 1 to 1024 threads";
+  kernel = &body;
+  release(&start_tag);
+  std::mt19937 random(launch.schedule);
+  std::vector<int> order = numbers(launch.groups);
+  arrange(order, launch.schedule, random);
+  std::string error;
+  for (size_t i = 0; i < order.size() && error.empty(); i++) {
+    error = run_group(launch, (unsigned)order[i], random);
+    if (!error.empty()) error = "group " + std::to_string(order[i]) + ": " + error;
+  }
+  acquire(&end_tag);
+  used_memory.clear();
+  return error;
+}
+
+void skip_barrier(int line, bool odd_threads_only) { skipped_line = line, skipped_by_odd_only = odd_threads_only; }
+
+static bool is_skipped(int line) { return line == skipped_line && (self % 2 || !skipped_by_odd_only); }
+
+void barrier(int line) {
+  if (is_skipped(line)) return;
+  char* tag = &group->barrier_tags.of[group->fibers[self].barriers++ % 2];
+  release(tag);
+  wait(State::at_barrier, line);
+  acquire(tag);
+}
+
+void simd_barrier(int line) {
+  if (is_skipped(line)) return;
+  char* tag = &group->simd_tags[self / kLanes].of[group->fibers[self].simd_barriers++ % 2];
+  release(tag);
+  wait(State::at_simd_barrier, line);
+  acquire(tag);
+}
+
+static unsigned exchange(unsigned value, unsigned from, bool is_xor, int line) {
+  Fiber& fiber = group->fibers[self];
+  fiber.value = value, fiber.from = from, fiber.is_xor = is_xor;
+  wait(State::at_shuffle, line);
+  return group->fibers[self].value;
+}
+
+unsigned shuffle_xor(unsigned value, unsigned from, int line) { return exchange(value, from, true, line); }
+unsigned shuffle(unsigned value, unsigned from, int line) { return exchange(value, from, false, line); }
+
+float* shared_floats(int n, int line) {
+  Group& g = *group;
+  if (!g.shared) {
+    g.shared_floats = n;
+    switch_to_host(false);
+  }
+  acquire(&g.shared_tag);
+  if (n != g.shared_floats || n * (int)sizeof(float) > kMaxSharedBytes) g.wrong_shared_line = line;
+  return g.shared.get();
+}
+
+}  // namespace emulator

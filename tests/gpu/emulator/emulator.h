@@ -1,0 +1,35 @@
+// Runs GPU kernels on Linux, one fiber a thread: a threadgroup's fibers switch at barriers and shuffles alone, in an
+// order of the caller's choice. A barrier or shuffle that not all threads reach is an error, not a hang.
+#pragma once
+
+#include <functional>
+#include <string>
+
+namespace emulator {
+
+constexpr int kLanes = 32;  // of a simdgroup
+constexpr int kMaxThreads = 1024, kMaxSharedBytes = 32 << 10;
+
+struct Launch {
+  int groups, threads;  // threads of a group
+  unsigned schedule;    // 0: threads and groups in order, 1: in reverse, else shuffled with this seed
+};
+
+// Runs `body` for each thread of each group; returns what went wrong, or nothing. Under ThreadSanitizer only barriers
+// order the threads of a group, and nothing orders groups.
+std::string run(const Launch& launch, const std::function<void(unsigned group, unsigned thread)>& body);
+
+// For mutations: the barrier at this line of the kernels' text does nothing, or nothing in odd threads. 0: all work.
+void skip_barrier(int line, bool odd_threads_only);
+
+// ---- What kernels call; `line` is where they do
+
+void barrier(int line);
+void simd_barrier(int line);
+// The value of lane `lane ^ from`, or of lane `from`.
+unsigned shuffle_xor(unsigned value, unsigned from, int line);
+unsigned shuffle(unsigned value, unsigned from, int line);
+// The group's memory: the same for all of its threads, of exactly that size, full of NaN.
+float* shared_floats(int n, int line);
+
+}  // namespace emulator
