@@ -38,7 +38,7 @@ bool supported() {
 namespace halfbyte {
 
 extern const Backend kAvx2VnniBackend = {
-    "avx2",           avx2vnni::supported, avx2vnni::kRegisterRows, avx2vnni::peak,          avx2vnni::rotate,
+    "avx2vnni",       avx2vnni::supported, avx2vnni::kRegisterRows, avx2vnni::peak,          avx2vnni::rotate,
     avx2vnni::encode, avx2vnni::decode,    avx2vnni::score_offsets, avx2vnni::attend_packed, avx2vnni::attend_raw};
 
 }  // namespace halfbyte
