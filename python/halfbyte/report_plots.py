@@ -18,7 +18,7 @@ from .report import (
 )
 
 KIND_COLORS = dict(zip(KINDS, (COLORS["int4"], "#1a8a4a", COLORS["fp16"]), strict=True))
-DPI = 110  # twice the width that a page shows them at
+DPI = 110  # a page shows them at about half their width
 BITS = 3.9, 5.1  # of the codecs that are drawn against each other: those of about four
 
 
