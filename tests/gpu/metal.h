@@ -15,6 +15,7 @@ using gpu::AttendNumbers;
 using gpu::DecodeNumbers;
 using gpu::EncodeNumbers;
 using gpu::LayerNumbers;
+using gpu::SpanNumbers;
 using gpu::ViewNumbers;
 
 constexpr int kMetalDims[] = {64, 80, 96, 128, 256};
