@@ -35,10 +35,14 @@ struct AttendCall {
   int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
 };
 
+// Products of an offset that turns: see turn_products.
+HALFBYTE_INLINE int product_floats(const Turn& turn) { return turn.waves ? kTileRows * 2 * turn.pairs : 0; }
+
 // Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
 HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
 HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
-  const int finishing = finish_floats(f.k.head_dim, f.v.padded_dim, f.v.head_dim), merging = warps / 2 * merge_floats(f.v.padded_dim);
+  const int finishing = finish_floats(f.k.head_dim, f.v.padded_dim, f.v.head_dim),
+            merging = warps / 2 * merge_floats(f.v.padded_dim);
   const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
   const int most = finishing > merging ? finishing : merging;
   return ((most > preparing ? most : preparing) + 31) / 32 * 32;
@@ -301,9 +305,8 @@ __device__ __forceinline__ float2 turned_offsets(const Turn& turn, const float* 
 // One tile of 32 tokens in shared memory joins the running softmax.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* products, int b,
-                                            int first_row,
-                                            int token, const uint32_t q[D / 16][2], const Columns& columns, int lane,
-                                            Running<D>& r) {
+                                            int first_row, int token, const uint32_t q[D / 16][2],
+                                            const Columns& columns, int lane, Running<D>& r) {
   const AttendShape& s = call.shape;
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
@@ -506,8 +509,8 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
       __syncwarp();
       const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
       attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes,
-                                                            work + work_floats(s.format, call.warps), b, tile * kTileRows,
-                                                            token, q, columns, lane, running);
+                                                            work + work_floats(s.format, call.warps), b,
+                                                            tile * kTileRows, token, q, columns, lane, running);
       __syncwarp();  // before the ring's slot is filled again
       ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
     }
