@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# ON builds the CUDA kernels into the package, which takes nvcc and some minutes.
+HALFBYTE_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),ON,OFF)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ PACKAGE := $(VENV)/.package
 # .git/logs/HEAD: the package reports the commit it was built from.
 SOURCES := pyproject.toml CMakeLists.txt tools/flatten_metal.py $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
-CPP_FILES = $(shell find include src python tests/cpp bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+CPP_FILES = $(shell find include src python tests/cpp tests/gpu bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
 .PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon metal
 .NOTPARALLEL:
@@ -32,7 +34,7 @@ $(DEPENDENCIES): requirements.lock
 
 $(PACKAGE): $(DEPENDENCIES) $(SOURCES)
 	@echo "building halfbyte ..."
-	@$(WITH_VENV) $(PIP) --no-build-isolation --no-deps .
+	@$(WITH_VENV) $(PIP) --no-build-isolation --no-deps -C cmake.define.HALFBYTE_CUDA=$(HALFBYTE_CUDA) .
 	@touch $@
 
 $(TOOLS): $(DEPENDENCIES) requirements-dev.lock

@@ -21,7 +21,12 @@ LayerDescription = _structure(
     ("rotation seed layer_index", _INT),
 )
 View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
-Tables = _structure("Tables", ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS))
+Tables = _structure(
+    "Tables",
+    ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
+    ("offset_span offset_first offset_count", _INT),
+)
+Turn = _structure("Turn", ("waves", _ADDRESS), ("span pairs interleaved", _INT))
 Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
 Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
 Attend = _structure(
@@ -29,6 +34,7 @@ Attend = _structure(
     ("layer", LayerDescription),
     ("k v", Tables),
     ("pages", Pages),
+    ("turn", Turn),
     ("batch heads queries causal", _INT),
     ("scale softcap", _DOUBLE),
     ("length first sliding_window sink_tokens packed_end raw_window warm_up kept", _INT),
@@ -91,6 +97,31 @@ def why_not(device_index):
         return str(error)
     error = library.halfbyte_cuda_probe(device_index)
     return library.halfbyte_cuda_error(error).decode() if error else None
+
+
+def driver_version():
+    """The newest CUDA that the installed driver runs, as "13.0"; None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def installation():
+    """{what: state} of everything that CUDA kernels need, for reports."""
+    try:
+        load()
+        library = "installed"
+    except OSError as error:
+        library = str(error)
+    driver = driver_version()
+    facts = {"CUDA kernels": library, "NVIDIA driver": f"for CUDA {driver}" if driver else "none found"}
+    if library == "installed" and driver:
+        facts["CUDA device 0"] = why_not(0) or "usable"
+    return facts
 
 
 def bind(path):

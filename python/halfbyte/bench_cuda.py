@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import _cuda
@@ -99,9 +100,14 @@ def _attend_row(geometry, recipe, tokens, batch, copy, rounds, seed):
     out = torch.full((batch, 1, heads, d), float("nan"), device="cuda", dtype=torch.float16)
     folded = query.view(batch, kv_heads, heads // kv_heads, d)  # K and V are read once for a group
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
+
+    def flash(*states):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(*states)
+
     arms = {
         "int4": lambda: layer.attend(query, out, d**-0.5, None, None, 0.0, None),
-        "sdpa_folded": lambda: scaled_dot_product_attention(folded, k, v),
+        "sdpa_folded": lambda: flash(folded, k, v),
         "sdpa": lambda: sdpa_attention_forward(module, query, k, v, None, scaling=d**-0.5),
     }
     with torch.inference_mode():
@@ -240,7 +246,8 @@ def bench_generate(
 ) -> list[dict]:
     """Rows {model, batch, prefix, then for each arm its ms_per_token, tokens_per_s, prefill_ms, peak_gb, cache_gb}.
 
-    Greedy decoding after a prompt of random tokens, bfloat16, eager: DynamicCache ("dynamic") and Int4Cache ("int4");
+    Greedy decoding after a prompt of random tokens, bfloat16, eager: DynamicCache ("dynamic") and Int4Cache ("int4"),
+    without cuDNN's attention, which would plan anew for every length and be slower than flash attention;
     "static" is StaticCache with torch.compile(mode="reduce-overhead"). Peak memory counts from before the prefill,
     without the weights. Medians over rounds of new_tokens tokens; the arms run one after the other.
     """
@@ -250,7 +257,10 @@ def bench_generate(
     recipe, model = get_recipe(recipe), random_model(name)
     generator, rows = torch.Generator().manual_seed(seed), []
     vocabulary = model.config.vocab_size
-    with torch.inference_mode():
+    with (
+        torch.inference_mode(),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
         for prefix in tqdm(prefixes, "bench generate", disable=not progress, leave=False):
             prompt = torch.randint(vocabulary, (batch, prefix), generator=generator).cuda()
             row = {"model": name, "batch": batch, "prefix": prefix}

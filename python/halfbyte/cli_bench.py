@@ -26,7 +26,8 @@ bench = typer.Typer(
 )
 
 Backends = Annotated[
-    str | None, typer.Option("--backend", help="Kernels to time, with commas between. Default: those in use.")
+    str | None,
+    typer.Option("--backend", help="Kernels to time, with commas between, or cuda alone. Default: those in use."),
 ]
 Geometries = Annotated[
     str, typer.Option("--geometry", help="Head geometries with commas between: qwen, gemma, smollm2, llama8b.")
@@ -34,6 +35,7 @@ Geometries = Annotated[
 Recipes = Annotated[str, typer.Option("--recipe", help="What packs the cache; several with commas between.")]
 Rounds = Annotated[int, typer.Option(help="Rounds that the median is taken over.", min=1)]
 BESIDE = "In brackets: the quartiles of the rounds' ratios."
+ON_GPU = "Medians on one GPU; each call a CUDA graph with a cold L2 cache."
 
 
 def split(names: str | None) -> list[str]:
@@ -74,7 +76,12 @@ def attend(
 
     Example: `halfbyte bench attend --geometry qwen,gemma --tokens 4096 --threads 2 --plot roofline.png`
 
+    With --backend cuda, microseconds on one GPU in fp16, beside PyTorch's flash attention with the group folded and its
+    sdpa as transformers calls it; no --threads, --queries or --plot.
+
     Example: `halfbyte bench attend --queries 4,64 --tokens 8192 --threads 2 --json queries.json`
+
+    Example: `halfbyte bench attend --backend cuda --batch 32 --geometry qwen,gemma --tokens 32768`
     """
     begin(json_file, timed=True, plot=plot)
     sizes, counts = whole_numbers(tokens, "tokens", 16), whole_numbers(threads, "threads")
@@ -83,8 +90,15 @@ def attend(
     own = heads is not None or kv_heads is not None or head_dim is not None
     geometries = [own_geometry(heads, kv_heads, head_dim)] if own else named_geometries(geometry)
     shapes = "; ".join(f"{g.name}: {g.heads}/{g.kv_heads} heads of {g.head_dim}" for g in geometries)
-    common = {"batch": batch, "recipes": split(recipe), "backends": split(backend), "rounds": rounds, "seed": seed}
-    common["progress"] = not quiet
+    common = {"batch": batch, "recipes": split(recipe), "rounds": rounds, "seed": seed, "progress": not quiet}
+    if backend == "cuda":
+        from .bench_cuda import bench_attend
+
+        if queries is not None or plot is not None:
+            raise ValueError("backend: cuda takes neither --queries nor --plot")
+        report(f"attend, {shapes}", bench_attend(geometries, sizes, **common), json_file, {"seed": seed}, ON_GPU)
+        return
+    common["backends"] = split(backend)
     from .bench_attend import bench_attend, bench_queries
 
     if queries is not None:
@@ -170,9 +184,17 @@ def encode(
 ):
     """Packing random vectors on one thread, with several recipes in turn.
 
+    With --backend cuda: so many K and as many V vectors in one launch on a GPU, beside a copy of memory.
+
     Example: `halfbyte bench encode --head-dim 256 --vectors 65536`
     """
     begin(json_file, timed=True)
+    if backend == "cuda":
+        from . import bench_cuda
+
+        rows = bench_cuda.bench_encode(head_dim, vectors, rounds=rounds, seed=seed)
+        report(f"encode, {vectors} K and V vectors", rows, json_file, {"seed": seed}, ON_GPU)
+        return
     from .bench_encode import bench_encode
 
     rows = bench_encode(head_dim, vectors, split(backend), rounds, seed)
@@ -193,6 +215,9 @@ def generate(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded a round.", min=1)] = 32,
     rounds: Rounds = 5,
     recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
+    backend: Annotated[str | None, typer.Option(help="cuda: on a GPU; takes models qwen2.5-1.5b, gemma-3-1b.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences, with --backend cuda.", min=1)] = 1,
+    static: Annotated[bool, typer.Option("--static", help="With --backend cuda: StaticCache, compiled, too.")] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
     seed: Seed = 0,
@@ -203,10 +228,26 @@ def generate(
     Each side runs in float32 and in bfloat16 and its quicker dtype counts; fp_cache_bytes is always the bfloat16
     cache's.
 
+    With --backend cuda: models of that shape with random weights in bfloat16, arms one after the other; peak memory is
+    without the weights.
+
     Example: `halfbyte bench generate --model tiny-gemma --prefix 4096,16384 --json generate.json`
+
+    Example: `halfbyte bench generate --backend cuda --model qwen2.5-1.5b --batch 32 --prefix 16384`
     """
     begin(json_file, timed=True, plot=plot)
     prefixes = whole_numbers(prefix, "prefix", 16)
+    if backend is not None:
+        if backend != "cuda":
+            raise ValueError(f"backend: got {backend!r}; bench generate takes cuda, or none for the CPU")
+        from . import bench_cuda
+
+        arms = ("dynamic", "int4", "static") if static else ("dynamic", "int4")
+        rows = bench_cuda.bench_generate(model, prefixes, new_tokens, rounds, recipe, batch, arms, seed, not quiet)
+        report(
+            f"generate, {model}, batch {batch}, recipe {recipe}", rows, json_file, {"seed": seed}, "One GPU; medians."
+        )
+        return
     from .bench_generate import bench_generate
 
     rows = bench_generate(model, prefixes, new_tokens, rounds, recipe, seed, not quiet)

@@ -6,6 +6,7 @@ import functools
 import torch
 
 from . import _cuda
+from .cuda_pages import PAGE_TOKENS
 
 ROW_TILE = 8  # rows (query heads x queries) that one part of an attention kernel takes
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -17,6 +18,20 @@ def describe(view, tensor):
     """Writes a [batch, heads, tokens, channels] tensor into a View of the library; channels lie in one piece."""
     view.data = tensor.data_ptr()
     view.batch_stride, view.head_stride, view.token_stride, _ = tensor.stride()
+
+
+def host_floats(address, shape):
+    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
+    if not address:
+        return None
+    count = shape[0] * shape[1]
+    array = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
+
+
+def rotate(mu, rotation):
+    """R mu; rotation: R, or None for the identity."""
+    return mu if rotation is None else (mu.double() @ rotation.double().T).float()
 
 
 class Kernels:
@@ -33,6 +48,7 @@ class Kernels:
             recipe.signed_scale, ROTATIONS.index(recipe.rotation), recipe.seed, layer_index,
         )  # fmt: skip
         self.page_bytes = kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
+        self._offset = self._turned = None
         self._own_flag()
 
     def _own_flag(self):
@@ -61,8 +77,15 @@ class Kernels:
         """Those of K and V as (R, its transpose, R in fragments); None for what there is not."""
         return rotation_tables(self._library, self._description, self.device, dense)
 
-    def bind(self, batch, pages, rotations, offset, factors, **constants):
-        """Describes what changes with pages, offset or batch alone; constants: fields of an attention call."""
+    def bind(self, batch, pages, rotations, offset, factors, turn, **constants):
+        """Describes what changes with pages, offset or batch alone.
+
+        offset: of K and V (mu, R mu), each None where there is none; turn: a Turn if K's does, or None; constants:
+        fields of an attention call.
+        """
+        if offset is not self._offset:
+            self._turned = None
+        self._rotations, self._offset, self._turn = rotations, offset, turn
         tables = []
         for side in (0, 1):
             held = *rotations[side], *offset[side], *factors[side]
@@ -78,6 +101,9 @@ class Kernels:
         self._attend.causal = 1
         for name, value in constants.items():
             setattr(self._attend, name, value)
+        if turn is not None:
+            self._waves = turn.waves(pages.end * PAGE_TOKENS)  # kept: calls hold its address
+            self._attend.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
         # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
         self._q, self._out, self._raw = self._attend.q, self._attend.out, list(self._attend.raw)
         self._k, self._v = self._copy.k, self._copy.v
@@ -101,6 +127,7 @@ class Kernels:
         describe(call.k, pair[0])
         describe(call.v, pair[1])
         call.data_first, call.first_token, call.tokens = data_first, begin, end - begin
+        self._describe_offsets(call.k_tables, begin, end)
         self._launch("encode", call)
 
     def copy_raw(self, pair, room, slot):
@@ -127,7 +154,21 @@ class Kernels:
         call = self._decode
         call.first_token, call.tokens, call.out_first = first_token, tokens, out_first
         call.out_tokens, call.k, call.v = parts[0].shape[2], parts[0].data_ptr(), parts[1].data_ptr()
+        self._describe_offsets(call.k_tables, first_token, first_token + tokens)
         self._launch("decode", call)
+
+    def _describe_offsets(self, tables, begin, end):
+        """Offsets of K for the spans of tokens [begin, end), if it turns."""
+        if self._turn is None or self._offset[0][0] is None:
+            return
+        span = self._turn.span
+        first, last = begin // span, (end - 1) // span + 1
+        if self._turned is None or self._turned[:2] != (first, last):  # blocks of a span come one after the other
+            mu = self._turn.turn(self._offset[0][0], first, last)
+            self._turned = first, last, mu, rotate(mu, self._rotations[0][0])
+        *_, mu, rotated = self._turned
+        tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
+        tables.offset_span, tables.offset_first, tables.offset_count = span, first, last - first
 
     def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
         """As CudaLayer.attend. counts: length, first, packed_end, kept.

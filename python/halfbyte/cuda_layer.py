@@ -1,16 +1,15 @@
 """CudaLayer: one layer's cache on an NVIDIA GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
 
-import ctypes
-
 import torch
 
 from . import _native
-from .cuda_kernels import Kernels
+from .cuda_kernels import Kernels, host_floats, rotate
 from .cuda_pages import PAGE_TOKENS, Pages
+from .cuda_turn import Turn, mean_of
 
 BLOCK_TOKENS = 16
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
-MEAN_TOKENS = 4096  # turned to float32 at a time
+NO_OFFSET = [(None, None)] * 2  # as CudaLayer._offset
 
 
 class CudaLayer:
@@ -31,6 +30,7 @@ class CudaLayer:
         self._given = [None, None]  # offsets of K and V [kv_heads, head_dim] from a calibration
         self._factors = [(None, None)] * 2  # (lambda, 1 / lambda) of K and V [kv_heads, head_dim], if there are any
         self._dense = [None, None]  # a dense recipe's rotations, on the CPU
+        self._turn = None  # how the offset of K follows RoPE
         self._rotations = None
         self._clear()
 
@@ -74,10 +74,8 @@ class CudaLayer:
             self._rotations = self._kernels.rotations(self._dense)
         constants = {"sliding_window": self.window, "sink_tokens": self.recipe.sink_tokens}
         constants |= {"raw_window": self.recipe.raw_window, "warm_up": self._warm_up}
-        nothing = [(None, None)] * 2
-        self._kernels.bind(
-            self.batch, self._pages, self._rotations, self._offset or nothing, self._factors, **constants
-        )
+        offset = self._offset or NO_OFFSET
+        self._kernels.bind(self.batch, self._pages, self._rotations, offset, self._factors, self._turn, **constants)
 
     @property
     def _warm_up(self):
@@ -135,7 +133,7 @@ class CudaLayer:
     def _raw_spans(self):
         """[(first, end, (K, V))] of the tokens held raw."""
         spans, sink = [], min(self.recipe.sink_tokens, self.length)
-        if sink:
+        if sink and self._sinks is not None:
             spans.append((0, sink, self._sinks))
         if self.length > self.packed_end:
             spans.append((self.packed_end, self.length, self._tail))
@@ -169,7 +167,8 @@ class CudaLayer:
         self._keep_undo(spans, packed_from, packed_end, length)
         if sink and old < sink:
             self._kernels.copy_raw(_between(spans, old, min(sink, length)), self._sinks, old)
-        self._tail = self._raw_room(self._tail[0].shape[2])
+        if self._before is not None or packed_end < old:  # the old tail is still read
+            self._tail = self._raw_room(self._tail[0].shape[2])
         if length > packed_end:
             self._kernels.copy_raw(_between(spans, packed_end, length), self._tail, 0)
 
@@ -191,7 +190,7 @@ class CudaLayer:
             weights = torch.cat([self._counted[:, : self.length], new], 1)[:, :total].float()
             weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
         offsets = tuple(
-            _mean_of(spans, side, total, weights)
+            (mean_of if side or self._turn is None else self._turn.mean_of)(spans, side, total, weights)
             if given is None
             else given.to(self.device).expand(self.batch, -1, -1).contiguous()
             for side, given in enumerate(self._given)
@@ -199,9 +198,7 @@ class CudaLayer:
         self._set_offsets(offsets)
 
     def _set_offsets(self, offsets):
-        self._offset = []
-        for mu, (rotation, _, _) in zip(offsets, self._rotations, strict=True):
-            self._offset.append((mu, mu if rotation is None else (mu.double() @ rotation.double().T).float()))
+        self._offset = [(mu, rotate(mu, tables[0])) for mu, tables in zip(offsets, self._rotations, strict=True)]
         self._bind()
 
     # ------------------------------------------------------------------------------------------------ pages
@@ -211,6 +208,8 @@ class CudaLayer:
         if not self.window or self._past_recorded:
             return
         self.first = max(self.first, position - self.window + 1)
+        if self.first >= self.recipe.sink_tokens and (self._offset is not None or not self.recipe.offset):
+            self._sinks = None
         gone = min(self.first, self.packed_end) // PAGE_TOKENS
         self._pages_dropped = max(self._pages_dropped, gone)
         if self._pages.drop(gone):
@@ -233,7 +232,7 @@ class CudaLayer:
         the newest tokens, or None; softcap: 0 for none; sinks: float32 [heads] or None.
         """
         sink, spans = min(self.recipe.sink_tokens, self.length), []
-        if sink:
+        if sink and self._sinks is not None:
             spans.append((self._sinks, 0, 0, sink, 1))
         if query.shape[2] == 1:
             kept = self.packed_end
@@ -351,12 +350,19 @@ class CudaLayer:
         if self.packed_end > self.recipe.sink_tokens:
             raise ValueError(f"set_{kind} after tokens were packed; set it before")
         setter(*addresses)
-        return [_host_floats(address, shape) for address, shape in zip(addresses, shapes, strict=True)]
+        return [host_floats(address, shape) for address, shape in zip(addresses, shapes, strict=True)]
 
     def set_offset(self, k, v):
         shapes = [(self.kv_heads, dim) for dim in self.dims]
         for side, mu in enumerate(self._set_given("offset", (k, v), shapes, self._rules.set_offset)):
             self._given[side] = self._given[side] if mu is None else mu
+
+    def set_frequencies(self, frequencies, pairs, interleaved=False):
+        self._rules.set_frequencies(frequencies, pairs, interleaved)
+        if self.packed_end > self.recipe.sink_tokens:
+            raise ValueError("set_frequencies after tokens were packed; set it before")
+        given = host_floats(frequencies, (1, pairs)) if pairs else None
+        self._turn = None if given is None else Turn(given[0], interleaved, self.recipe.offset_span, self.device)
 
     def set_lambda(self, k, v):
         shapes = [(self.kv_heads, dim) for dim in self.dims]
@@ -387,7 +393,9 @@ class CudaLayer:
         parts["pages"] = torch.empty(0, dtype=torch.uint8)
         if each:
             parts["pages"] = self._pages.between(self._pages_dropped, self._pages_dropped + each)
-        spans = self._raw_spans()
+        spans, sink = self._raw_spans(), self.recipe.sink_tokens
+        if sink and self._sinks is None:  # a window has passed them
+            spans.insert(0, (0, sink, [torch.zeros_like(x) for x in self._raw_room(sink)]))
         for side, name in enumerate("kv"):
             held = [x[side][:, :, : end - first] for first, end, x in spans]
             raw = torch.cat(held, 2) if held else torch.empty(0)
@@ -397,6 +405,8 @@ class CudaLayer:
             floats["rotation"] = self._dense[side]
             parts |= {f"{kind}_{name}": torch.empty(0) if x is None else x for kind, x in floats.items()}
         parts["counted"] = torch.empty(0, dtype=torch.uint8) if self._counted is None else self._counted
+        parts["frequencies"] = torch.empty(0) if self._turn is None else self._turn.rope.frequencies
+        parts["interleaved"] = self._turn is not None and self._turn.interleaved
         for name, value in parts.items():
             if isinstance(value, torch.Tensor):
                 parts[name] = value.cpu().contiguous().view(-1).numpy()
@@ -418,6 +428,9 @@ class CudaLayer:
             layer._dense[side] = dense.view(dim, dim) if layer.recipe.rotation == "dense" else None
             if factor.numel():
                 layer._factors[side] = tuple(x.view(-1, dim).to(device) for x in (factor, 1.0 / factor))
+        if len(parts["frequencies"]):
+            interleaved = parts["interleaved"]
+            layer._turn = Turn(tensors["frequencies"], interleaved, layer.recipe.offset_span, device)
         layer._start(parts["batch"])
         layer._fill(parts, tensors)
         return layer
@@ -463,32 +476,6 @@ class CudaLayer:
         for pair in (self._sinks, self._tail, undo, *(self._offset or ()), *self._factors):
             tensors += pair or ()
         return sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def _mean_of(spans, side, total, weights):
-    """Mean of K or V over the first `total` tokens, by weights [batch, total] or all alike: float32 [batch, heads, d].
-
-    spans: [(first position, end, (K, V))], one after the other from 0.
-    """
-    sums = 0.0
-    for begin, end, pair in spans:
-        x, end = pair[side], min(end, total)
-        if weights is None:
-            sums = sums + x[:, :, : end - begin].sum(2, dtype=torch.float32)
-            continue
-        for at in range(begin, end, MEAN_TOKENS):
-            to = min(at + MEAN_TOKENS, end)
-            sums = sums + (x[:, :, at - begin : to - begin].float() * weights[:, None, at:to, None]).sum(2)
-    return sums / (total if weights is None else weights.sum(1)[:, None, None])
-
-
-def _host_floats(address, shape):
-    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
-    if not address:
-        return None
-    count = shape[0] * shape[1]
-    array = (ctypes.c_float * count).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
 
 
 def _between(spans, begin, end):

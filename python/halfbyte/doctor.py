@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from . import _native
+from . import _cuda, _native
 from .recipes import get_recipe
 from .results import cpu_model, usable_cores, version_of
 
@@ -132,6 +132,26 @@ def check_generate(device="cpu", head_dim=32) -> float:
     return _relative_error(logits[1], logits[0])
 
 
+def check_cuda() -> float:
+    """Attention on the GPU against plain softmax over what it packed there, at tail sizes: the worst error."""
+    import torch
+
+    from .cuda_layer import CudaLayer
+
+    worst = 0.0
+    for tokens in TAIL_TOKENS:
+        key, value = torch.randn(2, 1, 2, tokens, 128, dtype=torch.float16, device="cuda")
+        query = torch.randn(1, 6, 1, 128, dtype=torch.float16, device="cuda")
+        layer = CudaLayer(key.device, 2, 128, 128, "float16", get_recipe("default"))
+        layer.append(key, value)
+        out = torch.full((1, 1, 6, 128), math.nan, dtype=torch.float16, device="cuda")
+        layer.attend(query, out, 128**-0.5, None, None, 0.0, None)
+        key, value, query = (x.float().cpu().numpy() for x in (*layer.unpack(tokens, torch.float32), query))
+        expected = _plain_attention(key, value, query)
+        worst = max(worst, _relative_error(out.transpose(1, 2).float().cpu().numpy(), expected))
+    return worst
+
+
 def installation() -> list[dict]:
     """Rows {what, value}: processor, backends, threads and versions."""
     built = _native.backends()
@@ -144,6 +164,7 @@ def installation() -> list[dict]:
         "backend in use": _native.backend() + (" (HALFBYTE_BACKEND)" if os.environ.get("HALFBYTE_BACKEND") else ""),
         "threads": _native.num_threads(),
         "halfbyte": f"{_native.version} ({_native.commit})",
+        **_cuda.installation(),
     }
     facts |= {name: version_of(name) or "not installed" for name in ("torch", "transformers", "numpy")}
     return [{"what": name, "value": str(value)} for name, value in facts.items()]
@@ -179,6 +200,8 @@ def self_test(seed: int = 0, progress: bool = True) -> list[dict]:
             rows.append(_judge(f"{name}: attention", lambda m=measure: m(1), ATTEND_TOLERANCE))
     finally:
         _native.set_backend(chosen)
+    if _cuda.installation().get("CUDA device 0") == "usable" and version_of("torch"):
+        rows.append(_judge("cuda: attention", check_cuda, ATTEND_TOLERANCE))
     if version_of("torch") and version_of("transformers"):
         rows.append(_judge("generate", check_generate, 0.2))
     return rows

@@ -97,9 +97,9 @@ def _gpu_layer(device, exact, parts, config):
     """(the class that holds a layer on this device, None), or (None, why there is none)."""
     if device.type not in ("cuda", "mps"):
         return None, "there are no kernels for this device"
-    if parts is not None and parts["frequencies"].size:
-        return None, "the GPU kernels take no offset that turns"
     if device.type == "mps":
+        if parts is not None and len(parts.get("frequencies", ())):
+            return None, "the Metal kernels take no offset that turns"
         from .mps_kernels import why_not
         from .mps_layer import MpsLayer
 

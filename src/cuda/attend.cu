@@ -30,6 +30,9 @@ __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid
   float* largest = rotated + kTileRows * s.format.k.padded_dim;
   prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x,
                         blockDim.x);
+  float* products = memory + prepare_floats(s.format);
+  if (call.base.buffers.turn.waves)
+    turn_products(s, call.base.buffers, b, head, memory, products, largest + kTileRows, threadIdx.x, blockDim.x);
   const int slot = threadIdx.x / kSimd, row = min(tile * kTileRows + slot, rows_of(s) - 1);
   const int blocks = (call.end + kBlockTokens - 1) / kBlockTokens - call.begin / kBlockTokens;
   const int first = call.begin / kBlockTokens;
@@ -37,7 +40,7 @@ __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid
   const int end = (first + (int)((long long)blocks * (split + 1) / call.splits)) * kBlockTokens;
   attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end), rotated + slot,
                     largest[kTileRows + slot], call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s),
-                    slot, threadIdx.x % kSimd);
+                    slot, threadIdx.x % kSimd, products + 2 * slot);
 }
 
 template <bool Wide>
@@ -67,7 +70,8 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const bool wide = s.dtype == kFloat32;
   if (call.splits)
     if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits,
-                           kTileRows * kSimd, prepare_floats(s.format) * 4, stream, call))
+                           kTileRows * kSimd,
+                           (prepare_floats(s.format) + product_floats(base.buffers.turn)) * 4, stream, call))
       return error;
   return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256,
                 finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4, stream, call);
@@ -115,7 +119,7 @@ int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 *
 bool plan_memory(AttendCall& call) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - work_floats(f, call.warps) * 4;
+    const int room = shared_memory_limit() - 64 - ring_start(call) * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -138,6 +142,9 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.rotation_k = table_of(a.k), in.rotation_v = table_of(a.v);
   in.offset_k = a.k.offset, in.offset_v = a.v.offset;
   in.inverse_lambda_k = a.k.inverse_lambda, in.inverse_lambda_v = a.v.inverse_lambda;
+  const int pairs = (int)a.turn.pairs;
+  if (a.k.offset && a.turn.waves)
+    in.turn = {a.turn.waves, (int)a.turn.span, pairs, a.turn.interleaved ? 2 : 1, a.turn.interleaved ? 1 : pairs};
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
   for (int i = 0; i < call.n_raw; i++) {
@@ -201,7 +208,7 @@ extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   int begin, end;
   if (!plan(call, *a, begin, end)) return attend_portable(call, begin, end, a->stream);
   const PageFormat& f = call.shape.format;
-  const size_t bytes = work_floats(f, call.warps) * 4 + (size_t)call.warps * call.stages * stage_bytes(f);
+  const size_t bytes = ring_start(call) * 4 + (size_t)call.warps * call.stages * stage_bytes(f);
   return launch(kernel_for(f, call.shape.dtype), call.blocks, call.warps * kSimd, bytes, a->stream, call);
 }
 

@@ -43,6 +43,11 @@ HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
   const int most = finishing > merging ? finishing : merging;
   return ((most > preparing ? most : preparing) + 31) / 32 * 32;
 }
+// What of shared memory comes before the rings, in floats: the products of an offset that turns lie last, where merging
+// warps leave them alone.
+HALFBYTE_INLINE int ring_start(const AttendCall& call) {
+  return work_floats(call.shape.format, call.warps) + (product_floats(call.buffers.turn) + 31) / 32 * 32;
+}
 HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
   return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
 }
@@ -143,7 +148,8 @@ __device__ __forceinline__ void rescale(Running<D>& r, float column0, float colu
 
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
-  float factor[2], offset[2];  // score = factor · product + offset
+  float factor[2], offset[2];  // score = factor · product + offset, and what the turning part of K's offset adds
+  float log_base;              // by which both are multiplied already
   int lo[2], end[2];           // packed tokens seen
   int open_from, open_to;      // seen by all columns of the tile
 };
@@ -274,9 +280,28 @@ __device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float hig
   rescale(r, keep0, keep1);
 }
 
+// q·mu of the thread's two columns in the span of a token; see turned_offset. products: [pairs][kTileRows][2].
+__device__ __forceinline__ float2 turned_offsets(const Turn& turn, const float* products, int token, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  const float2* waves = reinterpret_cast<const float2*>(turn.waves) + (size_t)(token / turn.span) * turn.pairs;
+  float2 sum = {0.0f, 0.0f};
+#pragma unroll 4
+  for (int i = g; i < turn.pairs; i += kSimd / 4) {
+    const float2 wave = waves[i];
+    const float4 product = reinterpret_cast<const float4*>(products + i * kTileRows * 2)[t];
+    sum.x += product.x * wave.x + product.y * wave.y, sum.y += product.z * wave.x + product.w * wave.y;
+  }
+  for (int mask = 4; mask < kSimd; mask <<= 1) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, mask);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, mask);
+  }
+  return sum;
+}
+
 // One tile of 32 tokens in shared memory joins the running softmax.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, int b, int first_row,
+__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* products, int b,
+                                            int first_row,
                                             int token, const uint32_t q[D / 16][2], const Columns& columns, int lane,
                                             Running<D>& r) {
   const AttendShape& s = call.shape;
@@ -285,12 +310,17 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
   const int g = lane / 4, t = lane % 4;
-  float score[kTileBlocks][4];
+  float score[kTileBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
 #pragma unroll
   for (int i = 0; i < kTileBlocks; i++) {
+    if (call.buffers.turn.waves && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
+      const float2 turned = turned_offsets(call.buffers.turn, products, token + i * kBlockTokens, lane);
+      offset[0] = columns.offset[0] + turned.x * columns.log_base;
+      offset[1] = columns.offset[1] + turned.y * columns.log_base;
+    }
     score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
                                           lane, score[i]);
-    for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + columns.offset[j & 1];
+    for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + offset[j & 1];
   }
   if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
     for (int i = 0; i < kTileBlocks; i++)
@@ -398,7 +428,10 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
     q[i][0] = as_bits(__floats2half2_rn(four[0] * inverse, four[2 * kTileRows] * inverse));
     q[i][1] = as_bits(__floats2half2_rn(four[kTileRows] * inverse, four[3 * kTileRows] * inverse));
   }
-  const float log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
+  if (call.buffers.turn.waves)
+    turn_products(s, call.buffers, b, head, work, work + work_floats(s.format, call.warps), offset, threadIdx.x,
+                  call.warps * kSimd);
+  const float log_base = columns.log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
   for (int j = 0; j < 2; j++) {
     const int column = 2 * t + j;
     columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
@@ -441,7 +474,7 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
   const int bytes = stage_bytes(s.format);
   const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
-  uint8_t* rings = reinterpret_cast<uint8_t*>(work + work_floats(s.format, call.warps));
+  uint8_t* rings = reinterpret_cast<uint8_t*>(work + ring_start(call));
   Ring ring{rings + (size_t)warp * call.stages * bytes,
             first + warp,
             last,
@@ -472,7 +505,8 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
       copy_async_wait(call.stages - 1);
       __syncwarp();
       const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
-      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, b, tile * kTileRows,
+      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes,
+                                                            work + work_floats(s.format, call.warps), b, tile * kTileRows,
                                                             token, q, columns, lane, running);
       __syncwarp();  // before the ring's slot is filled again
       ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;

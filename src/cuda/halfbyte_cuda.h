@@ -31,11 +31,20 @@ typedef struct {
   const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
   const float* transposed;     /* [d][d] */
   const void* fragments;       /* halfbyte_cuda_fragments, or null */
-  const float* offset;         /* [batch][kv_heads][d] */
+  const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
   const float* rotated_offset; /* R mu, alike */
   const float* lambda;         /* [kv_heads][d] */
   const float* inverse_lambda;
+  /* Each offset serves offset_span tokens, the first from token offset_span * offset_first on; 0: one for all. */
+  int64_t offset_span, offset_first, offset_count;
 } HalfbyteCudaTables;
+
+/* How K's offset turns in spans of tokens; waves: cos and sin in the middle of spans 0, 1, ..., [spans][pairs][2], or
+ * null. Pair i: channels i and i + pairs, or 2 i and 2 i + 1 when interleaved. */
+typedef struct {
+  const float* waves;
+  int64_t span, pairs, interleaved;
+} HalfbyteCudaTurn;
 
 /* table[b][i]: address of the page that holds tokens 64 * (first_page + i) onwards of sequence b. */
 typedef struct {
@@ -54,6 +63,7 @@ typedef struct {
   HalfbyteCudaLayer layer;
   HalfbyteCudaTables k, v;
   HalfbyteCudaPages pages;
+  HalfbyteCudaTurn turn;
   int64_t batch, heads, queries, causal;
   double scale, softcap;
   int64_t length, first, sliding_window, sink_tokens, packed_end, raw_window, warm_up, kept;

@@ -24,6 +24,13 @@ struct AttendShape {
   Strides3 q_strides, out_strides;
 };
 
+// How the offset of K turns with RoPE, a span of tokens at a time; without waves it does not. See docs/format.md.
+struct Turn {
+  gpu_global const float* waves;  // [spans][pairs][2]: cos and sin in the middle of each span, or null
+  int span, pairs;
+  int pair_step, pair_gap;  // pair i: channels i · pair_step and i · pair_step + pair_gap
+};
+
 struct AttendBuffers {
   gpu_global const uchar* q;
   gpu_global uchar* out;
@@ -36,6 +43,7 @@ struct AttendBuffers {
   gpu_global const float* inverse_lambda_v;
   Pages pages;
   gpu_global float* partials;  // [slots][partial_floats]
+  Turn turn;
 };
 
 // Raw tokens that lie one after the other: positions [begin, end), `first` being the one at k and v.
@@ -110,8 +118,8 @@ gpu_fn void load_queries(gpu_local const AttendShape& s, gpu_local const AttendB
 // The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [padded_dim][kTileRows], its largest magnitude and
 // q·mu·scale of each row to `largest` and `offset`. q [d][kTileRows] is scratch. Ends with a barrier.
 template <bool Wide, int D = 0>
-gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, int tile,
-                            gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
+gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                            int tile, gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
                             gpu_shared float* offset, int tid, int threads) {
   const int d = s.format.k.head_dim, padded = s.format.k.padded_dim, lane = tid % kSimd;
   load_queries<Wide>(s, in, b, head, tile, q, tid, threads);
@@ -145,11 +153,45 @@ gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const Atte
   gpu_barrier();
 }
 
+HALFBYTE_INLINE int product_floats(gpu_local const Turn& turn) { return turn.waves ? kTileRows * 2 * turn.pairs : 0; }
+
+// q·mu of an offset that turns is Σ product · wave over pairs: those products to [pairs][kTileRows][2], and to `offset`
+// what the channels behind the pairs add. q: as prepare_queries left it. Ends with a barrier.
+gpu_fn void turn_products(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                          gpu_shared const float* q, gpu_shared float* products, gpu_shared float* offset, int tid,
+                          int threads) {
+  const int d = s.format.k.head_dim, lane = tid % kSimd;
+  gpu_global const float* mu = in.offset_k + ((int64_t)b * s.kv_heads + head) * d;
+  for (int at = tid; at < in.turn.pairs * kTileRows; at += threads) {
+    const int row = at % kTileRows, x = at / kTileRows * in.turn.pair_step, y = x + in.turn.pair_gap;
+    const float qx = q[x * kTileRows + row], qy = q[y * kTileRows + row];
+    products[2 * at] = qx * mu[x] + qy * mu[y], products[2 * at + 1] = qy * mu[x] - qx * mu[y];
+  }
+  for (int row = tid / kSimd; row < kTileRows; row += threads / kSimd) {
+    float dot = 0.0f;
+    for (int c = 2 * in.turn.pairs + lane; c < d; c += kSimd) dot += q[c * kTileRows + row] * mu[c];
+    dot = simd_sum(dot);
+    if (lane == 0) offset[row] = dot;
+  }
+  gpu_barrier();
+}
+
+// q·mu of one row's pairs in the span of a token, the same in every lane. products: from this row on.
+gpu_fn float turned_offset(gpu_local const Turn& turn, gpu_shared const float* products, int token, int lane) {
+  gpu_global const float* waves = turn.waves + (int64_t)(token / turn.span) * turn.pairs * 2;
+  float sum = 0.0f;
+  for (int i = lane; i < turn.pairs; i += kSimd)
+    sum += products[i * kTileRows * 2] * waves[2 * i] + products[i * kTileRows * 2 + 1] * waves[2 * i + 1];
+  return simd_sum(sum);
+}
+
 // One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
-// rotated: [padded_dim of K][kTileRows] from this row on. The result goes to `partial` at `slot_row`.
-gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, int row,
-                              int begin, int end, gpu_shared const float* rotated, float offset,
-                              gpu_global float* partial, int slot_row, int lane) {
+// rotated: [padded_dim of K][kTileRows] from this row on, and so products, if K's offset turns. The result goes to
+// `partial` at `slot_row`.
+gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              int row, int begin, int end, gpu_shared const float* rotated, float fixed_offset,
+                              gpu_global float* partial, int slot_row, int lane,
+                              gpu_shared const float* products = nullptr) {
   gpu_local const SideFormat& fk = s.format.k;
   gpu_local const SideFormat& fv = s.format.v;
   const RowSight sight = sight_of(s, row, in.mask != nullptr);
@@ -163,6 +205,7 @@ gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const At
       dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) *
              rotated[c * kTileRows];
     const int token = block + slot;
+    const float offset = fixed_offset + (in.turn.waves ? turned_offset(in.turn, products, block, lane) : 0.0f);
     float score = log2_score(s, dot + gpu_lane_xor(dot, kBlockTokens) + offset);
     const bool seen =
         token >= max(sight.lo, begin) && token < min(sight.packed_end, end) && mask_shows(s, in.mask, b, row, token);
@@ -259,8 +302,8 @@ gpu_fn void merge_partials(gpu_local const AttendShape& s, gpu_global const floa
 
 // Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p, from y to out. Ends with a barrier.
 template <int D>
-gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, FinishSpace space,
-                              int tid, int threads) {
+gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              FinishSpace space, int tid, int threads) {
   const int d = s.format.v.head_dim;
   if (in.inverse_lambda_v) {
     for (int at = tid; at < d * kTileRows; at += threads)
@@ -289,8 +332,8 @@ gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const At
 
 // Scores of n raw tokens from `from` to weights [kTileRows][kRawTokens], one token a simdgroup at a time.
 template <bool Wide>
-gpu_fn void score_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw, int b, int head,
-                      int tile, int from, int n, FinishSpace space, int tid, int threads) {
+gpu_fn void score_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw,
+                      int b, int head, int tile, int from, int n, FinishSpace space, int tid, int threads) {
   const int d = s.format.k.head_dim, lane = tid % kSimd, row = min(tile * kTileRows + lane % kTileRows, rows_of(s) - 1);
   const RowSight sight = sight_of(s, row, in.mask != nullptr);
   for (int i = tid / kSimd; i < n; i += threads / kSimd) {
@@ -333,8 +376,9 @@ gpu_fn void add_raw(gpu_local const AttendShape& s, gpu_local const RawTokens& r
 
 // Adds raw tokens to the running softmax in top, sum and out, kRawTokens at a time.
 template <bool Wide>
-gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw, int b, int head,
-                       int tile, FinishSpace space, int tid, int threads) {
+gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in,
+                       gpu_local const RawTokens& raw, int b, int head, int tile, FinishSpace space, int tid,
+                       int threads) {
   const int d = s.format.v.head_dim, lane = tid % kSimd;
   for (int from = raw.begin; from < raw.end; from += kRawTokens) {
     const int n = min(kRawTokens, raw.end - from);
@@ -357,9 +401,9 @@ gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuf
 
 // Partial results [n] of one tile of rows, and the raw tokens, to finished outputs. Run by a whole threadgroup.
 template <bool Wide, int D = 0>
-gpu_fn void finish(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens* raw, int n_raw,
-                   gpu_global const float* partials, int n, int b, int head, int tile, gpu_shared float* memory,
-                   int tid, int threads) {
+gpu_fn void finish(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens* raw,
+                   int n_raw, gpu_global const float* partials, int n, int b, int head, int tile,
+                   gpu_shared float* memory, int tid, int threads) {
   FinishSpace space = finish_space(s.format, memory);
   load_queries<Wide>(s, in, b, head, tile, space.q, tid, threads);
   merge_partials(s, partials, n, space, tid, threads);

@@ -9,8 +9,9 @@ namespace gpu {
 struct DecodeSide {
   gpu_global float* out;  // [batch][kv_heads][out_tokens][d]
   RotationTable rotation;
-  gpu_global const float* offset;          // [batch][kv_heads][d] or null
+  gpu_global const float* offset;          // as `spans` says, or null
   gpu_global const float* inverse_lambda;  // [kv_heads][d] or null
+  OffsetSpans spans;
 };
 
 struct DecodeShape {
@@ -36,8 +37,9 @@ gpu_fn void load_codes(gpu_local const DecodeShape& s, gpu_local const Pages& pa
 // Channels side by side in lanes, for stores that lie together.
 gpu_fn void store_vector(gpu_local const DecodeShape& s, gpu_local const DecodeSide& side, VectorPlace place, int d,
                          gpu_shared const float* x, int lane) {
-  const int64_t row = (int64_t)place.b * s.range.kv_heads + place.head;
-  gpu_global float* out = side.out + (row * s.out_tokens + place.token - s.out_first) * d;
+  const int row = place.b * s.range.kv_heads + place.head;
+  const int64_t mu = offset_at(side.spans, row, place.token, d);
+  gpu_global float* out = side.out + ((int64_t)row * s.out_tokens + place.token - s.out_first) * d;
   for (int c = lane; c < d; c += kSimd) {
     float value = x[c];
     if (side.rotation.factors) value *= back_factor(side.rotation, c);
@@ -45,7 +47,7 @@ gpu_fn void store_vector(gpu_local const DecodeShape& s, gpu_local const DecodeS
       value = 0.0f;
       for (int i = 0; i < d; i++) value += side.rotation.r[i * d + c] * x[i];
     }
-    out[c] = side.offset ? value + side.offset[row * d + c] : value;
+    out[c] = side.offset ? value + side.offset[mu + c] : value;
   }
 }
 

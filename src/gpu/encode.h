@@ -11,9 +11,10 @@ struct EncodeSide {
   gpu_global const uchar* data;
   Strides3 strides;
   RotationTable rotation;
-  gpu_global const float* offset;  // [batch][kv_heads][d] or null
+  gpu_global const float* offset;  // as `spans` says, or null
   gpu_global const float* lambda;  // [kv_heads][d] or null
   float factors[kSearchSize];      // of the covering scale; the first alone without search
+  OffsetSpans spans;
 };
 
 struct EncodeShape {
@@ -66,7 +67,7 @@ gpu_fn void load_vectors(gpu_local const EncodeShape& s, gpu_local const EncodeS
     const VectorPlace place = place_of(s.range, first + v);
     if (!place.active) continue;
     const int64_t row = element_at(side.strides, place.b, place.head, place.token - s.data_first);
-    const int64_t at = ((int64_t)place.b * s.range.kv_heads + place.head) * d;
+    const int64_t at = offset_at(side.spans, place.b * s.range.kv_heads + place.head, place.token, d);
     for (int c = lane; c < d; c += kSimd) {
       const float value = load_value(side.data, s.dtype, row + c);
       // As bits, where NaN comes last: compilers may take it that there is none.
@@ -109,8 +110,8 @@ gpu_fn void encode_vectors(gpu_local const EncodeShape& s, gpu_local const Pages
 
   const bool writes = place.active && channel < f.padded_dim;
   const int token = writes ? place.token : s.range.first_token, slot = token % kBlockTokens;
-  const BlockSide block = block_side(
-      page_of(pages, s.format, writes ? place.b : 0, writes ? place.head : 0, token), s.format, is_k, token);
+  const BlockSide block =
+      block_side(page_of(pages, s.format, writes ? place.b : 0, writes ? place.head : 0, token), s.format, is_k, token);
   if (writes && part % group_lanes == 0)
     store_value(block.scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, channel / f.group * kBlockTokens + slot, scale);
   for (int i = 0; i < kPart / 4; i++) {

@@ -6,7 +6,7 @@
 namespace halfbyte {
 namespace gpu {
 
-gpu_constexpr int kPart = kSpan / 2;       // channels of a lane
+gpu_constexpr int kPart = kSpan / 2;         // channels of a lane
 gpu_constexpr int kSimdFloats = 16 * kSimd;  // shared memory that the vectors of a simdgroup take at most
 
 // Lanes of a vector, a power of two so that they can exchange values; those behind the padded head hold zeros.
@@ -22,6 +22,16 @@ struct TokenRange {
   int batch, kv_heads;
   int first_token, tokens;  // of each sequence
 };
+
+// Where the offset of a token lies, [batch][kv_heads][count][d]: each serves `span` tokens, the first of them from token
+// span · first on. span 0: one for all tokens.
+struct OffsetSpans {
+  int span = 0, first = 0, count = 1;
+};
+
+gpu_fn int64_t offset_at(OffsetSpans spans, int row, int token, int d) {
+  return ((int64_t)row * spans.count + (spans.span ? token / spans.span - spans.first : 0)) * d;
+}
 
 struct VectorPlace {
   bool active;

@@ -156,7 +156,10 @@ struct Tables {
             offset.get(),
             rotated.get(),
             factors.get(),
-            inverse.get()};
+            inverse.get(),
+            0,
+            0,
+            1};
   }
 
   std::vector<float> matrix;

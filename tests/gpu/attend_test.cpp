@@ -222,8 +222,7 @@ TEST(MetalBarriers, AttendToPackedTokensAlone) {
       s.args, s.q, 1, k.tokens, c.d, [&](int, int, size_t t) { return t < s.parts.packed_end; },
       [&](int b, int h, int, size_t t, int i) { return (double)k.get(b, h, t, i); },
       [&](int b, int h, int, size_t t, int i) { return (double)v.get(b, h, t, i); });
-  for (unsigned schedule : schedules(random))
-    EXPECT_LT(error_of(metal_attention(s, schedule, false), want), 1e-5);
+  for (unsigned schedule : schedules(random)) EXPECT_LT(error_of(metal_attention(s, schedule, false), want), 1e-5);
 }
 
 TEST(MetalAttend, MatchesTheReferenceAtTailSizes) {

@@ -64,7 +64,9 @@ def mutants_of_spaces(text: str) -> list[tuple[int, str]]:
         start = text.rfind("\n", 0, match.start()) + 1
         line = text[start : text.find("\n", match.start())]
         if not line.startswith(("#", "//")) and "//" not in text[start : match.start()]:
-            found.append((text.count("\n", 0, start) + 1, text[: match.start()] + other[match[1]] + text[match.end() :]))
+            found.append(
+                (text.count("\n", 0, start) + 1, text[: match.start()] + other[match[1]] + text[match.end() :])
+            )
     return found
 
 
@@ -150,9 +152,7 @@ def run_tests(program: str, *names: str, **environment: str) -> subprocess.Compl
 
 def check_barriers(path: Path, program: str) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    barriers = [
-        number for number, line in enumerate(lines, 1) if re.match(r"\s+gpu_(simd_)?barrier\(\);", line)
-    ]
+    barriers = [number for number, line in enumerate(lines, 1) if re.match(r"\s+gpu_(simd_)?barrier\(\);", line)]
     if run_tests(program, "MetalBarriers.*").returncode:
         fail("the tests fail with all barriers in place")
 

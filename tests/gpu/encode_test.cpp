@@ -34,8 +34,8 @@ struct Memory {
 };
 
 Memory make_memory(const Case& c, Random& random) {
-  const std::vector<float> matrix = c.recipe.rotation == Rotation::dense ? random_rotation(random, c.d)
-                                                                         : std::vector<float>();
+  const std::vector<float> matrix =
+      c.recipe.rotation == Rotation::dense ? random_rotation(random, c.d) : std::vector<float>();
   Memory m{c,
            make_page_format(c.recipe, c.d, c.d),
            make_rotation(c.recipe.rotation, c.d, 7, 3, matrix.data()),
@@ -104,9 +104,17 @@ Input input_of(const Memory& m, int b, int head, int block) {
 
 Block reference_block(const Memory& m, const Input& in) {
   Block block(m.c.recipe, m.c.side, m.c.d);
-  EncodeArgs args{&block.format, &in.rotation, block.side, in.x.dtype, {}, in.n, in.first_lane,
-                  in.offset.empty() ? nullptr : in.offset.data(), in.lambda.empty() ? nullptr : in.lambda.data(),
-                  block.codes.data(), block.scales.data()};
+  EncodeArgs args{&block.format,
+                  &in.rotation,
+                  block.side,
+                  in.x.dtype,
+                  {},
+                  in.n,
+                  in.first_lane,
+                  in.offset.empty() ? nullptr : in.offset.data(),
+                  in.lambda.empty() ? nullptr : in.lambda.data(),
+                  block.codes.data(),
+                  block.scales.data()};
   for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
   encode_reference(args);
   return block;
@@ -253,7 +261,8 @@ TEST(MetalBarriers, CodeWithEachFastRotation) {
   }
 }
 
-// What is shipped as default, at every rotation and with all of a scale's candidates: the reference's bytes, ties apart.
+// What is shipped as default, at every rotation and with all of a scale's candidates: the reference's bytes, ties
+// apart.
 TEST(MetalEncode, GivesTheReferencesBytes) {
   Random random;
   for (int d : kMetalDims)

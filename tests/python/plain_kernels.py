@@ -30,7 +30,7 @@ class PlainKernels:
     def rotations(self, dense):
         return [(None, None, None)] * 2
 
-    def bind(self, batch, pages, rotations, offset, factors, **constants):
+    def bind(self, batch, pages, rotations, offset, factors, turn, **constants):
         self.batch, self.pages, self.constants = batch, pages, constants
 
     def _block(self, b, token):

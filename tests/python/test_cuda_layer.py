@@ -25,7 +25,7 @@ def relative_error(got, want):
 class Walk:
     """One C++ Layer and one CudaLayer that are told the same, on `device`."""
 
-    def __init__(self, seed, device, recipe, tolerance, dtype="float32", batch=2, window=0, dim=DIM):
+    def __init__(self, seed, device, recipe, tolerance, dtype="float32", batch=2, window=0, dim=DIM, pairs=0):
         self.random = np.random.default_rng(seed)
         self.torch_random = torch.Generator().manual_seed(seed)
         self.device, self.dtype, self.tolerance = torch.device(device), getattr(torch, dtype), tolerance
@@ -34,6 +34,10 @@ class Walk:
         self.dim, self.batch = dim, batch
         self.theirs = _native.Layer(**self.config)
         self.ours = cuda_layer.CudaLayer(self.device, **self.config)
+        if pairs:  # an offset that turns; odd seeds have pairs side by side
+            frequencies = torch.logspace(0, -4, pairs)
+            for layer in (self.ours, self.theirs):
+                layer.set_frequencies(frequencies.data_ptr(), pairs, bool(seed % 2))
 
     def tensor(self, heads, tokens, bias=0.0):
         x = torch.randn(self.batch, heads, tokens, self.dim, generator=self.torch_random)
@@ -75,6 +79,8 @@ class Walk:
         ours, theirs = (canonical(layer.save(), self.config) for layer in (self.ours, self.theirs))
         differing = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
         assert differing <= ({"pages", "offset_k", "offset_v"} if self.tolerance > 1e-5 else set())
+        if "offset_k" in differing:
+            assert np.abs(ours["offset_k"] - theirs["offset_k"]).max() < 1e-3
 
     def restore(self):
         """From now on each goes on from what the other had saved."""
@@ -162,7 +168,8 @@ GPU_CASES = [
     ("default", "float32", 80, {}),
     ("g16", "float16", 64, {}),
     ("k8v4", "bfloat16", 128, {}),
-    ("sinks", "float16", 128, {"raw_window": 16}),
+    ("default", "float16", 128, {"raw_window": 16}),
+    ("no-sinks", "float16", 64, {}),
     ("paper-g32", "float16", 128, {}),
     ("default", "float16", 128, {"offset_tokens": 64}),
 ]
@@ -181,6 +188,19 @@ def test_walks_like_the_cpp_layer(recipe, dtype, dim, options, window):
 
 
 @needs_gpu
+@pytest.mark.parametrize(("dtype", "dim", "span", "pairs"), [
+    ("float16", 128, 64, 64), ("bfloat16", 64, 16, 20), ("float16", 256, 64, 128), ("float32", 80, 16, 40),
+    ("bfloat16", 128, 64, 30), ("float16", 96, 64, 48),
+])  # fmt: skip
+@pytest.mark.parametrize("window", [0, 70])
+def test_an_offset_that_turns(dtype, dim, span, pairs, window):
+    recipe = get_recipe("default", offset_span=span, sink_tokens=16 * (span == 16))
+    walk = Walk(pairs + 1, "cuda:0", recipe, 0.03, dtype=dtype, window=window, dim=dim, pairs=pairs)
+    for _ in range(30):
+        walk.step()
+
+
+@needs_gpu
 def test_attends_with_all_that_narrows_it():
     walk = Walk(3, "cuda:0", RECIPES["default"], 0.03, dtype="float16", dim=128)
     walk.append(300)
@@ -193,7 +213,7 @@ def test_attends_with_all_that_narrows_it():
 @needs_gpu
 def test_padding_is_left_out_of_the_offset():
     for first in (7, 40):
-        walk = Walk(first, "cuda:0", RECIPES["default"], 0.03, dtype="float16", dim=128)
+        walk = Walk(first, "cuda:0", RECIPES["no-sinks"], 0.03, dtype="float16", dim=128, pairs=first // 2)
         counted = torch.ones(2, first, dtype=torch.uint8)
         counted[1, : first // 2] = 0
         walk.append(first, counted)
@@ -208,7 +228,7 @@ def test_padding_is_left_out_of_the_offset():
 def test_a_value_that_can_not_be_coded_raises_later():
     walk = Walk(4, "cuda:0", RECIPES["default"], 0.03, dtype="float16", dim=128)
     k, v = (torch.zeros(2, KV_HEADS, 33, 128, dtype=torch.float16, device="cuda:0") for _ in range(2))
-    k[1, 0, 5, 7] = float("nan")
+    k[1, 0, 17, 7] = float("nan")  # behind the sinks
     walk.ours.append(k, v)
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="not finite"):

@@ -62,7 +62,7 @@ struct Group {
   char shared_tag = 0;
   std::vector<Tags> simd_tags;
   std::unique_ptr<float[]> shared;
-  int shared_floats = 0;     // once a thread has asked for it
+  int shared_floats = 0;      // once a thread has asked for it
   int wrong_shared_line = 0;  // where it is too much, or another size
   std::string error;
 };
@@ -75,7 +75,7 @@ int skipped_line;
 bool skipped_by_odd_only;
 std::vector<Worker> workers;
 std::vector<std::unique_ptr<float[]>> used_memory;  // of the launch's groups that are done
-char start_tag, end_tag;  // of a launch
+char start_tag, end_tag;                            // of a launch
 
 #if defined(EMULATOR_ADDRESS)
 const void* host_stack;
@@ -264,9 +264,7 @@ std::string run(const Launch& launch, const std::function<void(unsigned, unsigne
   return error;
 }
 
-void skip_barrier(int line, bool odd_threads_only) {
-  skipped_line = line, skipped_by_odd_only = odd_threads_only;
-}
+void skip_barrier(int line, bool odd_threads_only) { skipped_line = line, skipped_by_odd_only = odd_threads_only; }
 
 static bool is_skipped(int line) { return line == skipped_line && (self % 2 || !skipped_by_odd_only); }
 
