@@ -92,16 +92,22 @@ struct PageFormat {
 };
 
 HALFBYTE_INLINE size_t block_code_bytes(gpu_local const PageFormat& p) { return code_bytes(p.k) + code_bytes(p.v); }
-HALFBYTE_INLINE size_t block_scale_bytes(gpu_local const PageFormat& p) { return scales_bytes(p.k) + scales_bytes(p.v); }
+HALFBYTE_INLINE size_t block_scale_bytes(gpu_local const PageFormat& p) {
+  return scales_bytes(p.k) + scales_bytes(p.v);
+}
 HALFBYTE_INLINE size_t page_head_bytes(gpu_local const PageFormat& p) {
   size_t bytes = kPageBlocks * (block_code_bytes(p) + block_scale_bytes(p));
   return (bytes + 63) / 64 * 64;  // so that every head's rows stay on cache lines
 }
 HALFBYTE_INLINE size_t k_codes_at(gpu_local const PageFormat& p, int block) { return block * block_code_bytes(p); }
-HALFBYTE_INLINE size_t v_codes_at(gpu_local const PageFormat& p, int block) { return k_codes_at(p, block) + code_bytes(p.k); }
+HALFBYTE_INLINE size_t v_codes_at(gpu_local const PageFormat& p, int block) {
+  return k_codes_at(p, block) + code_bytes(p.k);
+}
 HALFBYTE_INLINE size_t k_scales_at(gpu_local const PageFormat& p, int block) {
   return kPageBlocks * block_code_bytes(p) + block * block_scale_bytes(p);
 }
-HALFBYTE_INLINE size_t v_scales_at(gpu_local const PageFormat& p, int block) { return k_scales_at(p, block) + scales_bytes(p.k); }
+HALFBYTE_INLINE size_t v_scales_at(gpu_local const PageFormat& p, int block) {
+  return k_scales_at(p, block) + scales_bytes(p.k);
+}
 
 }  // namespace halfbyte

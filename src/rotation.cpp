@@ -28,9 +28,9 @@ float sign_of_channel(uint64_t seed, int layer_index, int channel) {
   return mix(seed + 0x9E3779B97F4A7C15ull * counter) >> 63 ? -1.0f : 1.0f;
 }
 
-void push_root(std::vector<float>& table, double turns) {
-  table.push_back((float)std::cos(kTau * turns));
-  table.push_back((float)std::sin(kTau * turns));
+void push_root(std::vector<float>& table, double turns, double length = 1.0) {
+  table.push_back((float)(length * std::cos(kTau * turns)));
+  table.push_back((float)(length * std::sin(kTau * turns)));
 }
 
 int next_radix(int length) {
@@ -41,8 +41,26 @@ int next_radix(int length) {
   return length;  // prime
 }
 
-void plan_fft(RotationPlan& plan, int n) {
-  for (int length = n, stride = 1; length > 1;) {
+// The real pass's twiddles, and where the last pass's results belong.
+void plan_slots(RotationPlan& plan) {
+  // Frequencies, of the sixteen of a real pass, that a slot holds in src/cpu/fft.h: one of each two that mirror.
+  constexpr int kFrequencies[kFftSlots] = {0, 4, 2, 10, 1, 5, 9, 13};
+  const int d = plan.head_dim, half = d / 2;
+  if (d % (2 * kFftSlots) == 0 && d > 2 * kFftSlots) {
+    plan.fft_slots = kFftSlots;
+    for (int i = 0; i < half / kFftSlots; i++)
+      for (int frequency : kFrequencies) push_root(plan.twiddles, -(double)i * frequency / d);
+  }
+  for (int i = 0; i < half; i++) {
+    const int slot = i % plan.fft_slots, k = kFrequencies[slot] + 2 * (i - slot);
+    plan.places.push_back(slot && k > half ? FftPlace{d - k, -1.0f} : FftPlace{slot ? k : i, 1.0f});
+    push_root(plan.half_roots, -(double)i / d, 0.5);
+  }
+}
+
+void plan_fft(RotationPlan& plan) {
+  plan_slots(plan);
+  for (int length = plan.head_dim / 2 / plan.fft_slots, stride = plan.fft_slots; length > 1;) {
     FftPass pass{next_radix(length), 0, stride, (int)plan.twiddles.size()};
     pass.rest = length / pass.radix;
     for (int p = 0; p < pass.rest; p++)
@@ -54,7 +72,6 @@ void plan_fft(RotationPlan& plan, int n) {
     length = pass.rest;
     stride *= pass.radix;
   }
-  for (int k = 0; k < n; k++) push_root(plan.unpack, -(double)k / (2 * n));
 }
 
 // Row i of the SRFT matrix before the signs, at column j.
@@ -85,9 +102,9 @@ RotationPlan make_rotation(Rotation kind, int head_dim, uint64_t seed, int layer
   plan.kind = kind;
   plan.head_dim = head_dim;
   for (int j = 0; j < head_dim; j++) plan.signs.push_back(sign_of_channel(seed, layer_index, j));
-  if (kind == Rotation::srft) plan_fft(plan, head_dim / 2);
+  if (kind == Rotation::srft) plan_fft(plan);
   if (kind == Rotation::srft || kind == Rotation::srht) {
-    const double norm = std::sqrt((kind == Rotation::srft ? 0.5 : 1.0) / head_dim);
+    const double norm = std::sqrt((kind == Rotation::srft ? 2.0 : 1.0) / head_dim);
     for (float sign : plan.signs) plan.factors.push_back(sign * (float)norm);
   }
   if (kind == Rotation::dense && matrix) {

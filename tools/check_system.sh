@@ -1,7 +1,7 @@
 #!/bin/sh
 # Checks that the machine has what a build needs, and installs it on Debian-like machines when run as root.
-# usage: tools/check_system.sh [--tests|--bench|--neon]
-# --tests: GoogleTest and Valgrind too; --bench: Google Benchmark; --neon: a compiler and an emulator for 64-bit Arm.
+# usage: tools/check_system.sh [--tests|--metal|--bench|--neon]
+# --tests: GoogleTest and Valgrind too; --metal: GoogleTest and clang, which checks Metal's address spaces; --bench: Google Benchmark; --neon: a compiler and an emulator for 64-bit Arm.
 # Environment: CXX, PYTHON
 set -eu
 
@@ -37,6 +37,10 @@ find_missing() {
     command -v git >/dev/null 2>&1 || missing="$missing git"
     if [ "$for_what" = --tests ] && ! has_gtest; then missing="$missing libgtest-dev"; fi
     if [ "$for_what" = --tests ] && ! command -v valgrind >/dev/null 2>&1; then missing="$missing valgrind"; fi
+    if [ "$for_what" = --metal ]; then
+        has_gtest || missing="$missing libgtest-dev"
+        command -v clang >/dev/null 2>&1 || missing="$missing clang"
+    fi
     if [ "$for_what" = --neon ]; then
         command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || missing="$missing g++-aarch64-linux-gnu"
         command -v qemu-aarch64 >/dev/null 2>&1 || missing="$missing qemu-user"

@@ -81,7 +81,7 @@ def _of_config(config, kinds) -> str:
 def _offset_of(recipe, layers, head_dim) -> str:
     if not recipe.offset:
         return "no offset"
-    turning = sum(layer.rope(head_dim) is not None for layer in layers)
+    turning = sum(layer.turns(head_dim) for layer in layers)
     where = "" if turning == len(layers) else f" in {turning} of {len(layers)} layers"
     return f"offset turning with RoPE every {recipe.offset_span} tokens{where}" if turning else "fixed offset"
 

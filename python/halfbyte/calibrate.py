@@ -26,14 +26,16 @@ ROTATIONS = ("rotation_k", "rotation_v")  # only for recipes with a dense rotati
 class Calibration:
     """Per layer and KV head, float32 [kv_heads, head_dim]: lambda in the rotated domain, offsets in the original one.
 
+    Offsets are means of K and V as cached: they do not turn with RoPE, and lambda is for what they leave.
+
     rotation_k, rotation_v: for recipes with rotation="dense", R of each layer, float32 [head_dim, head_dim].
     recipe holds the fields lambda depends on; model is fingerprint(model); text_sha256 is of the token ids.
     """
 
-    lambda_k: list[torch.Tensor]
-    lambda_v: list[torch.Tensor]
-    offset_k: list[torch.Tensor]
-    offset_v: list[torch.Tensor]
+    lambda_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    lambda_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    offset_k: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    offset_v: list[torch.Tensor] = dataclasses.field(default_factory=list)
     recipe: dict = dataclasses.field(default_factory=dict)
     model: str = ""
     text_sha256: str = ""

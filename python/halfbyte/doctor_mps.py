@@ -196,11 +196,8 @@ def bench_encode(device, vectors=BENCH_VECTORS, repeats=7, progress=True) -> lis
     for kind in tqdm(kinds, desc="bench encode", disable=not progress, leave=False):
         head_dim, bits, groups, lambda_, paper = kind
         if lambda_ is None:
-            name, recipe, work = (
-                "default",
-                get_recipe("default"),
-                metal_model.encode(head_dim, get_recipe("default"), 4),
-            )
+            name, recipe = "default", get_recipe("default", sink_tokens=0)
+            work = metal_model.encode(head_dim, recipe, 4)
         else:
             group = 0 if groups == 1 else head_dim // groups
             name = "paper g32-lambda" if lambda_ else "paper g32" if group else "paper per-token"

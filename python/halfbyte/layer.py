@@ -122,8 +122,11 @@ class Int4Layer(CacheLayerMixin):
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
         rope = self.rope(dim_k) if parts is None else None
-        if rope is not None and hasattr(native, "set_frequencies"):  # Metal kernels take fixed offsets alone
+        self._turns = rope is not None and hasattr(native, "set_frequencies")  # Metal kernels take fixed offsets alone
+        if self._turns:
             native.set_frequencies(rope.frequencies.data_ptr(), rope.frequencies.numel(), rope.interleaved)
+        elif parts is not None:
+            self._turns = len(parts.get("frequencies", ())) > 0
         return native
 
     def _move(self, device):
@@ -142,6 +145,10 @@ class Int4Layer(CacheLayerMixin):
         recipe = self.recipe
         fixed = not recipe.offset or not recipe.offset_span or getattr(self.calibration, "offset_k", None)
         return None if fixed else self._shared.rope(self, head_dim)
+
+    def turns(self, head_dim):
+        """Whether this layer's offset turns, or will once tokens come."""
+        return self._turns if self.is_initialized else self.rope(head_dim) is not None
 
     def _calibrate(self, native, kv_heads, dim_k, dim_v):
         if self.calibration is None:
@@ -309,8 +316,7 @@ class Int4Layer(CacheLayerMixin):
         short = step.length < OFFSET_TOKENS and not self.consistent
         try:
             if module is not None and short and self.recipe.offset and self.calibration is None:
-                turns = self.rope(self.head_dim_k) is not None and hasattr(self.native, "set_frequencies")
-                span = self.recipe.offset_span if turns else 0
+                span = self.recipe.offset_span if self._turns else 0
                 offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k, span)
                 if offset is not None:
                     self.native.set_offset(offset.data_ptr(), 0)

@@ -29,7 +29,7 @@ class MlxKernel(NamedTuple):
 def header() -> str:
     """The kernels' text up to the entry points, with numbers read from device memory, where MLX puts its inputs."""
     text = source().split(ENTRY_POINTS)[0]
-    return re.sub(r"constant (\w+(?:Numbers|Reals))&", r"device const \1&", text)
+    return re.sub(r"constant (\w+)&", r"device const \1&", text)
 
 
 def kernels() -> dict[str, MlxKernel]:
@@ -70,9 +70,7 @@ def _kernel(name, parameters, body, before) -> MlxKernel:
         written = space == "device" and not const and (parameter != "pool" or "encode" in name)
         (outputs if written else inputs).append(parameter)
         body = re.sub(rf"\b{parameter}\b", f"{parameter}_", body)
-        if how == "&" and kind == "float":
-            lines.append(f"const float {parameter}_ = {parameter}[0];")
-        elif how == "&":
+        if how == "&":
             lines.append(f"device const {kind}& {parameter}_ = *(device const {kind}*){parameter};")
         elif written:
             lines.append(f"device {kind}* {parameter}_ = (device {kind}*){parameter};")

@@ -99,7 +99,8 @@ class MpsLayer:
     def append(self, k, v, counted=None, answered=False):
         """Adds tokens. counted: [batch, tokens], 0 for padding, which the offset leaves out.
 
-        answered: their queries have attended already, so that a window may drop what only these would see.
+        answered: their queries have attended already, so that a window may drop what only these would see; of a first
+        chunk that is never packed.
         """
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
         tokens = k.shape[2]
@@ -119,9 +120,11 @@ class MpsLayer:
                 self._fix_offset((k, v))
         if raw is not None:
             self._keep_undo(raw, filled, packed_end, tokens)
-            self._pack(raw, packed_from, packed_end)
+            if answered and not self.length:
+                self.pages_dropped = min(self._first_seen(length), packed_end) // PAGE
+            self._pack(raw, max(packed_from, self.pages_dropped * PAGE), packed_end)
         self._keep_raw((k, v), raw, packed_from, packed_end, filled)
-        self._drop_pages(length if answered else self.length)
+        self._drop_behind_window(length if answered else self.length)
         self.length = length
 
     def _check_ready(self, k):
@@ -235,11 +238,19 @@ class MpsLayer:
         sizes = ((self.batch, self.kv_heads, capacity, dim) for dim in self.dims)
         return tuple(torch.zeros(size, dtype=self.dtype, device=self.device) for size in sizes)
 
-    def _drop_pages(self, position):
-        """Lets go of pages that no query at `position` or later sees."""
+    def _first_seen(self, position):
+        """The first token that a query at `position` sees, as far as it is still held."""
+        if not self.sliding_window or self._record_past:
+            return self.first
+        return max(self.first, position - self.sliding_window + 1)
+
+    def _drop_behind_window(self, position):
+        """Lets go of what no query at `position` or later sees."""
         if not self.sliding_window or self._record_past:
             return
-        self.first = max(self.first, position - self.sliding_window + 1)
+        self.first = self._first_seen(position)
+        if self._offset_ready and self.first >= self.sink:
+            self.sinks = None
         gone = min(self.first, self.packed_end) // PAGE
         if gone > self.pages_dropped:
             for pages in self.pages:
@@ -259,7 +270,7 @@ class MpsLayer:
     def raw_parts(self, chunk):
         """[(K and V, position of their first token, begin, end, whether sinks)] for the newest tokens' queries."""
         parts, sink = [], min(self.sink, self.length)
-        if sink:
+        if self.sinks is not None:
             parts.append((self.sinks, 0, 0, sink, True))
         if chunk is None:
             parts.append((self.tail, self.packed_end, self.packed_end, self.length, False))
@@ -395,8 +406,9 @@ class MpsLayer:
         return _native.Layer.load(**self.config, parts=parts).save()
 
     def _raw_bytes(self, side):
-        parts = []
-        for pair, count in ((self.sinks, min(self.sink, self.length)), (self.tail, self.length - self.packed_end)):
+        """Sinks, or zeros when a window has passed them, and the tail."""
+        parts, sinks = [], self.sinks or (self._make_raw(self.sink) if self.sink else None)
+        for pair, count in ((sinks, min(self.sink, self.length)), (self.tail, self.length - self.packed_end)):
             if pair is not None and count > 0:
                 parts.append(pair[side][:, :, :count])
         if not parts:

@@ -16,6 +16,8 @@ RECIPES: dict[str, Recipe] = {
     "no-offset": Recipe(offset=False, **_SINKS),
     "fixed-offset": Recipe(offset_span=0, **_SINKS),
     "turning": Recipe(offset_span=16, **_SINKS),
+    "turning-g32": Recipe(k_group=32, v_group=32, offset_span=16, **_SINKS),
+    "turning-vector": Recipe(k_group=0, v_group=0, offset_span=16, **_SINKS),
     "paper-per-token": Recipe(k_group=0, v_group=0, **_PAPER),
     "paper-g32": Recipe(k_group=32, v_group=32, **_PAPER),
     "paper-g32-lambda": Recipe(k_group=32, v_group=32, lambda_=True, **_PAPER),

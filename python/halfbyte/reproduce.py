@@ -15,7 +15,7 @@ from .evaluate import evaluate
 from .learn import Plan, learn, learned_recipe
 from .offset import bias_offset
 from .recipes import get_recipe
-from .simulated import turning
+from .simulated import packed, turning
 
 SEEDS = (0, 1, 2)
 # Tokens, and the paper's fp16 bytes over its own.
@@ -40,11 +40,11 @@ def _paper_codec(bits: int, group: int, rotation: str) -> Codec:
 
 def _rotation_lines():
     """Rotation x bits x scaling, symmetric codes without offset."""
-    smol = {"identity": "+0.97 ppl", "srht": "+0.20 ppl", "srft": "+0.21 ppl"}
+    smol = {"identity": "+1.96 ppl", "srht": "+0.34 ppl", "srft": "+0.38 ppl"}
     for bits in (3, 4, 6, 8):
         for rotation in ("identity", "srht", "srft"):
             known = smol[rotation] if bits == 4 else ""
-            yield Line(f"{bits} bits, {rotation}, per token", _paper_codec(bits, 0, rotation), known, "SmolLM2-360M")
+            yield Line(f"{bits} bits, {rotation}, per token", _paper_codec(bits, 0, rotation), known, "SmolLM2-135M")
             yield Line(f"{bits} bits, {rotation}, g32", _paper_codec(bits, 32, rotation))
 
 
@@ -56,9 +56,11 @@ def _ladder_lines():
     yield Line("g32", get_recipe("paper-g32"), "+4520 ppl", qwen)
     yield Line("lambda", alone, "about +5400 ppl", qwen)
     yield Line("g32 + lambda", get_recipe("paper-g32-lambda"), "+638.6 ppl", qwen)
-    yield Line("g32 + offset", get_recipe("paper-g32", offset=True))
-    yield Line("g32 + offset + lambda", get_recipe("paper-g32-lambda", offset=True))
-    yield Line("g32 + offset + signed scales + search: `g32`", get_recipe("g32"))
+    yield Line("g32 + fixed offset", get_recipe("paper-g32", offset=True, offset_span=0))
+    yield Line("g32 + offset of the calibration text + lambda", get_recipe("paper-g32-lambda", offset=True))
+    yield Line("g32 + turning offset", get_recipe("paper-g32", offset=True))
+    yield Line("g32 + turning offset + signed scales + search", get_recipe("g32", sink_tokens=0))
+    yield Line("the same, first 16 tokens raw: `g32`", get_recipe("g32"))
     yield Line("the same, V one scale a vector: `default`", get_recipe("default"))
     yield Line("8 bits per token", get_recipe("paper-per-token", k_bits=8, v_bits=8), "+0.13 ppl", qwen)
 
@@ -84,6 +86,8 @@ def _ablation_lines():
         ("default", default),
         ("without raw sinks", get_recipe(default, sink_tokens=0)),
         ("without offset", get_recipe(default, offset=False)),
+        ("offset fixed", get_recipe(default, offset_span=0)),
+        ("offset turning every 16 tokens", get_recipe(default, offset_span=16)),
         ("without rotation", get_recipe(default, rotation="identity")),
         ("without search", get_recipe(default, search=False)),
         ("without signed scales", get_recipe(default, signed_scale=False)),
@@ -107,12 +111,12 @@ ALL_TABLES = (*TABLES, "offsets", "layers", "learned", "memory")
 def _offset_lines(model, calib_ids, progress):
     """Where the default's offset comes from: first tokens, a calibration, weights; and one that turns with RoPE."""
     for tokens in (16, 64, 256, 2048):
-        yield Line(f"mean of the first {tokens} tokens", Packed(get_recipe("default"), None, tokens))
+        yield Line(f"fixed, mean of the first {tokens} tokens", Packed(get_recipe("default"), None, tokens))
     if calib_ids is not None:
         found = calibrate(model, calib_ids, progress=progress, recipe="default")
-        yield Line("mean over a calibration text", Packed(get_recipe("default"), found))
+        yield Line("fixed, mean over a calibration text", Packed(get_recipe("default"), found))
     k, v = Linear(4, 32), Side(Linear(4, 0), offset=0)
-    yield Line("key bias, averaged over RoPE; V none", Codec(Side(k, offset=_bias_offsets(model)), v))
+    yield Line("fixed, key bias averaged over RoPE; V none", Codec(Side(k, offset=_bias_offsets(model)), v))
     config = model.config.get_text_config(decoder=True)
     for span in (64, 16, 1):
         yield Line(f"turning, every {span} tokens", Codec(Side(k, offset=turning(config, span)), Side(Linear(4, 0))))
@@ -131,9 +135,11 @@ def _bias_offsets(model):
 
 def _layer_lines(model):
     """One side of one layer packed at a time: where the loss comes from."""
-    for layer in range(model.config.get_text_config(decoder=True).num_hidden_layers):
+    config = model.config.get_text_config(decoder=True)
+    whole = packed(get_recipe("default"), config)
+    for layer in range(config.num_hidden_layers):
         for which in ("k", "v"):
-            yield Line(f"layer {layer} {which.upper()}", Only(Packed(get_recipe("default")), layer, which))
+            yield Line(f"layer {layer} {which.upper()}", Only(whole, layer, which))
 
 
 def _learned_lines(model, calib_ids, steps, progress):

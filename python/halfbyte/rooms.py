@@ -98,7 +98,7 @@ def _gpu_layer(device, exact, parts, config):
     if device.type not in ("cuda", "mps"):
         return None, "there are no kernels for this device"
     if device.type == "mps":
-        if parts is not None and parts["frequencies"].size:
+        if parts is not None and len(parts.get("frequencies", ())):
             return None, "the Metal kernels take no offset that turns"
         from .mps_kernels import why_not
         from .mps_layer import MpsLayer

@@ -244,8 +244,9 @@ def _check_model(facts, config, path, model):
 def _calibration(layers, tensors):
     """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
     parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
-    if not any(name.endswith(".frequencies") for name in tensors):  # an offset that turns is none of a calibration
-        parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
+    parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
+    if any(name.endswith(".frequencies") for name in tensors):  # an offset that turns is none of a calibration
+        tensors = {name: tensor for name, tensor in tensors.items() if "given_offset" not in name}
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }

@@ -17,6 +17,8 @@ from .rope import layer_rope
 # finds them; whole numbers, so that a byte lookup can hold them.
 LEVELS = tuple(x / 127 for x in (-127, -100, -80, -64, -49, -36, -24, -12, 0, 12, 24, 37, 51, 67, 86, 110))
 
+SPAN = RECIPES["default"].offset_span
+
 
 def turning(config, span: int, tokens: int = OFFSET_TOKENS) -> Turning:
     """The offset of keys that turns with a model's RoPE; it does not where a layer has none, or one of unknown kind."""
@@ -32,20 +34,17 @@ def packed(recipe, config, calibration=None, tokens: int = OFFSET_TOKENS) -> Pac
     return Packed(recipe, calibration, tokens, turning(config, recipe.offset_span, tokens) if turns else None)
 
 
+def _simulated(k, v, span: int = SPAN):
+    """K's offset turns every `span` tokens."""
+    return lambda config: Codec(Side(k, offset=turning(config, span)), Side(v))
+
+
 def _bits(k: int, v: int):
-    return lambda config: Codec(Side(Linear(k, 32)), Side(Linear(v, 32)))
+    return _simulated(Linear(k, 32), Linear(v, 32))
 
 
-def _table(k_group: int, v_group: int, span: int = 0):
-    def make(config):
-        k = Side(Table(LEVELS, k_group), offset=turning(config, span)) if span else Side(Table(LEVELS, k_group))
-        return Codec(k, Side(Table(LEVELS, v_group)))
-
-    return make
-
-
-def _every_token(config):
-    return Codec(Side(Linear(4, 32), offset=turning(config, 1)), Side(Linear(4, 0)))
+def _table(k_group: int, v_group: int, span: int = SPAN):
+    return _simulated(Table(LEVELS, k_group), Table(LEVELS, v_group), span)
 
 
 def _sinks(make):
@@ -73,7 +72,7 @@ _OURS: dict[str, Callable] = {
     "table": _table(32, 0),
     "table-g32": _table(32, 32),
     "vector-table": _table(0, 0),
-    "turning-token": _every_token,
+    "turning-token": _simulated(Linear(4, 32), Linear(4, 0), 1),
     "turning-table": _table(32, 0, 16),
     "turning-table-g32": _table(32, 32, 16),
     "turning-vector-table": _table(0, 0, 16),

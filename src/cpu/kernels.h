@@ -14,14 +14,10 @@ HALFBYTE_INLINE f32x16 inverse_scale(f32x16 scale) {
   return select(used, max(min(inverse, set1(kLargest)), set1(-kLargest)), set1(0.0f));
 }
 
-// Adding it to |x| < 2^22 rounds x to even and leaves it as an integer in the low bits.
-constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23
-
 // The scale of least squared error among the candidates; y: the group's channels [channels][16].
+template <int kBits>
 static f32x16 search_scale(const SideFormat& format, const float* y, int channels, f32x16 covering) {
-  const float half = (float)zero_code(format.bits);
   const float* factors = format.signed_scale ? kSearchSigned : kSearch;
-  const f32x16 rounder = set1(kRounder), lowest = set1(kRounder - half), highest = set1(kRounder + half - 1.0f);
   f32x16 best = covering, best_error = covering;
   for (int first = 0; first < kSearchSize; first += kSearchAbreast) {
     f32x16 scales[kSearchAbreast], inverses[kSearchAbreast], errors[kSearchAbreast];
@@ -30,10 +26,9 @@ static f32x16 search_scale(const SideFormat& format, const float* y, int channel
       inverses[i] = inverse_scale(scales[i]), errors[i] = set1(0.0f);
     }
     for (int c = 0; c < channels; c++) {
-      const f32x16 value = load(y + c * kLanes);
+      const f32x16 value = take(y + c * kLanes);
       for (int i = 0; i < kSearchAbreast; i++) {
-        f32x16 code = sub(min(max(fma(value, inverses[i], rounder), lowest), highest), rounder);
-        f32x16 left = fnma(code, scales[i], value);
+        f32x16 left = fnma(nearest_code<kBits>(value, inverses[i]), scales[i], value);
         errors[i] = fma(left, left, errors[i]);
       }
     }
@@ -52,15 +47,12 @@ static f32x16 choose_scale(const SideFormat& format, const float* y, int channel
   const float half = (float)zero_code(format.bits);
   const f32x16 covering = format.signed_scale ? mul(value_of(extreme), set1(-1.0f / half))
                                               : mul(abs(value_of(extreme)), set1(1.0f / (half - 1.0f)));
-  return format.search ? search_scale(format, y, channels, covering) : stored_scale(format, covering);
+  if (!format.search) return stored_scale(format, covering);
+  return format.bits == 4 ? search_scale<4>(format, y, channels, covering)
+                          : search_scale<8>(format, y, channels, covering);
 }
 
 // ---------------------------------------------------------------------------------------------- codes
-
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 
 // Rotated vectors and what turns them into codes.
 struct Quantiser {
@@ -72,23 +64,17 @@ struct Quantiser {
 // Codes of channels [c, c + 4) as the four bytes of each lane.
 template <int kBits>
 HALFBYTE_INLINE i32x16 code_word(const Quantiser& from, int c) {
-  // Integers add up without carries as long as each is a byte: 4-bit codes, at most 8 too far out, get 32 more until
-  // they are limited; 8-bit ones are limited before.
+  // Each must be a byte: 4-bit codes, at most 8 too far out, get 32 more until they are limited; 8-bit ones are limited
+  // before.
   constexpr int kSpare = kBits == 4 ? 32 : 0;
   constexpr float kOrigin = kRounder + kSpare + (1 << (kBits - 1));
   const f32x16 inverse = load(from.inverse + c / 16 * kLanes);
-  i32x16 word;
-  auto add_byte = [&](auto place) {
-    f32x16 code = fma(load(from.y + (c + place.value) * kLanes), inverse, set1(kOrigin));
+  auto code = [&](int i) {
+    f32x16 code = fma(load(from.y + (c + i) * kLanes), inverse, set1(kOrigin));
     if constexpr (kBits == 8) code = min(max(code, set1(kRounder + (float)from.lowest)), set1(kRounder + 255.0f));
-    if constexpr (place.value == 0)
-      word = bits_of(code);
-    else
-      word = add(word, shift_left<8 * place.value>(bits_of(code)));
+    return code;
   };
-  add_byte(Constant<0>{}), add_byte(Constant<1>{}), add_byte(Constant<2>{}), add_byte(Constant<3>{});
-  constexpr uint32_t kRounderBits = 0x4b400000u * 0x01010101u;  // kRounder's share in the sum
-  word = sub(word, set1((int)kRounderBits));
+  i32x16 word = join_bytes(code(0), code(1), code(2), code(3));
   if constexpr (kBits == 4)
     word = add(limit_bytes(word, kSpare + from.lowest, 15 - from.lowest), set1(from.lowest * 0x01010101));
   return word;

@@ -45,10 +45,10 @@ struct Ahead {
   __attribute__((always_inline)) void fetch() {
     constexpr int kLines = 6;  // for 128 float channels, 24 calls bring what is needed
     for (int i = 0; i < kLines; i++) {
-      prefetch(at + done);
+      __builtin_prefetch(at + done, 0, 2);  // not into the first-level cache, which this work fills
       done += 64;
-      const bool row_is_done = done >= bytes;
-      at += row_is_done ? step : 0, done = row_is_done ? 0 : done;
+      const ptrdiff_t row_is_done = -(ptrdiff_t)(done >= bytes);  // all bits, or none
+      at += step & row_is_done, done &= ~row_is_done;
     }
   }
 };
@@ -132,216 +132,66 @@ static void store_transposed(const float* y, int d, float* rows, size_t stride, 
   }
 }
 
-// ---------------------------------------------------------------------------------------------- complex FFT
-
-struct Complex {
-  f32x16 re, im;
-};
-
-HALFBYTE_INLINE Complex load_complex(const float* p) { return {load(p), load(p + kLanes)}; }
-HALFBYTE_INLINE void store_complex(float* p, Complex z) { store(p, z.re), store(p + kLanes, z.im); }
-HALFBYTE_INLINE Complex add(Complex a, Complex b) { return {add(a.re, b.re), add(a.im, b.im)}; }
-HALFBYTE_INLINE Complex sub(Complex a, Complex b) { return {sub(a.re, b.re), sub(a.im, b.im)}; }
-HALFBYTE_INLINE Complex plus_scaled(Complex a, Complex b, float x) {
-  return {fma(b.re, set1(x), a.re), fma(b.im, set1(x), a.im)};
-}
-HALFBYTE_INLINE Complex less_scaled(Complex a, Complex b, float x) {
-  return {fnma(b.re, set1(x), a.re), fnma(b.im, set1(x), a.im)};
-}
-HALFBYTE_INLINE Complex plus_i(Complex a, Complex b) { return {sub(a.re, b.im), add(a.im, b.re)}; }  // a + i·b
-HALFBYTE_INLINE Complex less_i(Complex a, Complex b) { return {add(a.re, b.im), sub(a.im, b.re)}; }  // a − i·b
-HALFBYTE_INLINE Complex times(Complex a, float cos, float sin) {
-  f32x16 c = set1(cos), s = set1(sin);
-  return {fnma(a.im, s, mul(a.re, c)), fma(a.im, c, mul(a.re, s))};
-}
-
-// cos and sin of 2πk / radix, for odd radices.
-template <int kRadix>
-struct Roots;
-template <>
-struct Roots<3> {
-  static constexpr float kCos[] = {1.0f, -0.5f, -0.5f}, kSin[] = {0.0f, 0.866025404f, -0.866025404f};
-};
-template <>
-struct Roots<5> {
-  static constexpr float kCos[] = {1.0f, 0.309016994f, -0.809016994f, -0.809016994f, 0.309016994f};
-  static constexpr float kSin[] = {0.0f, 0.951056516f, 0.587785252f, -0.587785252f, -0.951056516f};
-};
-template <>
-struct Roots<7> {
-  static constexpr float kCos[] = {1.0f,          0.623489802f,  -0.222520934f, -0.900968868f,
-                                   -0.900968868f, -0.222520934f, 0.623489802f};
-  static constexpr float kSin[] = {0.0f,          0.781831482f,  0.974927912f, 0.433883739f,
-                                   -0.433883739f, -0.974927912f, -0.781831482f};
-};
-
-// Short DFTs in registers: b_k = Σ_j a_j e^(−2πi jk / radix).
-template <int kRadix>
-HALFBYTE_INLINE void short_dft(Complex* a) {
-  if constexpr (kRadix == 2) {
-    Complex sum = add(a[0], a[1]);
-    a[1] = sub(a[0], a[1]), a[0] = sum;
-  } else if constexpr (kRadix == 4) {
-    Complex s02 = add(a[0], a[2]), d02 = sub(a[0], a[2]), s13 = add(a[1], a[3]), d13 = sub(a[1], a[3]);
-    a[0] = add(s02, s13), a[1] = less_i(d02, d13), a[2] = sub(s02, s13), a[3] = plus_i(d02, d13);
-  } else if constexpr (kRadix == 8) {
-    constexpr float kHalf = 0.707106781f;  // √½
-    Complex even[4] = {a[0], a[2], a[4], a[6]}, odd[4] = {a[1], a[3], a[5], a[7]};
-    short_dft<4>(even), short_dft<4>(odd);
-    // Eighth turns, but for √½: (1 − i)·odd[1] and −(1 + i)·odd[3].
-    Complex turned1 = {add(odd[1].re, odd[1].im), sub(odd[1].im, odd[1].re)};
-    Complex turned3 = {sub(odd[3].im, odd[3].re), add(odd[3].im, odd[3].re)};
-    a[0] = add(even[0], odd[0]), a[4] = sub(even[0], odd[0]);
-    a[1] = plus_scaled(even[1], turned1, kHalf), a[5] = less_scaled(even[1], turned1, kHalf);
-    a[2] = less_i(even[2], odd[2]), a[6] = plus_i(even[2], odd[2]);
-    a[3] = {fma(turned3.re, set1(kHalf), even[3].re), fnma(turned3.im, set1(kHalf), even[3].im)};
-    a[7] = {fnma(turned3.re, set1(kHalf), even[3].re), fma(turned3.im, set1(kHalf), even[3].im)};
-  } else {  // odd: inputs j and radix − j meet the same cosine, and opposite sines
-    using Root = Roots<kRadix>;
-    constexpr int kPairs = kRadix / 2;
-    Complex sums[kPairs], gaps[kPairs], first = a[0];
-    for (int j = 0; j < kPairs; j++) {
-      sums[j] = add(a[j + 1], a[kRadix - 1 - j]), gaps[j] = sub(a[j + 1], a[kRadix - 1 - j]);
-      a[0] = add(a[0], sums[j]);
-    }
-    for (int k = 1; k <= kPairs; k++) {
-      Complex even = first, odd = {set1(0.0f), set1(0.0f)};
-      for (int j = 0; j < kPairs; j++) {
-        even = plus_scaled(even, sums[j], Root::kCos[(j + 1) * k % kRadix]);
-        odd = plus_scaled(odd, gaps[j], Root::kSin[(j + 1) * k % kRadix]);
-      }
-      a[k] = less_i(even, odd), a[kRadix - k] = plus_i(even, odd);
-    }
-  }
-}
-
-// One Stockham pass, from [n complex][16] to another such buffer.
-template <int kRadix>
-static void fft_pass(const FftPass& pass, const float* twiddles, const float* from, float* to, Ahead& ahead) {
-  constexpr int kStep = 2 * kLanes;
-  const int stride = pass.stride, rest = pass.rest;
-  for (int p = 0; p < rest; p++) {
-    const float* twiddle = twiddles + 2 * kRadix * p;
-    for (int q = 0; q < stride; q++) {
-      ahead.fetch();
-      Complex a[kRadix];
-      for (int j = 0; j < kRadix; j++) a[j] = load_complex(from + kStep * (q + stride * (p + rest * j)));
-      short_dft<kRadix>(a);
-      if (p)
-        for (int k = 1; k < kRadix; k++) a[k] = times(a[k], twiddle[2 * k], twiddle[2 * k + 1]);
-      float* out = to + kStep * (q + stride * kRadix * p);
-      for (int k = 0; k < kRadix; k++) store_complex(out + kStep * stride * k, a[k]);
-    }
-  }
-}
-
-// A prime radix over seven: the plain sum, with the roots that follow the pass's twiddles.
-static void fft_pass_prime(const FftPass& pass, const float* twiddles, const float* from, float* to) {
-  constexpr int kStep = 2 * kLanes;
-  const int radix = pass.radix, stride = pass.stride, rest = pass.rest;
-  const float* roots = twiddles + 2 * radix * rest;
-  for (int p = 0; p < rest; p++)
-    for (int q = 0; q < stride; q++)
-      for (int k = 0; k < radix; k++) {
-        Complex sum = load_complex(from + kStep * (q + stride * p));
-        for (int j = 1; j < radix; j++) {
-          const float* root = roots + 2 * (j * k % radix);
-          sum = add(sum, times(load_complex(from + kStep * (q + stride * (p + rest * j))), root[0], root[1]));
-        }
-        const float* twiddle = twiddles + 2 * (radix * p + k);
-        store_complex(to + kStep * (q + stride * (radix * p + k)), times(sum, twiddle[0], twiddle[1]));
-      }
-}
-
-// Complex FFT of length n; the result is in the returned buffer, `a` or `b`.
-static float* fft(const RotationPlan& plan, float* a, float* b, Ahead& ahead) {
-  for (const FftPass& pass : plan.passes) {
-    const float* twiddles = &plan.twiddles[pass.twiddle_at];
-    switch (pass.radix) {
-      case 2:
-        fft_pass<2>(pass, twiddles, a, b, ahead);
-        break;
-      case 3:
-        fft_pass<3>(pass, twiddles, a, b, ahead);
-        break;
-      case 4:
-        fft_pass<4>(pass, twiddles, a, b, ahead);
-        break;
-      case 5:
-        fft_pass<5>(pass, twiddles, a, b, ahead);
-        break;
-      case 7:
-        fft_pass<7>(pass, twiddles, a, b, ahead);
-        break;
-      case 8:
-        fft_pass<8>(pass, twiddles, a, b, ahead);
-        break;
-      default:
-        fft_pass_prime(pass, twiddles, a, b);
-    }
-    float* swap = a;
-    a = b, b = swap;
-  }
-  return a;
-}
-
 // ---------------------------------------------------------------------------------------------- rotations
 //
 // Each takes y [d][16] and as much scratch, and returns the one of the two that holds the result. plan.factors (signs
 // and norm) come first on the way forward, where loading applies them, and last on the way back.
 
-constexpr float kRoot2 = 1.41421356f;
+#include "fft.h"
 
-// Real FFT by the half-length complex one, then the paper's packing of real and imaginary parts.
-static float* srft_forward(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
-  const int d = plan.head_dim, n = d / 2;
-  float* z = fft(plan, y, scratch, ahead);
-  float* out = z == y ? scratch : y;
-  Complex z0 = load_complex(z);
-  store(out, mul(add(z0.re, z0.im), set1(kRoot2)));
-  store(out + n * kLanes, mul(sub(z0.re, z0.im), set1(kRoot2)));
-  for (int k = 1; k <= n / 2 + n % 2 && k < n; k++) {
-    Complex a = load_complex(z + 2 * kLanes * k), b = load_complex(z + 2 * kLanes * (n - k));
-    Complex even = {add(a.re, b.re), sub(a.im, b.im)}, odd = {add(a.im, b.im), sub(b.re, a.re)};  // twice E, O
-    Complex turned = times(odd, plan.unpack[2 * k], plan.unpack[2 * k + 1]);
-    store(out + k * kLanes, add(even.re, turned.re));
-    store(out + (n + k) * kLanes, add(even.im, turned.im));
-    store(out + (n - k) * kLanes, sub(even.re, turned.re));
-    store(out + (d - k) * kLanes, sub(turned.im, even.im));
+// Half-complex y [d][16] ↔ Hartley: the inverse of a real FFT is that FFT between two of these.
+static void hartley(int d, float* y) {
+  constexpr float kRoot2 = 1.41421356f;
+  const int n = d / 2;
+  for (int c : {0, n}) store(y + c * kLanes, mul(load(y + c * kLanes), set1(kRoot2)));
+  for (int c = 1; c <= n / 2; c++) {
+    const f32x16 re = load(y + c * kLanes), im = load(y + (n + c) * kLanes);
+    const f32x16 mirror_re = load(y + (n - c) * kLanes), mirror_im = load(y + (d - c) * kLanes);
+    store(y + c * kLanes, sub(re, im));
+    store(y + (d - c) * kLanes, add(re, im));
+    store(y + (n - c) * kLanes, sub(mirror_re, mirror_im));
+    store(y + (n + c) * kLanes, add(mirror_re, mirror_im));
   }
-  return out;
 }
 
-static float* srft_inverse(const RotationPlan& plan, float* y, float* scratch) {
-  const int d = plan.head_dim, n = d / 2;
-  f32x16 first = mul(load(y), set1(kRoot2)), last = mul(load(y + n * kLanes), set1(kRoot2));
-  // Real and imaginary parts change places here and at the end: a forward FFT then does the inverse.
-  store_complex(scratch, {sub(first, last), add(first, last)});
-  for (int k = 1; k <= n / 2 + n % 2 && k < n; k++) {
-    Complex a = {load(y + k * kLanes), load(y + (n + k) * kLanes)};
-    Complex b = {load(y + (n - k) * kLanes), load(y + (d - k) * kLanes)};
-    Complex even = {add(a.re, b.re), sub(a.im, b.im)};
-    Complex odd = times({sub(a.re, b.re), add(a.im, b.im)}, plan.unpack[2 * k], -plan.unpack[2 * k + 1]);
-    store_complex(scratch + 2 * kLanes * k, {add(even.im, odd.re), sub(even.re, odd.im)});
-    store_complex(scratch + 2 * kLanes * (n - k), {sub(odd.re, even.im), add(even.re, odd.im)});
+// Hadamard transform of kRadix channels in registers.
+template <int kRadix>
+HALFBYTE_INLINE void short_hadamard(f32x16* a) {
+  if constexpr (kRadix > 1) {
+    constexpr int kHalf = kRadix / 2;
+    HALFBYTE_UNROLL for (int i = 0; i < kHalf; i++) {
+      const f32x16 sum = add(a[i], a[i + kHalf]);
+      a[i + kHalf] = sub_too(a[i], a[i + kHalf]), a[i] = sum;
+    }
+    short_hadamard<kHalf>(a), short_hadamard<kHalf>(a + kHalf);
   }
-  Ahead nothing;
-  float* z = fft(plan, scratch, y, nothing);
-  for (int m = 0; m < n; m++) {
-    Complex w = load_complex(z + 2 * kLanes * m);
-    store_complex(z + 2 * kLanes * m, {mul(w.im, set1(plan.factors[2 * m])), mul(w.re, set1(plan.factors[2 * m + 1]))});
-  }
-  return z;
 }
 
-static void hadamard(int d, float* y) {
-  for (int h = 1; h < d; h *= 2)
-    for (int i = 0; i < d; i += 2 * h)
-      for (int j = i; j < i + h; j++) {
-        f32x16 a = load(y + j * kLanes), b = load(y + (j + h) * kLanes);
-        store(y + j * kLanes, add(a, b));
-        store(y + (j + h) * kLanes, sub(a, b));
-      }
+template <int kRadix>
+static void hadamard_pass(int d, int stride, float* y, Ahead& ahead) {
+  for (int block = 0; block < d; block += kRadix * stride)
+    for (int c = block; c < block + stride; c++) {
+      ahead.fetch();
+      f32x16 a[kRadix];
+      HALFBYTE_UNROLL for (int i = 0; i < kRadix; i++) a[i] = take(y + (c + i * stride) * kLanes);
+      short_hadamard<kRadix>(a);
+      HALFBYTE_UNROLL for (int i = 0; i < kRadix; i++) store(y + (c + i * stride) * kLanes, a[i]);
+    }
+}
+
+static void hadamard(int d, float* y, Ahead& ahead) {
+  hadamard_pass<16>(d, 1, y, ahead);
+  int stride = 16;
+  if (d >= 256) hadamard_pass<16>(d, stride, y, ahead), stride *= 16;
+  if (d / stride == 8) hadamard_pass<8>(d, stride, y, ahead);
+  if (d / stride == 4) hadamard_pass<4>(d, stride, y, ahead);
+  if (d / stride == 2) hadamard_pass<2>(d, stride, y, ahead);
+}
+
+static float* times_factors(const RotationPlan& plan, float norm, float* y) {
+  for (int c = 0; c < plan.head_dim; c++)
+    store(y + c * kLanes, mul(load(y + c * kLanes), set1(norm * plan.factors[c])));
+  return y;
 }
 
 // y = R x, or Rᵀ x, for x [d][16]; rows of y up to the next multiple of kDenseTile are overwritten.
@@ -363,11 +213,12 @@ static void dense(const RotationPlan& plan, const float* x, float* y) {
 static float* rotate_forward(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
   switch (plan.kind) {
     case Rotation::identity:
+      for (int c = 0; c < plan.head_dim; c += kLanes / 2) ahead.fetch();  // as often as the others
       return y;
     case Rotation::srft:
-      return srft_forward(plan, y, scratch, ahead);
+      return real_fft(plan, y, scratch, ahead);
     case Rotation::srht:
-      hadamard(plan.head_dim, y);
+      hadamard(plan.head_dim, y, ahead);
       return y;
     case Rotation::dense:
       dense<false>(plan, y, scratch);
@@ -377,15 +228,18 @@ static float* rotate_forward(const RotationPlan& plan, float* y, float* scratch,
 }
 
 static float* rotate_back(const RotationPlan& plan, float* y, float* scratch) {
+  Ahead nothing;
   switch (plan.kind) {
     case Rotation::identity:
       return y;
     case Rotation::srft:
-      return srft_inverse(plan, y, scratch);
+      hartley(plan.head_dim, y);
+      y = real_fft(plan, y, scratch, nothing);
+      hartley(plan.head_dim, y);
+      return times_factors(plan, 0.5f, y);
     case Rotation::srht:
-      hadamard(plan.head_dim, y);
-      for (int c = 0; c < plan.head_dim; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(plan.factors[c])));
-      return y;
+      hadamard(plan.head_dim, y, nothing);
+      return times_factors(plan, 1.0f, y);
     case Rotation::dense:
       dense<true>(plan, y, scratch);
       return scratch;

@@ -28,7 +28,9 @@ inline Pages pages_of(const HalfbyteCudaPages& pages) {
   return {nullptr, pages.table, (int)pages.table_stride, (int)pages.first_page};
 }
 
-inline RotationTable table_of(const HalfbyteCudaTables& tables) { return {tables.rotation, tables.transposed, nullptr, nullptr}; }
+inline RotationTable table_of(const HalfbyteCudaTables& tables) {
+  return {tables.rotation, tables.transposed, nullptr, nullptr};
+}
 
 // Launches go to one device of several while this lives.
 class OnDevice {

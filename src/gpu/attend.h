@@ -118,8 +118,8 @@ gpu_fn void load_queries(gpu_local const AttendShape& s, gpu_local const AttendB
 // The tile's queries in code domain: Λ⁻¹ R q · scale to `rotated` [padded_dim][kTileRows], its largest magnitude and
 // q·mu·scale of each row to `largest` and `offset`. q [d][kTileRows] is scratch. Ends with a barrier.
 template <bool Wide, int D = 0>
-gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, int tile,
-                            gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
+gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                            int tile, gpu_shared float* q, gpu_shared float* rotated, gpu_shared float* largest,
                             gpu_shared float* offset, int tid, int threads) {
   const int d = s.format.k.head_dim, padded = s.format.k.padded_dim, lane = tid % kSimd;
   load_queries<Wide>(s, in, b, head, tile, q, tid, threads);
@@ -188,8 +188,8 @@ gpu_fn float turned_offset(gpu_local const Turn& turn, gpu_shared const float* p
 // One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
 // rotated: [padded_dim of K][kTileRows] from this row on, and so products, if K's offset turns. The result goes to
 // `partial` at `slot_row`.
-gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, int row,
-                              int begin, int end, gpu_shared const float* rotated, float fixed_offset,
+gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              int row, int begin, int end, gpu_shared const float* rotated, float fixed_offset,
                               gpu_global float* partial, int slot_row, int lane,
                               gpu_shared const float* products = nullptr) {
   gpu_local const SideFormat& fk = s.format.k;
@@ -302,8 +302,8 @@ gpu_fn void merge_partials(gpu_local const AttendShape& s, gpu_global const floa
 
 // Σ p ŷ → Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p, from y to out. Ends with a barrier.
 template <int D>
-gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head, FinishSpace space,
-                              int tid, int threads) {
+gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
+                              FinishSpace space, int tid, int threads) {
   const int d = s.format.v.head_dim;
   if (in.inverse_lambda_v) {
     for (int at = tid; at < d * kTileRows; at += threads)
@@ -332,8 +332,8 @@ gpu_fn void leave_code_domain(gpu_local const AttendShape& s, gpu_local const At
 
 // Scores of n raw tokens from `from` to weights [kTileRows][kRawTokens], one token a simdgroup at a time.
 template <bool Wide>
-gpu_fn void score_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw, int b, int head,
-                      int tile, int from, int n, FinishSpace space, int tid, int threads) {
+gpu_fn void score_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw,
+                      int b, int head, int tile, int from, int n, FinishSpace space, int tid, int threads) {
   const int d = s.format.k.head_dim, lane = tid % kSimd, row = min(tile * kTileRows + lane % kTileRows, rows_of(s) - 1);
   const RowSight sight = sight_of(s, row, in.mask != nullptr);
   for (int i = tid / kSimd; i < n; i += threads / kSimd) {
@@ -376,8 +376,9 @@ gpu_fn void add_raw(gpu_local const AttendShape& s, gpu_local const RawTokens& r
 
 // Adds raw tokens to the running softmax in top, sum and out, kRawTokens at a time.
 template <bool Wide>
-gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens& raw, int b, int head,
-                       int tile, FinishSpace space, int tid, int threads) {
+gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in,
+                       gpu_local const RawTokens& raw, int b, int head, int tile, FinishSpace space, int tid,
+                       int threads) {
   const int d = s.format.v.head_dim, lane = tid % kSimd;
   for (int from = raw.begin; from < raw.end; from += kRawTokens) {
     const int n = min(kRawTokens, raw.end - from);
@@ -400,9 +401,9 @@ gpu_fn void attend_raw(gpu_local const AttendShape& s, gpu_local const AttendBuf
 
 // Partial results [n] of one tile of rows, and the raw tokens, to finished outputs. Run by a whole threadgroup.
 template <bool Wide, int D = 0>
-gpu_fn void finish(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens* raw, int n_raw,
-                   gpu_global const float* partials, int n, int b, int head, int tile, gpu_shared float* memory,
-                   int tid, int threads) {
+gpu_fn void finish(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, gpu_local const RawTokens* raw,
+                   int n_raw, gpu_global const float* partials, int n, int b, int head, int tile,
+                   gpu_shared float* memory, int tid, int threads) {
   FinishSpace space = finish_space(s.format, memory);
   load_queries<Wide>(s, in, b, head, tile, space.q, tid, threads);
   merge_partials(s, partials, n, space, tid, threads);

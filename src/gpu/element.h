@@ -70,7 +70,8 @@ struct Pages {
   int first_page;
 };
 
-gpu_fn gpu_global uchar* page_of(gpu_local const Pages& pages, gpu_local const PageFormat& format, int b, int head, int token) {
+gpu_fn gpu_global uchar* page_of(gpu_local const Pages& pages, gpu_local const PageFormat& format, int b, int head,
+                                 int token) {
   int64_t page = pages.table[(int64_t)b * pages.table_stride + token / kPageTokens - pages.first_page];
   return pages.pool + page + head * page_head_bytes(format);
 }
@@ -91,7 +92,8 @@ gpu_fn float load_scale(gpu_local const SideFormat& f, gpu_global const uchar* s
   return load_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + token);
 }
 
-gpu_fn float code_value(gpu_local const SideFormat& f, bool is_k, gpu_global const uchar* codes, int token, int channel) {
+gpu_fn float code_value(gpu_local const SideFormat& f, bool is_k, gpu_global const uchar* codes, int token,
+                        int channel) {
   CodePlace place = is_k ? k_code_place(f.bits, token, channel) : v_code_place(f.bits, token, channel);
   int code = codes[place.byte] >> place.shift & (f.bits == 4 ? 15 : 255);
   return (float)(code - zero_code(f.bits));

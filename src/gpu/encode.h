@@ -110,8 +110,8 @@ gpu_fn void encode_vectors(gpu_local const EncodeShape& s, gpu_local const Pages
 
   const bool writes = place.active && channel < f.padded_dim;
   const int token = writes ? place.token : s.range.first_token, slot = token % kBlockTokens;
-  const BlockSide block = block_side(
-      page_of(pages, s.format, writes ? place.b : 0, writes ? place.head : 0, token), s.format, is_k, token);
+  const BlockSide block =
+      block_side(page_of(pages, s.format, writes ? place.b : 0, writes ? place.head : 0, token), s.format, is_k, token);
   if (writes && part % group_lanes == 0)
     store_value(block.scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, channel / f.group * kBlockTokens + slot, scale);
   for (int i = 0; i < kPart / 4; i++) {

@@ -17,7 +17,7 @@
 #define gpu_lane_get(value, lane) simd_shuffle(value, (ushort)(lane))
 #define gpu_raise(flag) atomic_store_explicit((device atomic_int*)(flag), 1, memory_order_relaxed)
 #ifndef gpu_shared_floats  // float4: aligned for reads of four
-#define gpu_shared_floats(name, n)      \
+#define gpu_shared_floats(name, n)          \
   threadgroup float4 name##_fours[(n) / 4]; \
   threadgroup float* name = (threadgroup float*)name##_fours
 #endif

@@ -60,9 +60,10 @@ gpu_fn RotationTable rotation_table(int d, int64_t rotation, device const float*
 // ---- Entry points but for their shared memory
 
 template <int D, int Bits>
-gpu_fn void encode_entry(constant EncodeNumbers& n, float limit, device const uchar* data, device const float* rotation,
-                         device const float* offset, device const float* lambda, device const int64_t* table,
-                         device uchar* pool, device int* bad, threadgroup float* x, uint group, uint tid) {
+gpu_fn void encode_entry(constant EncodeNumbers& n, constant float& limit, device const uchar* data,
+                         device const float* rotation, device const float* offset, device const float* lambda,
+                         device const int64_t* table, device uchar* pool, device int* bad, threadgroup float* x,
+                         uint group, uint tid) {
   EncodeShape s;
   s.format = page_format(D, n.layer);
   const bool is_k = n.is_k != 0;
@@ -139,6 +140,7 @@ gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals,
   in.offset_k = n.has_offset_k ? offset_k : nullptr;
   in.inverse_lambda_k = n.has_inverse_lambda_k ? inverse_lambda_k : nullptr;
   in.pages = {pool, table, (int)n.layer.table_stride, (int)n.layer.first_page};
+  in.partials = partials;
   const int splits = (int)n.splits, split = (int)group % splits;
   const Segment at = segment_of(s, (int)group / splits);
   threadgroup float* rotated = memory + kTileRows * D;
@@ -154,7 +156,7 @@ gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals,
   const int begin = (first + blocks * split / splits) * kBlockTokens;
   const int end = (first + blocks * (split + 1) / splits) * kBlockTokens;
   attend_packed_row(s, in, at.b, at.head, row, max(begin, (int)n.begin), min(end, (int)n.end), rotated + slot,
-                    largest[kTileRows + slot], partials + (int64_t)group * partial_floats(s), slot, (int)tid % kSimd);
+                    largest[kTileRows + slot], in.partials + (int64_t)group * partial_floats(s), slot, (int)tid % kSimd);
 }
 
 gpu_fn RawTokens raw_tokens(constant RawNumbers& n, device const uchar* k, device const uchar* v) {

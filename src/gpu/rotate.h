@@ -75,7 +75,8 @@ struct Dft<3> {
 template <>
 struct Dft<4> {
   gpu_fn void run(gpu_local Complex* a) {
-    const Complex even = add(a[0], a[2]), even_less = sub(a[0], a[2]), odd = add(a[1], a[3]), odd_less = sub(a[1], a[3]);
+    const Complex even = add(a[0], a[2]), even_less = sub(a[0], a[2]), odd = add(a[1], a[3]),
+                  odd_less = sub(a[1], a[3]);
     a[0] = add(even, odd), a[2] = sub(even, odd);
     a[1] = plus_i(even_less, odd_less, -1.0f), a[3] = plus_i(even_less, odd_less, 1.0f);
   }
@@ -84,7 +85,8 @@ struct Dft<4> {
 template <>
 struct Dft<5> {
   gpu_fn void run(gpu_local Complex* a) {
-    const Complex near = add(a[1], a[4]), far = add(a[2], a[3]), near_less = sub(a[1], a[4]), far_less = sub(a[2], a[3]);
+    const Complex near = add(a[1], a[4]), far = add(a[2], a[3]), near_less = sub(a[1], a[4]),
+                  far_less = sub(a[2], a[3]);
     const Complex first = plus_scaled(plus_scaled(a[0], near, kCos72), far, kCos144);
     const Complex second = plus_scaled(plus_scaled(a[0], near, kCos144), far, kCos72);
     a[0] = add(a[0], add(near, far));

@@ -6,7 +6,7 @@
 namespace halfbyte {
 namespace gpu {
 
-gpu_constexpr int kPart = kSpan / 2;       // channels of a lane
+gpu_constexpr int kPart = kSpan / 2;         // channels of a lane
 gpu_constexpr int kSimdFloats = 16 * kSimd;  // shared memory that the vectors of a simdgroup take at most
 
 // Lanes of a vector, a power of two so that they can exchange values; those behind the padded head hold zeros.

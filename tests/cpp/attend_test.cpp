@@ -105,17 +105,44 @@ TEST(Attend, KAndVOfDifferentHeadSize) {
   }
 }
 
+// How much coarser Λ⁻¹ makes the bytes of queries [1, heads, 1, d]: a byte is as fine as the largest channel of its
+// group, and its rounding meets keys that Λ has made as large as λ says.
+double growth_by_lambda(const Array& q, const std::vector<float>& lambda, const RotationPlan& rotation, int group) {
+  double most = 0.0;
+  for (int h = 0; h < q.heads; h++) {
+    const float* factors = &lambda[(size_t)h * lambda.size() / q.heads / q.d * q.d];
+    std::vector<double> x(q.d), y(q.d);
+    for (int c = 0; c < q.d; c++) x[c] = q.get(0, h, 0, c);
+    rotate_reference(rotation, false, x.data(), y.data());
+    double with = 0.0, without = 0.0;  // squares of the scores' rounding
+    for (int from = 0; from < q.d; from += group) {
+      double top = 0.0, top_with = 0.0, squares = 0.0;
+      for (int c = from; c < from + group; c++) {
+        top = std::max(top, std::fabs(y[c])), top_with = std::max(top_with, std::fabs(y[c] / factors[c]));
+        squares += (double)factors[c] * factors[c];
+      }
+      with += top_with * top_with * squares, without += top * top * group;
+    }
+    most = std::max(most, std::sqrt(with / without));
+  }
+  return most;
+}
+
 TEST(Attend, LambdaCancels) {
   Random random;
   Recipe recipe;
   recipe.lambda = true;
-  Layer layer = make_layer(config_of(2, 96, Dtype::float32, recipe));
+  const LayerConfig config = config_of(2, 96, Dtype::float32, recipe);
+  Layer layer = make_layer(config);
   std::vector<float> k_factors, v_factors;
-  for (int i = 0; i < 2 * 96; i++) k_factors.push_back(random.factor()), v_factors.push_back(random.factor());
+  for (int i = 0; i < 2 * 96; i++)
+    k_factors.push_back(std::exp(random.normal())), v_factors.push_back(std::exp(random.normal()));
   must(layer.set_lambda(k_factors.data(), v_factors.data()));
   must(append(layer, random_array(random, 1, 2, 100, 96), random_array(random, 1, 2, 100, 96)));
-  // Λ⁻¹ spreads the query's channels, so that its bytes are coarser: twice the usual bound.
-  attend_everywhere(layer, random_array(random, 1, 4, 1, 96)).check("lambda", 2 * kByteRounding);
+  const Array q = random_array(random, 1, 4, 1, 96);
+  const RotationPlan rotation = make_rotation(recipe.rotation, 96, recipe.seed, config.layer_index);
+  const double growth = growth_by_lambda(q, k_factors, rotation, recipe.k.group);
+  attend_everywhere(layer, q).check("lambda", growth * kByteRounding);
 }
 
 // The codes are those of vectors rotated by hand, so scores and outputs are too.

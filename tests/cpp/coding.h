@@ -78,7 +78,7 @@ inline double squared_error(const Block& block, const double* y, int lane, int f
 // A float kernel may take the other of two nearly equal scales, or the other side of a tie; so each group is judged by
 // what the definition promises: its squared error is the reference's, and its codes are the nearest ones for its scale.
 inline void expect_equivalent(const Input& in, const std::vector<double>& y, const Block& fast, const Block& reference,
-                       size_t* differing, const std::string& what) {
+                              size_t* differing, const std::string& what) {
   const SideFormat& f = fast.format;
   const int half = zero_code(f.bits), lowest = f.signed_scale || f.search ? -half : 1 - half;
   for (int i = 0; i < in.n; i++)

@@ -27,6 +27,8 @@ struct SimdOps {
   void (*extreme)(const float* x, int n, float* out);     // x [n][16]
   void (*limit_bytes)(const int32_t* x, int less, int most, int32_t* out);
   void (*transpose_bytes)(int32_t* rows);  // [4][16]
+  void (*nearest_codes)(const float* x, const float* inverse, float* four_bits, float* eight_bits);
+  void (*join_bytes)(const float* x, int32_t* out);  // x [4][16] from 0 to 255
   void (*sums)(const int32_t* a, const int32_t* b, int32_t* sum, int32_t* gap, int32_t* shifted);
   uint16_t (*load_mask)(const uint8_t* x);
   void (*nibbles)(const uint8_t* row, int four, int32_t* low, int32_t* high);  // row [64]: dot products of both halves

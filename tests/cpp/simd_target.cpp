@@ -67,6 +67,15 @@ const testing::SimdOps kOps = {
       transpose_bytes(r);
       for (int i = 0; i < 4; i++) store(rows + 16 * i, r[i]);
     },
+    [](const float* x, const float* inverse, float* four_bits, float* eight_bits) {
+      store(four_bits, nearest_code<4>(load(x), load(inverse)));
+      store(eight_bits, nearest_code<8>(load(x), load(inverse)));
+    },
+    [](const float* x, int32_t* out) {
+      f32x16 r[4];
+      for (int i = 0; i < 4; i++) r[i] = add(take(x + 16 * i), set1(kRounder));
+      store(out, join_bytes(r[0], r[1], r[2], r[3]));
+    },
     [](const int32_t* a, const int32_t* b, int32_t* sum, int32_t* gap, int32_t* shifted) {
       store(sum, add(load_ints(a), load_ints(b))), store(gap, sub(load_ints(a), load_ints(b)));
       store(shifted, bit_or(shift_left<8>(load_ints(a)), load_ints(b)));

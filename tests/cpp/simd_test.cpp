@@ -236,6 +236,37 @@ TEST(Simd, IntegersAndTheirBytes) {
     }
 }
 
+// All quarters of a step that a candidate scale can make of a group: ties go to even, and what is too far out comes
+// back.
+TEST(Simd, NearestCodesStayInTheirRange) {
+  for (const SimdOps* ops : all_ops())
+    for (int bits : {4, 8}) {
+      const float half = (float)(1 << (bits - 1)), reach = bits == 4 ? 15.0f : 200.0f;
+      for (float first = -reach; first <= reach; first += 4.0f) {
+        std::array<float, 16> x, inverse, codes[2];
+        for (int i = 0; i < 16; i++) inverse[i] = std::exp2((float)(i - 8)), x[i] = first + 0.25f * i;
+        for (int i = 0; i < 16; i++) x[i] = std::min(x[i], reach) / inverse[i];
+        ops->nearest_codes(x.data(), inverse.data(), codes[0].data(), codes[1].data());
+        for (int i = 0; i < 16; i++)
+          ASSERT_EQ(codes[bits == 8][i], std::clamp(std::nearbyint(x[i] * inverse[i]), -half, half - 1.0f))
+              << ops->name << " " << bits << " bits, " << x[i] * inverse[i];
+      }
+    }
+}
+
+TEST(Simd, JoinsBytes) {
+  Random random;
+  for (const SimdOps* ops : all_ops())
+    for (int turn = 0; turn < 100; turn++) {
+      std::array<std::array<float, 16>, 4> x;
+      for (auto& row : x)
+        for (float& value : row) value = turn ? (float)random.below(256) : 255.0f;
+      std::array<uint8_t, 64> bytes;
+      ops->join_bytes(x[0].data(), reinterpret_cast<int32_t*>(bytes.data()));
+      for (int i = 0; i < 64; i++) ASSERT_EQ(bytes[i], x[i % 4][i / 4]) << ops->name << " " << i;
+    }
+}
+
 TEST(Simd, DotProductsOfCodesAreExact) {
   Random random;
   for (const SimdOps* ops : all_ops())

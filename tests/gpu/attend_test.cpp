@@ -145,12 +145,12 @@ std::vector<float> rotation_of(const Scene& s, const std::vector<float>& matrix)
                                        matrix.empty() ? nullptr : matrix.data()));
 }
 
-Array metal_attention(const Scene& s, unsigned schedule) {
+Array metal_attention(const Scene& s, unsigned schedule, bool with_raw = true) {
   const Case& c = s.c;
   const LayerParts& p = s.parts;
   AttendNumbers n = numbers_of(s);
   std::vector<const std::vector<uint8_t>*> raw;
-  add_raw(s, n, raw);
+  if (with_raw) add_raw(s, n, raw);
   const std::vector<uint8_t> nothing;
   while (raw.size() < 6) raw.push_back(&nothing);
   const float reals[2] = {s.args.scale, s.args.softcap};
@@ -195,6 +195,34 @@ void expect_reference(const Case& c, Random& random, bool all_schedules = false)
   if (!all_schedules) return;
   for (unsigned schedule : schedules(random))
     EXPECT_TRUE(same_bits(metal_attention(s, schedule), got)) << describe(c) << ": depends on the order of threads";
+}
+
+// Small and quick: what the mutations of barriers run.
+TEST(MetalBarriers, AttendWithEachStep) {
+  Random random;
+  for (Rotation rotation : {Rotation::srft, Rotation::dense})
+    for (Dtype dtype : {Dtype::float32, Dtype::float16}) {
+      Case c;
+      c.d = 64, c.heads = 6, c.kv_heads = 1, c.prefix = 50, c.dtype = dtype;
+      c.recipe.rotation = rotation, c.recipe.lambda = true;
+      expect_reference(c, random, true);
+    }
+}
+
+// Without any raw token, as no layer asks: packed ones alone.
+TEST(MetalBarriers, AttendToPackedTokensAlone) {
+  Random random;
+  Case c;
+  c.d = 64, c.heads = 2, c.kv_heads = 1, c.prefix = 40;
+  Scene s = make_scene(c, random);
+  reference_attention(s);  // completes s.args
+  Array k(1, 1, s.layer.visible(), c.d), v = k;
+  must(s.layer.decode(reinterpret_cast<float*>(k.bytes.data()), reinterpret_cast<float*>(v.bytes.data())));
+  const Plain want = plain_attention(
+      s.args, s.q, 1, k.tokens, c.d, [&](int, int, size_t t) { return t < s.parts.packed_end; },
+      [&](int b, int h, int, size_t t, int i) { return (double)k.get(b, h, t, i); },
+      [&](int b, int h, int, size_t t, int i) { return (double)v.get(b, h, t, i); });
+  for (unsigned schedule : schedules(random)) EXPECT_LT(error_of(metal_attention(s, schedule, false), want), 1e-5);
 }
 
 TEST(MetalAttend, MatchesTheReferenceAtTailSizes) {

@@ -34,8 +34,8 @@ struct Memory {
 };
 
 Memory make_memory(const Case& c, Random& random) {
-  const std::vector<float> matrix = c.recipe.rotation == Rotation::dense ? random_rotation(random, c.d)
-                                                                         : std::vector<float>();
+  const std::vector<float> matrix =
+      c.recipe.rotation == Rotation::dense ? random_rotation(random, c.d) : std::vector<float>();
   Memory m{c,
            make_page_format(c.recipe, c.d, c.d),
            make_rotation(c.recipe.rotation, c.d, 7, 3, matrix.data()),
@@ -104,9 +104,17 @@ Input input_of(const Memory& m, int b, int head, int block) {
 
 Block reference_block(const Memory& m, const Input& in) {
   Block block(m.c.recipe, m.c.side, m.c.d);
-  EncodeArgs args{&block.format, &in.rotation, block.side, in.x.dtype, {}, in.n, in.first_lane,
-                  in.offset.empty() ? nullptr : in.offset.data(), in.lambda.empty() ? nullptr : in.lambda.data(),
-                  block.codes.data(), block.scales.data()};
+  EncodeArgs args{&block.format,
+                  &in.rotation,
+                  block.side,
+                  in.x.dtype,
+                  {},
+                  in.n,
+                  in.first_lane,
+                  in.offset.empty() ? nullptr : in.offset.data(),
+                  in.lambda.empty() ? nullptr : in.lambda.data(),
+                  block.codes.data(),
+                  block.scales.data()};
   for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
   encode_reference(args);
   return block;
@@ -142,6 +150,57 @@ void expect_reference_codes(const Memory& m, const std::vector<uint8_t>& pool, s
   EXPECT_EQ(touched(untouched), 0u) << "written outside the blocks of " << kernel_name(m, "encode");
 }
 
+void expect_decoded_token(const Memory& m, const std::vector<uint8_t>& pool, int b, int head, int token,
+                          const uint8_t* got) {
+  const int d = m.c.d, lane = token % kBlockTokens;
+  const Block block = block_of(m, pool, b, head, token / kBlockTokens);
+  std::vector<double> y(d), x(d);
+  double norm = 0.0;
+  for (int i = 0; i < d; i++) {
+    y[i] = (double)block.code(lane, i) * block.scale(lane, i / block.format.group);
+    if (m.c.lambda) y[i] *= m.inverse_lambda[(size_t)head * d + i];
+    norm += y[i] * y[i];
+  }
+  rotate_reference(m.plan, true, y.data(), x.data());
+  for (int i = 0; i < d; i++) {
+    const double mu = m.c.offset ? m.offset[((size_t)b * m.c.kv_heads + head) * d + i] : 0.0;
+    // A float FFT's rounding, and the last bit of the sum.
+    ASSERT_NEAR(load_element(got, Dtype::float32, i), x[i] + mu, 2e-6 * std::sqrt(norm) + 1e-6 * std::fabs(mu))
+        << kernel_name(m, "decode") << ", channel " << i;
+  }
+}
+
+// Encodes, decodes in any order of threads, and compares with the reference on the same bytes.
+void expect_decoded(const Memory& m, Random& random) {
+  const Case& c = m.c;
+  int bad = 0;
+  const std::vector<uint8_t> pool = encode(m, 0, &bad);
+  const int out_first = c.first - random.below(c.first + 1), out_tokens = c.first + c.tokens - out_first + 2;
+  const DecodeNumbers numbers{numbers_of(m), c.side == Side::k, c.first,  c.tokens,
+                              out_first,     out_tokens,        c.offset, c.lambda};
+  Array first(0, 0, 0, c.d);
+  for (unsigned schedule : schedules(random)) {
+    Array out = poisoned(c.batch, c.kv_heads, out_tokens, c.d);
+    run_kernel(kernel_name(m, "decode"),
+               {bound(numbers), bound(m.rotation), bound(m.offset), bound(m.inverse_lambda), bound(m.table),
+                bound(pool), out.bytes.data()},
+               code_groups(c.batch * c.kv_heads * c.tokens, c.d), 128, schedule);
+    if (::testing::Test::HasFatalFailure()) return;
+    if (first.bytes.empty()) first = out;
+    ASSERT_TRUE(same_bits(out, first)) << kernel_name(m, "decode") << " depends on the order of threads";
+  }
+  for (int b = 0; b < c.batch; b++)
+    for (int head = 0; head < c.kv_heads; head++)
+      for (int t = 0; t < out_tokens; t++) {
+        const int token = out_first + t;
+        if (token >= c.first && token < c.first + c.tokens)
+          expect_decoded_token(m, pool, b, head, token, &first.bytes[first.at(b, head, t, 0) * sizeof(float)]);
+        else
+          for (int i = 0; i < c.d; i++) ASSERT_TRUE(std::isnan(first.get(b, head, t, i))) << "written outside";
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+}
+
 Recipe random_recipe(Random& random, int d, int bits) {
   Recipe r;
   const int groups[] = {16, 32, 64, 0};
@@ -163,6 +222,18 @@ Case random_case(Random& random, int d, int bits, Side side) {
   return c;
 }
 
+void expect_codes_in_any_order(const Memory& m, Random& random, size_t* differing, size_t* all) {
+  std::vector<uint8_t> first;
+  for (unsigned schedule : schedules(random)) {
+    int bad = 0;
+    const std::vector<uint8_t> pool = encode(m, schedule, &bad);
+    ASSERT_EQ(bad, 0);
+    if (first.empty()) first = pool;
+    ASSERT_TRUE(pool == first) << kernel_name(m, "encode") << " depends on the order of threads";
+  }
+  expect_reference_codes(m, first, differing, all);
+}
+
 TEST(MetalEncode, CodesAsWellAsTheReferenceInAnyOrderOfThreads) {
   Random random;
   size_t differing = 0, all = 0;
@@ -170,22 +241,28 @@ TEST(MetalEncode, CodesAsWellAsTheReferenceInAnyOrderOfThreads) {
     for (int bits : {4, 8})
       for (Side side : {Side::k, Side::v})
         for (int turn = 0; turn < 3; turn++) {
-          const Memory m = make_memory(random_case(random, d, bits, side), random);
-          std::vector<uint8_t> first;
-          for (unsigned schedule : schedules(random)) {
-            int bad = 0;
-            const std::vector<uint8_t> pool = encode(m, schedule, &bad);
-            ASSERT_EQ(bad, 0);
-            if (first.empty()) first = pool;
-            ASSERT_EQ(pool == first, true) << kernel_name(m, "encode") << " depends on the order of threads";
-          }
-          expect_reference_codes(m, first, &differing, &all);
+          expect_codes_in_any_order(make_memory(random_case(random, d, bits, side), random), random, &differing, &all);
           if (HasFatalFailure()) return;
         }
   EXPECT_LT((double)differing / (double)all, 1e-2);  // ties, and groups whose scales nearly tie
 }
 
-// What is shipped as default, at every rotation and with all of a scale's candidates: the reference's bytes, ties apart.
+// Small and quick: what the mutations of barriers run.
+TEST(MetalBarriers, CodeWithEachFastRotation) {
+  Random random;
+  size_t differing = 0, all = 0;
+  for (Rotation rotation : {Rotation::srft, Rotation::srht}) {
+    Case c;
+    c.d = 64, c.batch = c.kv_heads = 1, c.tokens = 8, c.recipe.rotation = rotation;
+    expect_codes_in_any_order(make_memory(c, random), random, &differing, &all);
+    if (HasFatalFailure()) return;
+    expect_decoded(make_memory(c, random), random);
+    if (HasFatalFailure()) return;
+  }
+}
+
+// What is shipped as default, at every rotation and with all of a scale's candidates: the reference's bytes, ties
+// apart.
 TEST(MetalEncode, GivesTheReferencesBytes) {
   Random random;
   for (int d : kMetalDims)
@@ -232,7 +309,7 @@ TEST(MetalEncode, ZerosAndTinyValuesHaveCodes) {
     }
 }
 
-// Codes come back through each way of holding R; the reference decodes the same bytes.
+// Codes come back through each way of holding R.
 TEST(MetalDecode, GivesBackWhatTheReferenceDoes) {
   Random random;
   for (int d : kMetalDims)
@@ -240,49 +317,8 @@ TEST(MetalDecode, GivesBackWhatTheReferenceDoes) {
       for (Side side : {Side::k, Side::v})
         for (int turn = 0; turn < 3; turn++) {
           Case c = random_case(random, d, bits, side);
-          c.dtype = Dtype::float32;
-          Memory m = make_memory(c, random);
-          int bad = 0;
-          const std::vector<uint8_t> pool = encode(m, 0, &bad);
-          const int out_first = c.first - random.below(c.first + 1), out_tokens = c.first + c.tokens - out_first + 2;
-          const DecodeNumbers numbers{numbers_of(m), side == Side::k, c.first,  c.tokens,
-                                      out_first,     out_tokens,      c.offset, c.lambda};
-          Array first(0, 0, 0, d);
-          for (unsigned schedule : schedules(random)) {
-            Array out = poisoned(c.batch, c.kv_heads, out_tokens, d);
-            run_kernel(kernel_name(m, "decode"),
-                       {bound(numbers), bound(m.rotation), bound(m.offset), bound(m.inverse_lambda), bound(m.table),
-                        bound(pool), out.bytes.data()},
-                       code_groups(c.batch * c.kv_heads * c.tokens, d), 128, schedule);
-            if (HasFatalFailure()) return;
-            if (first.bytes.empty()) first = out;
-            ASSERT_TRUE(same_bits(out, first)) << "depends on the order of threads";
-          }
-          for (int b = 0; b < c.batch; b++)
-            for (int head = 0; head < c.kv_heads; head++)
-              for (int t = out_first; t < out_first + out_tokens; t++) {
-                const Block block = t >= c.first && t < c.first + c.tokens
-                                        ? block_of(m, pool, b, head, t / kBlockTokens)
-                                        : Block(c.recipe, side, d);
-                std::vector<double> y(d), x(d);
-                double norm = 0.0;
-                for (int i = 0; i < d; i++) {
-                  y[i] = (double)block.code(t % kBlockTokens, i) * block.scale(t % kBlockTokens, i / block.format.group);
-                  if (c.lambda) y[i] *= m.inverse_lambda[(size_t)head * d + i];
-                  norm += y[i] * y[i];
-                }
-                rotate_reference(m.plan, true, y.data(), x.data());
-                for (int i = 0; i < d; i++) {
-                  const float got = first.get(b, head, t - out_first, i);
-                  if (t < c.first || t >= c.first + c.tokens) {
-                    ASSERT_TRUE(std::isnan(got)) << "written outside the range";
-                    continue;
-                  }
-                  const double mu = c.offset ? m.offset[((size_t)b * c.kv_heads + head) * d + i] : 0.0;
-                  // A float FFT's rounding, and the last bit of the sum.
-                  ASSERT_NEAR(got, x[i] + mu, 2e-6 * std::sqrt(norm) + 1e-6 * std::fabs(mu)) << d << " " << i;
-                }
-              }
+          expect_decoded(make_memory(c, random), random);
+          if (HasFatalFailure()) return;
         }
 }
 

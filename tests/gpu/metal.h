@@ -65,9 +65,19 @@ inline std::vector<float> rotation_buffer(const RotationPlan& plan) {
 
 inline LayerNumbers layer_numbers(const Recipe& recipe, int batch, int kv_heads, Dtype dtype, int64_t table_stride,
                                   int64_t first_page) {
-  return {batch,          kv_heads,       (int64_t)dtype,    (int64_t)recipe.rotation, recipe.k.bits,
-          recipe.k.group, recipe.v.bits,  recipe.v.group,    recipe.scale_bits,        recipe.search,
-          recipe.signed_scale, table_stride, first_page};
+  return {batch,
+          kv_heads,
+          (int64_t)dtype,
+          (int64_t)recipe.rotation,
+          recipe.k.bits,
+          recipe.k.group,
+          recipe.v.bits,
+          recipe.v.group,
+          recipe.scale_bits,
+          recipe.search,
+          recipe.signed_scale,
+          table_stride,
+          first_page};
 }
 
 inline ViewNumbers view_numbers(const Array& x) {

@@ -70,6 +70,7 @@ def test_offsets_are_those_of_a_cache(model, recipe):
     """The codec of an evaluation gives back what a cache does, whichever way its offset goes."""
     config, tokens = model.config, 289  # the last one stays raw
     heads, head_dim = config.num_key_value_heads, config.head_dim
+    model.set_attn_implementation("sdpa")  # under which an update packs at once
     cache = Int4Cache(config, recipe)
     codec = packed(get_recipe(recipe), config, tokens=tokens)
     for index, layer in enumerate(cache.layers):

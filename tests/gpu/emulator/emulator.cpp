@@ -19,7 +19,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -40,22 +39,31 @@ struct Tags {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   State state = State::ready;
   int line = 0, barriers = 0, simd_barriers = 0;
   unsigned value = 0, from = 0;
   bool is_xor = false;
   void* asan_stack = nullptr;
-  void* tsan = nullptr;
+};
+
+// What threads of the same number share in all groups: the same thread to ThreadSanitizer, so that a stack used again
+// is not taken for a race.
+struct Worker {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+#if defined(EMULATOR_THREAD)
+  void* tsan = __tsan_create_fiber(0);
+#endif
 };
 
 struct Group {
   std::vector<Fiber> fibers;
   unsigned index = 0;
   Tags barrier_tags = {};
+  char shared_tag = 0;
   std::vector<Tags> simd_tags;
   std::unique_ptr<float[]> shared;
-  int shared_floats = 0;
+  int shared_floats = 0;      // once a thread has asked for it
+  int wrong_shared_line = 0;  // where it is too much, or another size
   std::string error;
 };
 
@@ -64,7 +72,10 @@ Group* group;
 int self;
 const std::function<void(unsigned, unsigned)>* kernel;
 int skipped_line;
-char end_tag;
+bool skipped_by_odd_only;
+std::vector<Worker> workers;
+std::vector<std::unique_ptr<float[]>> used_memory;  // of the launch's groups that are done
+char start_tag, end_tag;                            // of a launch
 
 #if defined(EMULATOR_ADDRESS)
 const void* host_stack;
@@ -103,9 +114,9 @@ void switch_to_fiber(int thread) {
   self = thread;
   Fiber& fiber = group->fibers[thread];
 #if defined(EMULATOR_ADDRESS)
-  __sanitizer_start_switch_fiber(&host_asan_stack, fiber.stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&host_asan_stack, workers[thread].stack.get(), kStackBytes);
 #elif defined(EMULATOR_THREAD)
-  __tsan_switch_to_fiber(fiber.tsan, 1);
+  __tsan_switch_to_fiber(workers[thread].tsan, 1);
 #endif
   swapcontext(&host, &fiber.context);
 #if defined(EMULATOR_ADDRESS)
@@ -117,6 +128,7 @@ void fiber_main() {
 #if defined(EMULATOR_ADDRESS)
   __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 #endif
+  acquire(&start_tag);
   (*kernel)(group->index, (unsigned)self);
   release(&end_tag);
   group->fibers[self].state = State::done;
@@ -130,27 +142,32 @@ void wait(State state, int line) {
 }
 
 void start(Group& g, int threads) {
+  while ((int)workers.size() < threads) workers.emplace_back();
   g.fibers = std::vector<Fiber>(threads);
   g.simd_tags.resize((threads + kLanes - 1) / kLanes);
   for (Fiber& fiber : g.fibers) {
-    fiber.stack.reset(new char[kStackBytes]);  // fresh, so that no group's locals are taken for another's
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
+    fiber.context.uc_stack.ss_sp = workers[&fiber - &g.fibers[0]].stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes, fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
-#if defined(EMULATOR_THREAD)
-    fiber.tsan = __tsan_create_fiber(1);
-#endif
   }
 #if defined(EMULATOR_THREAD)
   host_tsan = __tsan_get_current_fiber();
 #endif
 }
 
-void stop([[maybe_unused]] Group& g) {
-#if defined(EMULATOR_THREAD)
-  for (Fiber& fiber : g.fibers) __tsan_destroy_fiber(fiber.tsan);
-#endif
+// By the host, so that the memory is no thread's.
+void allocate_shared(Group& g) {
+  g.shared.reset(new float[g.shared_floats]);
+  std::fill_n(g.shared.get(), g.shared_floats, std::numeric_limits<float>::quiet_NaN());
+  release(&g.shared_tag);
+}
+
+void run_thread(Group& g, int thread) {
+  switch_to_fiber(thread);
+  if (g.shared || !g.shared_floats) return;
+  allocate_shared(g);
+  switch_to_fiber(thread);
 }
 
 std::string failure(const char* what, int thread, int line) {
@@ -220,9 +237,11 @@ std::string run_group(const Launch& launch, unsigned index, std::mt19937& random
   do {
     if (launch.schedule > 1) arrange(order, launch.schedule, random);
     for (int thread : order)
-      if (g.fibers[thread].state == State::ready) switch_to_fiber(thread);
+      if (g.fibers[thread].state == State::ready) run_thread(g, thread);
   } while (resolve(g));
-  stop(g);
+  if (g.wrong_shared_line && g.error.empty())
+    g.error = failure("threadgroup memory of another size, or too much of it", 0, g.wrong_shared_line);
+  used_memory.push_back(std::move(g.shared));
   return g.error;
 }
 
@@ -231,21 +250,26 @@ std::string run_group(const Launch& launch, unsigned index, std::mt19937& random
 std::string run(const Launch& launch, const std::function<void(unsigned, unsigned)>& body) {
   if (launch.threads < 1 || launch.threads > kMaxThreads) return "a group has 1 to 1024 threads";
   kernel = &body;
+  release(&start_tag);
   std::mt19937 random(launch.schedule);
   std::vector<int> order = numbers(launch.groups);
   arrange(order, launch.schedule, random);
-  for (int index : order) {
-    const std::string error = run_group(launch, (unsigned)index, random);
-    if (!error.empty()) return "group " + std::to_string(index) + ": " + error;
+  std::string error;
+  for (size_t i = 0; i < order.size() && error.empty(); i++) {
+    error = run_group(launch, (unsigned)order[i], random);
+    if (!error.empty()) error = "group " + std::to_string(order[i]) + ": " + error;
   }
   acquire(&end_tag);
-  return "";
+  used_memory.clear();
+  return error;
 }
 
-void skip_barrier(int line) { skipped_line = line; }
+void skip_barrier(int line, bool odd_threads_only) { skipped_line = line, skipped_by_odd_only = odd_threads_only; }
+
+static bool is_skipped(int line) { return line == skipped_line && (self % 2 || !skipped_by_odd_only); }
 
 void barrier(int line) {
-  if (line == skipped_line) return;
+  if (is_skipped(line)) return;
   char* tag = &group->barrier_tags.of[group->fibers[self].barriers++ % 2];
   release(tag);
   wait(State::at_barrier, line);
@@ -253,7 +277,7 @@ void barrier(int line) {
 }
 
 void simd_barrier(int line) {
-  if (line == skipped_line) return;
+  if (is_skipped(line)) return;
   char* tag = &group->simd_tags[self / kLanes].of[group->fibers[self].simd_barriers++ % 2];
   release(tag);
   wait(State::at_simd_barrier, line);
@@ -273,12 +297,11 @@ unsigned shuffle(unsigned value, unsigned from, int line) { return exchange(valu
 float* shared_floats(int n, int line) {
   Group& g = *group;
   if (!g.shared) {
-    g.shared.reset(new float[n]);
     g.shared_floats = n;
-    std::fill_n(g.shared.get(), n, std::numeric_limits<float>::quiet_NaN());
+    switch_to_host(false);
   }
-  if (n != g.shared_floats || n * (int)sizeof(float) > kMaxSharedBytes)
-    g.error = failure("threadgroup memory of another size, or too much of it", self, line);
+  acquire(&g.shared_tag);
+  if (n != g.shared_floats || n * (int)sizeof(float) > kMaxSharedBytes) g.wrong_shared_line = line;
   return g.shared.get();
 }
 

@@ -19,8 +19,8 @@ struct Launch {
 // order the threads of a group, and nothing orders groups.
 std::string run(const Launch& launch, const std::function<void(unsigned group, unsigned thread)>& body);
 
-// For mutations: the barrier at this line of the kernels' text does nothing. 0: all work.
-void skip_barrier(int line);
+// For mutations: the barrier at this line of the kernels' text does nothing, or nothing in odd threads. 0: all work.
+void skip_barrier(int line, bool odd_threads_only);
 
 // ---- What kernels call; `line` is where they do
 

@@ -37,14 +37,13 @@ struct Caller<void (*)(T...)> {
   }
 };
 
-#define KERNEL(name)                                                             \
-  Kernel {                                                                       \
-    #name, Caller<decltype(&name)>::kBuffers,                                    \
-        [](void* const* buffers, unsigned group, unsigned tid) {              \
-          Caller<decltype(&name)>::call(&name, buffers, group, tid);          \
-        }                                                                        \
+#define KERNEL(name)                                                                                   \
+  Kernel {                                                                                             \
+    #name, Caller<decltype(&name)>::kBuffers, [](void* const* buffers, unsigned group, unsigned tid) { \
+      Caller<decltype(&name)>::call(&name, buffers, group, tid);                                       \
+    }                                                                                                  \
   }
-#define KERNELS(D)                                                                                            \
+#define KERNELS(D)                                                                                                \
   KERNEL(encode_d##D##_int4), KERNEL(encode_d##D##_int8), KERNEL(decode_d##D##_int4), KERNEL(decode_d##D##_int8), \
       KERNEL(attend_d##D), KERNEL(finish_d##D)
 
