@@ -44,7 +44,7 @@ class Int4Cache(DynamicCache):
     comparing runs. Under any other attn_implementation everything works on unpacked tensors, slower.
 
     Raises ValueError for unknown recipes or fields, for values that are not finite, and for a model of another shape,
-    dtype or batch than the cache holds; NotImplementedError off the CPU and under torch.export. Under torch.compile it
+    dtype or batch than the cache holds; NotImplementedError under torch.export. Under torch.compile it
     breaks the graph: Int4StaticCache does not.
     """
 
