@@ -4,11 +4,12 @@
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
-//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put
-//   back Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two
-//   equals limit_bytes      each byte b of the lanes → min(max(b − less, 0), most) transpose_bytes  four registers as
-//   16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte] dot4             acc + Σ of four codes ×
-//   four signed bytes, in each lane. Codes are unsigned; a target may count
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so that a running sum may be taken out
+//                    and put back
+//   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of equals
+//   limit_bytes      each byte b of the lanes → min(max(b − less, 0), most)
+//   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
+//   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count
 //                    8-bit ones from any origin, so the zero point's share is taken off as dot4 of row_of(zero code)
 //   dot4_weights     the same with nibbles and four unsigned bytes
 //   sum_four         the sums over the lanes of four registers
@@ -25,8 +26,6 @@ constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23
 
 // For loops over a fixed array of registers: left to itself the compiler may keep the array in memory.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
-
-HALFBYTE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }  // any address will do
 
 #if HALFBYTE_TARGET_AVX512
 
