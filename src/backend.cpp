@@ -36,13 +36,16 @@ const Backend* const kBackends[] = {
 #if HALFBYTE_HAS_AVX512
     &kAvx512Backend,
 #endif
+#if HALFBYTE_HAS_AVX2VNNI
+    &kAvx2VnniBackend,
+#endif
 #if HALFBYTE_HAS_AVX2
     &kAvx2Backend,
 #endif
 #if HALFBYTE_HAS_NEON
     &kNeonBackend,
 #endif
-    &kScalarBackend, &kReferenceBackend,
+    &kScalarBackend,   &kReferenceBackend,
 };
 
 const Backend* find(const std::string& name) {

@@ -134,6 +134,9 @@ extern const Backend kScalarBackend;
 #if HALFBYTE_HAS_AVX2
 extern const Backend kAvx2Backend;
 #endif
+#if HALFBYTE_HAS_AVX2VNNI
+extern const Backend kAvx2VnniBackend;
+#endif
 #if HALFBYTE_HAS_AVX512
 extern const Backend kAvx512Backend;
 #endif

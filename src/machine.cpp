@@ -3,15 +3,11 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
-#if __linux__
-#include <sys/mman.h>
-#endif
-
 #include "backend.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace halfbyte {
@@ -44,23 +40,6 @@ double median(std::vector<double> x) {
   return x[x.size() / 2];
 }
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Ones, in huge pages where the system grants them: misses of the address cache would count as memory's slowness.
-std::unique_ptr<float, Free> make_floats(size_t n) {
-  constexpr size_t kHugePage = 2 << 20;
-  const size_t bytes = (n * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
-  std::unique_ptr<float, Free> data(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
-  if (!data) return data;
-#if __linux__
-  (void)madvise(data.get(), bytes, MADV_HUGEPAGE);
-#endif
-  std::fill_n(data.get(), n, 1.0f);
-  return data;
-}
-
 // Operations a second of `what` with so many independent chains on each of `threads` threads.
 double compute_rate(Peak what, int chains, int threads) {
   constexpr size_t kRounds = 1 << 16;  // 15 · 127 · 4 each: int32 sums have room
@@ -89,11 +68,11 @@ double peak_rate(Peak what, int threads) {
 
 }  // namespace
 
-double read_bandwidth(size_t bytes, int threads, int repeats) {
+double read_bandwidth(size_t bytes, int threads, int repeats) try {
   constexpr size_t kBytesEach = 64 << 20;  // read in one timing: small sets are read several times
   const size_t part = bytes / sizeof(float) / threads / 64 * 64;
-  const auto data = make_floats(part * threads);
-  if (!data || !part) return 0.0;
+  if (!part) return 0.0;
+  const std::vector<float, HugePages<float>> data(part * threads, 1.0f);
   const Backend& backend = current_backend().peak ? current_backend() : kScalarBackend;
   const size_t passes = std::max<size_t>(1, kBytesEach / bytes);
   UseThreads use(threads);
@@ -101,10 +80,12 @@ double read_bandwidth(size_t bytes, int threads, int repeats) {
   for (int i = 0; i < repeats; i++)
     seconds.push_back(seconds_of([&] {
       parallel_for(threads, [&](size_t t) {
-        for (size_t pass = 0; pass < passes; pass++) sink = backend.peak(Peak::read, 0, data.get() + t * part, part);
+        for (size_t pass = 0; pass < passes; pass++) sink = backend.peak(Peak::read, 0, data.data() + t * part, part);
       });
     }));
   return (double)(part * threads * sizeof(float) * passes) / median(seconds);
+} catch (const std::bad_alloc&) {
+  return 0.0;
 }
 
 double dot_peak(int threads) { return peak_rate(Peak::dot4, threads); }

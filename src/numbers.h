@@ -22,25 +22,27 @@ inline uint32_t float_to_bits(float x) {
   return bits;
 }
 
+// The conversions of halves choose among results instead of branching, so that loops over them become vectors.
 inline float half_to_float(uint16_t h) {
-  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000 | fraction << 13);
-  if (exponent) return bits_to_float(sign | (exponent + 112) << 23 | fraction << 13);
-  float tiny = (float)fraction * bits_to_float(0x33800000);  // subnormal: fraction · 2^−24
-  return sign ? -tiny : tiny;
+  const int32_t magnitude = h & 0x7fff, sign = h & 0x8000;
+  const float tiny = (float)magnitude * bits_to_float(0x33800000);            // subnormal: fraction · 2^−24
+  const int32_t rebase = 112 << 23, more = magnitude >= 0x7c00 ? rebase : 0;  // twice for infinity and NaN
+  const uint32_t bits = magnitude < 0x400 ? float_to_bits(tiny) : (uint32_t)((magnitude << 13) + rebase) + more;
+  return bits_to_float(bits | (uint32_t)sign << 16);
 }
 
 // Round to nearest even, overflow to infinity.
 inline uint16_t float_to_half(float x) {
-  uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-  if (magnitude >= 0x477ff000) return (uint16_t)(sign | 0x7c00);
-  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
-    float shifted = bits_to_float(magnitude) + 0.5f;
-    return (uint16_t)(sign | (float_to_bits(shifted) - 0x3f000000));
-  }
-  uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
-  return (uint16_t)(sign | ((rounded - 0x38000000) >> 13));
+  const uint32_t bits = float_to_bits(x);
+  const int32_t magnitude = bits & 0x7fffffff, least = 0x38800000;  // of the normal ones
+  // Subnormal: adding 0.5 leaves the rounded fraction in the low bits.
+  const float shifted = bits_to_float((uint32_t)(magnitude < least ? magnitude : least)) + 0.5f;
+  const int32_t tiny = (int32_t)float_to_bits(shifted) - 0x3f000000;
+  int32_t half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  half = magnitude < least ? tiny : half;
+  half = magnitude >= 0x477ff000 ? 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? 0x7e00 : half;
+  return (uint16_t)(half | (int32_t)(bits >> 16 & 0x8000));
 }
 
 inline float bf16_to_float(uint16_t b) { return bits_to_float((uint32_t)b << 16); }
@@ -62,6 +64,30 @@ inline void store_element(void* p, Dtype dtype, size_t i, float x) {
     static_cast<float*>(p)[i] = x;
   else
     static_cast<uint16_t*>(p)[i] = dtype == Dtype::float16 ? float_to_half(x) : float_to_bf16(x);
+}
+
+// to[i] = element (at + i) · scale.
+inline void load_elements(const void* from, Dtype dtype, size_t at, int n, float scale, float* to) {
+  const float* floats = static_cast<const float*>(from) + at;
+  const uint16_t* bits = static_cast<const uint16_t*>(from) + at;
+  if (dtype == Dtype::float32)
+    for (int i = 0; i < n; i++) to[i] = floats[i] * scale;
+  else if (dtype == Dtype::float16)
+    for (int i = 0; i < n; i++) to[i] = half_to_float(bits[i]) * scale;
+  else
+    for (int i = 0; i < n; i++) to[i] = bf16_to_float(bits[i]) * scale;
+}
+
+// element (at + i) = from[i] · scale.
+inline void store_elements(const float* from, float scale, int n, void* to, Dtype dtype, size_t at) {
+  float* floats = static_cast<float*>(to) + at;
+  uint16_t* bits = static_cast<uint16_t*>(to) + at;
+  if (dtype == Dtype::float32)
+    for (int i = 0; i < n; i++) floats[i] = from[i] * scale;
+  else if (dtype == Dtype::float16)
+    for (int i = 0; i < n; i++) bits[i] = float_to_half(from[i] * scale);
+  else
+    for (int i = 0; i < n; i++) bits[i] = float_to_bf16(from[i] * scale);
 }
 
 }  // namespace halfbyte

@@ -1,16 +1,19 @@
 // RawCache: the tuned baseline, K and V kept as given.
 #include <cstring>
 
+#include "huge_pages.h"
 #include "tile.h"
 
 namespace halfbyte {
+
+using Bytes = std::vector<uint8_t, HugePages<uint8_t>>;
 
 struct RawCache::State {
   int kv_heads, head_dim;
   Dtype dtype;
   int batch = 0;
   size_t length = 0, capacity = 0;
-  std::vector<uint8_t> k, v;  // [batch][kv_heads][capacity][head_dim]
+  Bytes k, v;  // [batch][kv_heads][capacity][head_dim]
   size_t head_bytes() const { return capacity * head_dim * dtype_bytes(dtype); }
 };
 
@@ -27,7 +30,7 @@ Status RawCache::append(const View& k, const View& v, int batch, size_t tokens) 
   const size_t row = s.head_dim * dtype_bytes(s.dtype), rows = (size_t)batch * s.kv_heads;
   if (s.length + tokens > s.capacity) {
     const size_t capacity = std::max(s.length + tokens, 2 * s.length);
-    std::vector<uint8_t> new_k(rows * capacity * row), new_v(rows * capacity * row);
+    Bytes new_k(rows * capacity * row), new_v(rows * capacity * row);
     for (size_t i = 0; i < rows && s.length; i++) {
       memcpy(&new_k[i * capacity * row], &s.k[i * s.head_bytes()], s.length * row);
       memcpy(&new_v[i * capacity * row], &s.v[i * s.head_bytes()], s.length * row);

@@ -115,7 +115,7 @@ inline void load_queries(const Tile& tile) {
     ptrdiff_t at =
         tile.b * view.batch_stride + tile.query_head(r) * view.head_stride + tile.query(r) * view.token_stride;
     float* q = tile.q + r * plan.q_stride();
-    for (int c = 0; c < plan.head_dim_k; c++) q[c] = load_element(view.data, plan.dtype, at + c) * plan.args.scale;
+    load_elements(view.data, plan.dtype, at, plan.head_dim_k, plan.args.scale, q);
     std::fill(q + plan.head_dim_k, q + plan.q_stride(), 0.0f);
   }
 }
@@ -193,7 +193,7 @@ inline void store_row(const Tile& tile, int r, float max, float sum, const float
   }
   const float norm = sum > 0.0f ? std::exp(max) / sum : 0.0f;  // a row that sees nothing gives zeros
   ptrdiff_t at = tile.b * out.batch_stride + tile.query_head(r) * out.head_stride + tile.query(r) * out.token_stride;
-  for (int c = 0; c < plan.head_dim_v; c++) store_element(out.data, plan.dtype, at + c, acc[c] * norm);
+  store_elements(acc, norm, plan.head_dim_v, out.data, plan.dtype, at);
 }
 
 // ---------------------------------------------------------------------------------------------- splitting and merging

@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import _cuda
-from .bench import Geometry, uncalibrated
+from .bench import Geometry, ratio, uncalibrated
 from .recipes import get_recipe
 
 FLUSH_BYTES = 100 << 20  # twice the L2 cache of an H100: nothing timed finds its input there
 COPY_BYTES = 1 << 30
 REPEATS = 20
-SEEDED = 0
+ROPE_THETA = 1e4
 
 
 def check_device():
@@ -58,13 +58,15 @@ def copy_tb_per_s() -> float:
 
 
 def _layer(geometry: Geometry, recipe, dtype):
+    """An empty layer; its offset turns as that of a model with RoPE would, where the recipe lets it."""
     from .cuda_layer import CudaLayer
 
     _, _, kv_heads, d = geometry
-    name = str(dtype).removeprefix("torch.")
-    return CudaLayer(
-        check_device(), kv_heads=kv_heads, head_dim_k=d, head_dim_v=d, dtype=name, recipe=recipe, layer_index=0
-    )
+    layer = CudaLayer(check_device(), kv_heads, d, d, str(dtype).removeprefix("torch."), recipe)
+    if recipe.offset and recipe.offset_span:
+        frequencies = ROPE_THETA ** -(torch.arange(0, d, 2) / d)
+        layer.set_frequencies(frequencies.data_ptr(), d // 2)
+    return layer
 
 
 def bench_attend(
@@ -178,7 +180,7 @@ def random_model(name: str):
             f"model: got {name!r}; takes {' or '.join(shapes)} with --backend cuda, whose weights are random"
         )
     kind, shape = shapes[name]
-    torch.manual_seed(SEEDED)
+    torch.manual_seed(0)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(kind(**shape), dtype=torch.bfloat16).eval()
 
@@ -195,35 +197,40 @@ def _make_cache(arm, model, room, recipe):
     )
 
 
-def _run_arm(arm, model, prompt, new_tokens, rounds, recipe):
-    """One arm's numbers: {ms_per_token: of each round, prefill_ms, peak and cache bytes}."""
-    model.set_attn_implementation("halfbyte" if arm == "int4" else "sdpa")
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    cache = _make_cache(arm, model, prompt.shape[1] + (rounds + 1) * new_tokens + 2, recipe)
-    forward = model.forward
+class Arm:
+    """One cache after its prefill of `prompt`, ready to decode greedily."""
 
-    def step(ids, call):
-        return call(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+    def __init__(self, name, model, prompt, room, recipe):
+        self.name, self.model = name, model
+        self.implementation = "halfbyte" if name == "int4" else "sdpa"
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        model.set_attn_implementation(self.implementation)
+        self.cache = _make_cache(name, model, room, recipe)
+        self.forward = model.forward
+        self.last = self._step(prompt)
+        torch.cuda.synchronize()
+        self.prefill_ms = (time.perf_counter() - start) * 1e3
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+        if name == "static":
+            self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        self.ms_per_token = []
 
-    start = time.perf_counter()
-    last = step(prompt, forward)
-    torch.cuda.synchronize()
-    prefill = time.perf_counter() - start
-    if arm == "static":
-        forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
-    times = []
-    for _ in range(rounds + 1):  # the first warms up
+    def _step(self, ids):
+        out = self.forward(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True).clone()
+
+    def decode(self, count):
+        """Adds a round of so many tokens."""
+        self.model.set_attn_implementation(self.implementation)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(new_tokens):
-            last = step(last.clone(), forward)
+        for _ in range(count):
+            self.last = self._step(self.last)
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / new_tokens * 1e3)
-    result = {"ms_per_token": times[1:], "prefill_ms": prefill * 1e3}
-    return result | {"peak_bytes": torch.cuda.max_memory_allocated() - before, "held_bytes": _held(cache)}
+        self.ms_per_token.append((time.perf_counter() - start) / count * 1e3)
 
 
 def _held(cache) -> int:
@@ -249,7 +256,8 @@ def bench_generate(
     Greedy decoding after a prompt of random tokens, bfloat16, eager: DynamicCache ("dynamic") and Int4Cache ("int4"),
     without cuDNN's attention, which would plan anew for every length and be slower than flash attention;
     "static" is StaticCache with torch.compile(mode="reduce-overhead"). Peak memory counts from before the prefill,
-    without the weights. Medians over rounds of new_tokens tokens; the arms run one after the other.
+    without the weights, and is that of the prefill. Medians over rounds of new_tokens tokens, for which the arms take
+    turns.
     """
     from tqdm import tqdm
 
@@ -261,16 +269,23 @@ def bench_generate(
         torch.inference_mode(),
         sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
     ):
+        for arm in ("dynamic", "int4"):  # loads what the first prefill would have to
+            Arm(arm, model, torch.zeros(1, 64, dtype=torch.int64, device="cuda"), 128, recipe).decode(4)
         for prefix in tqdm(prefixes, "bench generate", disable=not progress, leave=False):
             prompt = torch.randint(vocabulary, (batch, prefix), generator=generator).cuda()
             row = {"model": name, "batch": batch, "prefix": prefix}
-            for arm in arms:
-                result = _run_arm(arm, model, prompt, new_tokens, rounds, recipe)
-                ms = statistics.median(result["ms_per_token"])
-                row |= {f"{arm}_ms_per_token": ms, f"{arm}_tokens_per_s": batch / ms * 1e3}
-                row |= {f"{arm}_prefill_ms": result["prefill_ms"], f"{arm}_peak_gb": result["peak_bytes"] * 1e-9}
-                row |= {f"{arm}_cache_gb": result["held_bytes"] * 1e-9}
+            room = prefix + (rounds + 1) * new_tokens + 2
+            running = [Arm(arm, model, prompt, room, recipe) for arm in arms]
+            for _ in range(rounds + 1):
+                for arm in running:
+                    arm.decode(new_tokens)
+            for arm in running:
+                ms = statistics.median(arm.ms_per_token[1:])  # the first round warms up
+                row |= {f"{arm.name}_ms_per_token": ms, f"{arm.name}_tokens_per_s": batch / ms * 1e3}
+                row |= {f"{arm.name}_prefill_ms": arm.prefill_ms, f"{arm.name}_peak_gb": arm.peak_bytes * 1e-9}
+                row |= {f"{arm.name}_cache_gb": _held(arm.cache) * 1e-9}
             if {"dynamic", "int4"} <= set(arms):
-                row["int4_over_dynamic"] = row["int4_ms_per_token"] / row["dynamic_ms_per_token"]
+                seconds = {arm.name: arm.ms_per_token[1:] for arm in running}
+                row |= ratio(seconds, "int4", "dynamic")
             rows.append(row)
     return rows

@@ -228,7 +228,7 @@ def generate(
     Each side runs in float32 and in bfloat16 and its quicker dtype counts; fp_cache_bytes is always the bfloat16
     cache's.
 
-    With --backend cuda: models of that shape with random weights in bfloat16, arms one after the other; peak memory is
+    With --backend cuda: models of that shape with random weights in bfloat16; peak memory is that of the prefill,
     without the weights.
 
     Example: `halfbyte bench generate --model tiny-gemma --prefix 4096,16384 --json generate.json`

@@ -9,6 +9,7 @@ from . import _cuda
 from .cuda_pages import PAGE_TOKENS
 
 ROW_TILE = 8  # rows (query heads x queries) that one part of an attention kernel takes
+SPANS_AHEAD = 8  # whose turned offsets are computed together, as decoding comes to one after the other
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 ROTATIONS = ("identity", "srft", "srht", "dense")
 LARGEST = {16: 1e4, 32: 1e15}  # codable magnitudes by scale_bits, as in the C++ Layer
@@ -163,10 +164,11 @@ class Kernels:
             return
         span = self._turn.span
         first, last = begin // span, (end - 1) // span + 1
-        if self._turned is None or self._turned[:2] != (first, last):  # blocks of a span come one after the other
+        if self._turned is None or first < self._turned[0] or last > self._turned[1]:
+            last = max(last, first + SPANS_AHEAD)
             mu = self._turn.turn(self._offset[0][0], first, last)
             self._turned = first, last, mu, rotate(mu, self._rotations[0][0])
-        *_, mu, rotated = self._turned
+        first, last, mu, rotated = self._turned
         tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
         tables.offset_span, tables.offset_first, tables.offset_count = span, first, last - first
 

@@ -5,7 +5,8 @@ import torch
 from . import _cuda
 
 PAGE_TOKENS = 64
-GROWTH = 16  # pages are added by this part of those held, so that the table changes rarely
+GROWTH = 16  # pages are added by this part of those held, and
+FEWEST_PAGES = 4  # at least so many, so that the table changes rarely
 
 
 class Chunk:
@@ -57,7 +58,8 @@ class Pages:
         needed = -(-end // PAGE_TOKENS) - self.end
         if needed <= 0:
             return changed
-        for count in [1] * needed if self.one_by_one else [max(needed, held // GROWTH)]:
+        more = max(needed, held // GROWTH, FEWEST_PAGES if held else 0)
+        for count in [1] * needed if self.one_by_one else [more]:
             # Zeros: kernels read whole blocks, and what they mask must be numbers.
             self.add(torch.zeros(self.batch, count, self.page_bytes, dtype=torch.uint8, device=self.device))
         return True

@@ -20,6 +20,7 @@ TILE_ROWS = 8  # rows (query heads × queries) of a group in attend and finish
 SMALLEST_SPLIT = 128  # tokens
 MAX_RAW = 3
 NO_RAW = [0] * 10  # numbers of a span of raw tokens that is not there
+ONE_OFFSET, NO_TURN = [0, 0, 1], [0, 0, 0]  # numbers of an offset that does not turn
 
 
 def source():
@@ -122,7 +123,7 @@ class Kernels:
             has = int(offset is not None), int(layer.lambdas[side] is not None)
             kernel = getattr(library(), f"encode_d{self.dim}_int{self.bits[side]}")
             kernel(
-                [*numbers, int(side == 0), begin, end - begin, data_first, *data.stride()[:3], *has],
+                [*numbers, int(side == 0), begin, end - begin, data_first, *data.stride()[:3], *has, *ONE_OFFSET],
                 layer.limit,
                 data,
                 self.tables[side],
@@ -143,7 +144,7 @@ class Kernels:
             has = int(offset is not None), int(inverse is not None)
             kernel = getattr(library(), f"decode_d{self.dim}_int{self.bits[side]}")
             kernel(
-                [*numbers, int(side == 0), begin, end - begin, out_first, to.shape[2], *has],
+                [*numbers, int(side == 0), begin, end - begin, out_first, to.shape[2], *has, *ONE_OFFSET],
                 self.tables[side],
                 *self._or_nothing(offset, inverse),
                 layer.page_table(),
@@ -175,7 +176,7 @@ class Kernels:
             numbers += [*k.stride()[:3], *v.stride()[:3], first, start, stop, int(are_sinks)]
             buffers += [k, v]
         missing = MAX_RAW - len(raw_parts)
-        numbers, buffers = numbers + NO_RAW * missing, buffers + [self.nothing] * (2 * missing)
+        numbers, buffers = numbers + NO_RAW * missing + NO_TURN, buffers + [self.nothing] * (2 * missing)
         reals = [float(scale), float(softcap or 0.0)]
         mask, sinks, *rest = self._or_nothing(mask, sinks, *offsets, *inverses)
         offset_k, offset_v, inverse_k, inverse_v = rest
@@ -184,7 +185,7 @@ class Kernels:
             partials = query.new_empty(segments * splits * TILE_ROWS * (self.padded + 2), dtype=torch.float32)
             getattr(library(), f"attend_d{self.dim}")(
                 numbers, reals, query, self.tables[0], offset_k, inverse_k, mask, layer.page_table(), layer.pool.bytes,
-                partials, threads=segments * splits * ATTEND_THREADS, group_size=ATTEND_THREADS,
+                partials, self.nothing, threads=segments * splits * ATTEND_THREADS, group_size=ATTEND_THREADS,
             )  # fmt: skip
         getattr(library(), f"finish_d{self.dim}")(
             numbers, reals, query, out, mask, sinks, self.tables[1], offset_v, inverse_v, partials, *buffers,

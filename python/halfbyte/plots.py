@@ -33,8 +33,8 @@ def figure(width: float, height: float, **options):
     return pyplot.subplots(figsize=(width, height), layout="constrained", **options)
 
 
-def save(drawn, file) -> None:
-    drawn.savefig(file, dpi=150, format="png")
+def save(drawn, file, dpi=150) -> None:
+    drawn.savefig(file, dpi=dpi, format="png")
     load_matplotlib().close(drawn)
 
 

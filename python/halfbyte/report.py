@@ -13,7 +13,7 @@ from .results import render
 from .simulated import SIMULATED
 
 WIDTH, HEIGHT = 720, 380
-LEFT, RIGHT, TOP, BOTTOM = 74, 28, 34, 54
+LEFT, RIGHT, TOP, BOTTOM = 74, 28, 46, 54
 LONG_TABLE = 12  # rows; longer ones are folded
 FEWEST_POINTS = 8  # of a drawing of bits against loss
 MEBIBYTE = 1 << 20
@@ -181,10 +181,10 @@ def heat(rows: list[dict]) -> str:
     layers = sorted({int(layer) for layer, _ in cells})
     most = max(cells.values()) or 1.0
     size = min(80, (WIDTH - 80) / len(layers))
-    parts = [f'<text class="faint" x="60" y="14">KL with one side of one layer packed; strongest: {most:.2g}</text>']
+    parts = [f'<text class="faint" x="60" y="18">KL with one side of one layer packed; strongest: {most:.2g}</text>']
     for column, layer in enumerate(layers):
         x = 60 + column * size
-        parts.append(f'<text x="{x + size / 2:.1f}" y="36" text-anchor="middle">{layer}</text>')
+        parts.append(f'<text x="{x + size / 2:.1f}" y="40" text-anchor="middle">{layer}</text>')
         for line, which in enumerate("KV"):
             value, y = cells.get((str(layer), which), 0.0), 44 + line * 40
             share = 0.08 + 0.92 * value / most
@@ -194,9 +194,8 @@ def heat(rows: list[dict]) -> str:
             )
             if size > 50:
                 ink = ' style="fill: var(--paper)"' if share > 0.5 else ""
-                parts.append(
-                    f'<text x="{x + size / 2 - 1:.1f}" y="{y + 24}" text-anchor="middle"{ink}>{value:.2g}</text>'
-                )
+                place = f'x="{x + size / 2 - 1:.1f}" y="{y + 24}" text-anchor="middle"'
+                parts.append(f'<text class="small" {place}{ink}>{value:.2g}</text>')
     parts += [f'<text x="44" y="{68 + line * 40}" text-anchor="end">{which}</text>' for line, which in enumerate("KV")]
     return _svg(parts, "KL by layer and side", 130)
 

@@ -18,6 +18,7 @@ from .report import (
 )
 
 KIND_COLORS = dict(zip(KINDS, (COLORS["int4"], "#1a8a4a", COLORS["fp16"]), strict=True))
+DPI = 110  # a page shows them at about half their width
 BITS = 3.9, 5.1  # of the codecs that are drawn against each other: those of about four
 
 
@@ -37,7 +38,7 @@ def write_plots(paths, folder) -> list[str]:
         ("memory.png", _draw_memory, _contexts(documents)),
     ):
         if panels:
-            save(draw(panels), Path(folder) / name)
+            save(draw(panels), Path(folder) / name, DPI)
             written.append(name)
     if not written:
         raise ValueError("json: none of the files is of `eval`, `reproduce` or `bench generate`")

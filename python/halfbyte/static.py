@@ -98,6 +98,10 @@ class Int4StaticLayer(Int4Layer):
         if self._shared.config._attn_implementation != "halfbyte":
             raise ValueError('Int4StaticCache: takes a model with set_attn_implementation("halfbyte")')
         if not self.is_initialized:
+            if not key_states.is_cpu:
+                raise NotImplementedError(
+                    f"Int4StaticCache: key_states on {key_states.device}: takes CPU tensors; Int4Cache works there"
+                )
             self._admit(key_states, value_states)
         pending = Pending(self.state.clone(), key_states, value_states)
         self.state[1] += key_states.shape[2]

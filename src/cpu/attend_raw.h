@@ -6,6 +6,17 @@ HALFBYTE_INLINE f32x16 load_as(const void* p, ptrdiff_t at) {
   return load_channels(p, kDtype, at);
 }
 
+// Tokens are asked for this far ahead, and into the second-level cache: with K and V of 256 channels, the tokens at
+// hand and the next ones do not fit the first.
+constexpr int kAhead = 32;
+constexpr int kWeighWords = kRegisterRows > 2 ? 4 : 2;  // registers of V at once, so that each weight is loaded once
+
+template <Dtype kDtype>
+HALFBYTE_INLINE void ask_ahead(const void* p, ptrdiff_t at, ptrdiff_t stride, int c) {
+  constexpr int kBytes = kDtype == Dtype::float32 ? 4 : 2;
+  if (c * kBytes % 64 == 0) __builtin_prefetch((const char*)p + (at + kAhead * stride) * kBytes, 0, 2);
+}
+
 // Scores of kRows rows against four tokens each time, so that a q register serves four dot products.
 template <int kRows, Dtype kDtype>
 HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff_t token, int tokens,
@@ -24,8 +35,7 @@ HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff
       for (int i = 0; i < kTokens; i++) {
         k[i] =
             c < whole ? load_as<kDtype>(args.k, rows[i] + c) : load_some_channels(args.k, kDtype, rows[i] + c, d - c);
-        __builtin_prefetch((const char*)args.k +
-                           (rows[i] + 16 * args.k_stride + c) * (kDtype == Dtype::float32 ? 4 : 2));
+        ask_ahead<kDtype>(args.k, rows[i] + c, args.k_stride, c);
       }
       for (int r = 0; r < kRows; r++) {
         f32x16 q = load(args.q + (first_row + r) * args.q_stride + c);
@@ -36,21 +46,37 @@ HALFBYTE_INLINE void score_raw(const AttendRawArgs& args, int first_row, ptrdiff
   }
 }
 
+// acc += Σ p·v of kWords · 16 channels from `c` on.
+template <int kRows, int kWords, Dtype kDtype>
+HALFBYTE_INLINE void weigh_raw_words(const AttendRawArgs& args, ptrdiff_t token, int tokens, const float (*p)[kLanes],
+                                     int c, float* acc, size_t acc_stride) {
+  const int left = args.head_dim_v - c;
+  f32x16 sums[kRows][kWords];
+  for (int r = 0; r < kRows; r++)
+    for (int w = 0; w < kWords; w++) sums[r][w] = load(acc + r * acc_stride + c + w * kLanes);
+  for (int t = 0; t < tokens; t++) {
+    const ptrdiff_t at = (token + t) * args.v_stride + c;
+    f32x16 v[kWords];
+    for (int w = 0; w < kWords; w++) {
+      const ptrdiff_t word = at + w * kLanes;
+      v[w] = left >= kWords * kLanes ? load_as<kDtype>(args.v, word) : load_some_channels(args.v, kDtype, word, left);
+      ask_ahead<kDtype>(args.v, word, args.v_stride, w * kLanes);
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int w = 0; w < kWords; w++) sums[r][w] = fma(v[w], set1(p[r][t]), sums[r][w]);
+  }
+  for (int r = 0; r < kRows; r++)
+    for (int w = 0; w < kWords; w++) store(acc + r * acc_stride + c + w * kLanes, sums[r][w]);
+}
+
 template <int kRows, Dtype kDtype>
 HALFBYTE_INLINE void weigh_raw(const AttendRawArgs& args, ptrdiff_t token, int tokens, const float (*p)[kLanes],
                                float* acc, size_t acc_stride) {
-  const int d = args.head_dim_v, whole = d / kLanes * kLanes;
-  for (int c = 0; c < d; c += kLanes) {
-    f32x16 sums[kRows];
-    for (int r = 0; r < kRows; r++) sums[r] = load(acc + r * acc_stride + c);
-    for (int t = 0; t < tokens; t++) {
-      ptrdiff_t at = (token + t) * args.v_stride + c;
-      f32x16 v = c < whole ? load_as<kDtype>(args.v, at) : load_some_channels(args.v, kDtype, at, d - c);
-      __builtin_prefetch((const char*)args.v + (at + 16 * args.v_stride) * (kDtype == Dtype::float32 ? 4 : 2));
-      for (int r = 0; r < kRows; r++) sums[r] = fma(v, set1(p[r][t]), sums[r]);
-    }
-    for (int r = 0; r < kRows; r++) store(acc + r * acc_stride + c, sums[r]);
-  }
+  int c = 0;
+  for (; args.head_dim_v - c >= kWeighWords * kLanes; c += kWeighWords * kLanes)
+    weigh_raw_words<kRows, kWeighWords, kDtype>(args, token, tokens, p, c, acc, acc_stride);
+  for (; c < args.head_dim_v; c += kLanes)
+    weigh_raw_words<kRows, 1, kDtype>(args, token, tokens, p, c, acc, acc_stride);
 }
 
 template <int kRows, Dtype kDtype>

@@ -1,12 +1,13 @@
-// Sixteen 32-bit lanes on any CPU: the words that kernels.h is written in. Included inside the target's namespace;
-// this is the only CPU file that tests the target (HALFBYTE_TARGET_AVX512, _AVX2, _NEON, or none: plain arrays).
+// Sixteen 32-bit lanes on any CPU: the words that kernels.h is written in. Included inside the target's namespace; this
+// file and those of its words are the only CPU files that test the target (HALFBYTE_TARGET_AVX512, _AVX2, _NEON, or
+// none: plain arrays).
 //
 //   f32x16, i32x16   sixteen floats, sixteen ints (lane = token, or lane = channel)
 //   u8x64            one row of codes
 //   mask16           one bit a lane
-//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so that a running sum may be taken out
-//                    and put back
-//   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of equals
+//   reduce_add       by halves: the sum of sixteen equal numbers is exact, so a running sum may be taken out and put
+//                    back
+//   Extreme          of the values met so far, in each lane, that of largest magnitude; the positive one of two equals
 //   limit_bytes      each byte b of the lanes → min(max(b − less, 0), most)
 //   transpose_bytes  four registers as 16 × 16 bytes, [register · 4 + byte][lane], to [lane][register · 4 + byte]
 //   dot4             acc + Σ of four codes × four signed bytes, in each lane. Codes are unsigned; a target may count

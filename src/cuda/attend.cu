@@ -69,9 +69,9 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   PortableCall call{base, begin, end, begin < end ? splits_of(s, begin, end) : 0};
   const bool wide = s.dtype == kFloat32;
   if (call.splits)
-    if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits,
-                           kTileRows * kSimd,
-                           (prepare_floats(s.format) + product_floats(base.buffers.turn)) * 4, stream, call))
+    if (int error =
+            launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits, kTileRows * kSimd,
+                   (prepare_floats(s.format) + product_floats(base.buffers.turn)) * 4, stream, call))
       return error;
   return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256,
                 finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4, stream, call);

@@ -6,118 +6,13 @@
 // 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
 #pragma once
 
-#include "cuda/mma.cuh"
-#include "gpu/attend.h"
+#include "cuda/work.cuh"
 
 namespace halfbyte::gpu {
-
-constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two blocks
-constexpr int kTileBlocks = kTileTokens / kBlockTokens;
-// Warps of a thread block: as many as registers hold.
-HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
-constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
-constexpr int kMaxStages = 8;
 
 // Weights are held as 2^(score − top + kWeightBias) in fp16; `top` lags behind by up to kSlack, which saves rescaling.
 constexpr float kSlack = 8.0f;
 constexpr float kWeightBias = 4.0f;
-
-struct AttendCall {
-  AttendShape shape;
-  AttendBuffers buffers;
-  RawTokens raw[kMaxRaw];
-  int n_raw;
-  int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
-  int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
-  int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
-  int warps, stages;        // stages: tiles of each warp that are under way
-  int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
-  int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
-};
-
-// Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
-HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
-HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
-  const int finishing = finish_floats(f.k.head_dim, f.v.padded_dim, f.v.head_dim), merging = warps / 2 * merge_floats(f.v.padded_dim);
-  const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
-  const int most = finishing > merging ? finishing : merging;
-  return ((most > preparing ? most : preparing) + 31) / 32 * 32;
-}
-// What of shared memory comes before the rings, in floats: the products of an offset that turns lie last, where merging
-// warps leave them alone.
-HALFBYTE_INLINE int ring_start(const AttendCall& call) {
-  return work_floats(call.shape.format, call.warps) + (product_floats(call.buffers.turn) + 31) / 32 * 32;
-}
-HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
-  return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
-}
-
-// First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
-HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
-  if (call.splits)
-    return block / call.splits * call.n_tiles + (int)((long long)call.n_tiles * (block % call.splits) / call.splits);
-  return block * call.share + (block < call.larger ? block : call.larger);
-}
-
-// The thread block that item i belongs to; only where splits is 0.
-HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
-  const int in_larger = call.larger * (call.share + 1);
-  return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
-}
-
-// The thread blocks that share a segment.
-struct Sharers {
-  int first, n;
-};
-
-HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
-  if (call.splits) return {segment * call.splits, call.splits};
-  const int first = block_of(call, segment * call.n_tiles);
-  return {first, block_of(call, (segment + 1) * call.n_tiles - 1) - first + 1};
-}
-
-// ---- One warp's ring of tiles
-
-struct Ring {
-  uint8_t* memory;       // [stages][stage_bytes]
-  int next, end;         // work items not yet asked for: next, next + warps, …
-  unsigned asked;        // tiles asked for so far
-  int fill, take;        // the slots to fill and to read next
-  int codes, scales;     // bytes of a tile
-  const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
-};
-
-__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
-  const AttendShape& s = call.shape;
-  const int tile = call.first_tile + item % call.n_tiles;
-  const int row = item / call.n_tiles / row_tiles(s);
-  const int token = tile * kTileTokens;
-  return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
-         token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
-}
-
-// Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
-__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
-  if (ring.asked % kSimd == 0) {
-    const int item = ring.next + lane * call.warps;
-    ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
-  }
-  const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
-  if (tagged) {
-    const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
-    const int second_half = (int)(tagged & 1);
-    uint8_t* to = ring.memory + ring.fill * (ring.codes + ring.scales);
-    const uint8_t* from_codes = page + second_half * ring.codes;
-    const uint8_t* from_scales = page + kPageBlocks / kTileBlocks * ring.codes + second_half * ring.scales;
-#pragma unroll 8
-    for (int at = lane * 16; at < ring.codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
-    for (int at = lane * 16; at < ring.scales; at += kSimd * 16) copy_async_16(to + ring.codes + at, from_scales + at);
-  }
-  copy_async_commit();
-  ring.asked++;
-  ring.fill = ring.fill + 1 == call.stages ? 0 : ring.fill + 1;
-  ring.next += call.warps;
-}
 
 // ---- One warp's running softmax over its tiles
 
@@ -301,9 +196,8 @@ __device__ __forceinline__ float2 turned_offsets(const Turn& turn, const float* 
 // One tile of 32 tokens in shared memory joins the running softmax.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* products, int b,
-                                            int first_row,
-                                            int token, const uint32_t q[D / 16][2], const Columns& columns, int lane,
-                                            Running<D>& r) {
+                                            int first_row, int token, const uint32_t q[D / 16][2],
+                                            const Columns& columns, int lane, Running<D>& r) {
   const AttendShape& s = call.shape;
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
@@ -506,8 +400,8 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
       __syncwarp();
       const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
       attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes,
-                                                            work + work_floats(s.format, call.warps), b, tile * kTileRows,
-                                                            token, q, columns, lane, running);
+                                                            work + work_floats(s.format, call.warps), b,
+                                                            tile * kTileRows, token, q, columns, lane, running);
       __syncwarp();  // before the ring's slot is filled again
       ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
     }

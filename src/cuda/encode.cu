@@ -75,7 +75,8 @@ OffsetSpans spans_of(const HalfbyteCudaTables& tables) {
 }
 
 EncodeSide side_of(const SideFormat& f, const HalfbyteCudaView& view, const HalfbyteCudaTables& tables) {
-  EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {}, spans_of(tables)};
+  EncodeSide side{bytes_of(view.data), strides_of(view), table_of(tables), tables.offset, tables.lambda, {},
+                  spans_of(tables)};
   std::copy_n(f.signed_scale ? kSearchSigned : kSearch, kSearchSize, side.factors);
   return side;
 }
@@ -200,10 +201,8 @@ extern "C" int halfbyte_cuda_decode(const HalfbyteCudaDecode* a) {
   s.format = page_format(a->layer);
   s.range = {(int)a->batch, (int)a->layer.kv_heads, (int)a->first_token, (int)a->tokens};
   s.out_first = (int)a->out_first, s.out_tokens = (int)a->out_tokens;
-  call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda,
-                  spans_of(a->k_tables)};
-  call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda,
-                  spans_of(a->v_tables)};
+  call.side[0] = {a->k, table_of(a->k_tables), a->k_tables.offset, a->k_tables.inverse_lambda, spans_of(a->k_tables)};
+  call.side[1] = {a->v, table_of(a->v_tables), a->v_tables.offset, a->v_tables.inverse_lambda, spans_of(a->v_tables)};
   call.pages = pages_of(a->pages);
   return launch(decode_kernel, portable_blocks(s.range, s.format), kSimds * kSimd, 0, a->stream, call);
 }

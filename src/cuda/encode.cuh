@@ -189,9 +189,9 @@ __device__ __forceinline__ void rotate_block(const EncodeCall& call, const Encod
   const bool has_offset = call.rotated_offset[IsK ? 0 : 1] != nullptr, has_lambda = side.lambda != nullptr;
   // Where there is none, some other floats are read and not used: a load that is always valid needs no branch.
   const float* other = reinterpret_cast<const float*>(call.fragments[IsK ? 0 : 1]);
-  const float* offset = has_offset ? call.rotated_offset[IsK ? 0 : 1] +
-                                         offset_at(side.spans, b * s.range.kv_heads + head, first_token, D)
-                                   : other;
+  const float* offset =
+      has_offset ? call.rotated_offset[IsK ? 0 : 1] + offset_at(side.spans, b * s.range.kv_heads + head, first_token, D)
+                 : other;
   const float* lambda = has_lambda ? side.lambda + (long long)head * D : other;
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++)

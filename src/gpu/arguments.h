@@ -21,18 +21,26 @@ struct LayerNumbers {
   int64_t table_stride, first_page;
 };
 
+// An offset that turns with RoPE is given for each span of so many tokens, `count` of them from span `first` on, as
+// [batch][kv_heads][count][D]; span 0: one for all tokens, first 0, count 1.
+struct SpanNumbers {
+  int64_t span, first, count;
+};
+
 struct EncodeNumbers {
   LayerNumbers layer;
   int64_t is_k, first_token, tokens;  // positions [first_token, first_token + tokens) of every sequence
   int64_t data_first;                 // position of the token that lies first in data
   ViewNumbers data;
   int64_t has_offset, has_lambda;
+  SpanNumbers offset;
 };
 
 struct DecodeNumbers {
   LayerNumbers layer;
   int64_t is_k, first_token, tokens, out_first, out_tokens;
   int64_t has_offset, has_inverse_lambda;
+  SpanNumbers offset;
 };
 
 struct RawNumbers {
@@ -50,6 +58,9 @@ struct AttendNumbers {
   int64_t has_sinks, has_offset_k, has_offset_v, has_inverse_lambda_k, has_inverse_lambda_v;
   int64_t n_raw;
   RawNumbers raw[kMaxRaw];
+  // Tokens that share an offset of K, 0 where it does not turn; pairs of channels that do: 2i and 2i + 1 when
+  // interleaved, else i and i + pairs.
+  int64_t turn_span, turn_pairs, turn_interleaved;
 };
 
 struct AttendReals {

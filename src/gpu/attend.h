@@ -153,8 +153,6 @@ gpu_fn void prepare_queries(gpu_local const AttendShape& s, gpu_local const Atte
   gpu_barrier();
 }
 
-HALFBYTE_INLINE int product_floats(gpu_local const Turn& turn) { return turn.waves ? kTileRows * 2 * turn.pairs : 0; }
-
 // q·mu of an offset that turns is Σ product · wave over pairs: those products to [pairs][kTileRows][2], and to `offset`
 // what the channels behind the pairs add. q: as prepare_queries left it. Ends with a barrier.
 gpu_fn void turn_products(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,

@@ -5,16 +5,18 @@
 //
 //   encode_d{D}_int{4,8}  one side of new tokens to codes; kEncodeThreads threads a group, each group packs
 //                         kEncodeSimds · vectors_of(D) vectors of batch · kv_heads · tokens
-//     0 EncodeNumbers  1 float limit  2 data  3 float rotation[]  4 float offset[batch][kv_heads][D]
+//     0 EncodeNumbers  1 float limit  2 data  3 float rotation[]  4 float offset[batch][kv_heads][spans][D]
 //     5 float lambda[kv_heads][D]  6 int64 table[batch][table_stride]  7 uchar pool[]  8 int32 bad[1]
 //   decode_d{D}_int{4,8}  codes of one side to float; threads as encode
-//     0 DecodeNumbers  1 float rotation[]  2 float offset[batch][kv_heads][D]  3 float inverse_lambda[kv_heads][D]
+//     0 DecodeNumbers  1 float rotation[]  2 float offset[batch][kv_heads][spans][D]
+//     3 float inverse_lambda[kv_heads][D]
 //     4 int64 table[batch][table_stride]  5 uchar pool[]  6 float out[batch][kv_heads][out_tokens][D]
 //   attend_d{D}           packed tokens [begin, end); kAttendThreads threads a group,
 //                         batch · kv_heads · tiles · splits groups, tiles = ⌈heads / kv_heads · queries / 8⌉
 //     0 AttendNumbers  1 AttendReals  2 q  3 float rotation_k[]  4 float offset_k[batch][kv_heads][D]
 //     5 float inverse_lambda_k[kv_heads][D]  6 uchar mask  7 int64 table[batch][table_stride]  8 uchar pool[]
 //     9 float partials[groups][8 · (D rounded up to 32s + 2)]
+//     10 float waves[spans][turn_pairs][2], cos and sin in the middle of spans 0, 1, …, if K's offset turns
 //   finish_d{D}           merges the splits and attends to raw tokens; kFinishThreads threads a group,
 //                         batch · kv_heads · tiles groups; partials are read if splits > 0
 //     0 AttendNumbers  1 AttendReals  2 q  3 out  4 uchar mask  5 float sinks[heads]  6 float rotation_v[]
@@ -42,6 +44,12 @@ gpu_constexpr int kFinishThreads = 256;
 // ---- From a caller's numbers to what the bodies take
 
 gpu_fn Strides3 strides_of(constant ViewNumbers& n) { return {n.batch_stride, n.head_stride, n.token_stride}; }
+
+gpu_fn OffsetSpans offset_spans(constant SpanNumbers& n) {
+  OffsetSpans spans;
+  spans.span = (int)n.span, spans.first = (int)n.first, spans.count = (int)n.count;
+  return spans;
+}
 
 gpu_fn PageFormat page_format(int d, constant LayerNumbers& n) {
   const int scale_bytes = (int)n.scale_bits / 8;
@@ -76,6 +84,7 @@ gpu_fn void encode_entry(constant EncodeNumbers& n, constant float& limit, devic
   EncodeSide side;
   side.data = data, side.strides = strides_of(n.data), side.rotation = rotation_table(D, n.layer.rotation, rotation);
   side.offset = n.has_offset ? offset : nullptr, side.lambda = n.has_lambda ? lambda : nullptr;
+  side.spans = offset_spans(n.offset);
   for (int i = 0; i < kSearchSize; i++) side.factors[i] = n.layer.signed_scale ? kSearchSigned[i] : kSearch[i];
   const Pages pages = {pool, table, (int)n.layer.table_stride, (int)n.layer.first_page};
   const int simd = (int)tid / kSimd;
@@ -97,7 +106,7 @@ gpu_fn void decode_entry(constant DecodeNumbers& n, device const float* rotation
   s.range = {(int)n.layer.batch, (int)n.layer.kv_heads, (int)n.first_token, (int)n.tokens};
   s.out_first = (int)n.out_first, s.out_tokens = (int)n.out_tokens;
   const DecodeSide side = {out, rotation_table(D, n.layer.rotation, rotation), n.has_offset ? offset : nullptr,
-                           n.has_inverse_lambda ? inverse_lambda : nullptr};
+                           n.has_inverse_lambda ? inverse_lambda : nullptr, offset_spans(n.offset)};
   const Pages pages = {pool, table, (int)n.layer.table_stride, (int)n.layer.first_page};
   const int simd = (int)tid / kSimd;
   decode_vectors<D>(s, pages, side, is_k, ((int)group * kEncodeSimds + simd) * vectors_of(D), x + simd * kSimdFloats,
@@ -127,13 +136,15 @@ gpu_fn Segment segment_of(thread const AttendShape& s, int i) {
   return {i / tiles / s.kv_heads, i / tiles % s.kv_heads, i % tiles};
 }
 
-HALFBYTE_INLINE constexpr int attend_floats(int d, int padded) { return kTileRows * (d + padded + 2); }
+// Queries, the same in code domain, two numbers a row, and products of offsets that turn.
+HALFBYTE_INLINE constexpr int attend_floats(int d, int padded) { return kTileRows * (d + padded + 2 + d); }
 
 template <int D>
 gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals, device const uchar* q,
                          device const float* rotation_k, device const float* offset_k,
                          device const float* inverse_lambda_k, device const uchar* mask, device const int64_t* table,
-                         device uchar* pool, device float* partials, threadgroup float* memory, uint group, uint tid) {
+                         device uchar* pool, device float* partials, device const float* waves, threadgroup float* memory,
+                         uint group, uint tid) {
   const AttendShape s = attend_shape(D, n, reals);
   AttendBuffers in = {};
   in.q = q, in.mask = n.has_mask ? mask : nullptr, in.rotation_k = rotation_table(D, n.layer.rotation, rotation_k);
@@ -141,22 +152,29 @@ gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals,
   in.inverse_lambda_k = n.has_inverse_lambda_k ? inverse_lambda_k : nullptr;
   in.pages = {pool, table, (int)n.layer.table_stride, (int)n.layer.first_page};
   in.partials = partials;
+  const int pairs = (int)n.turn_pairs;
+  in.turn.waves = n.turn_span ? waves : nullptr, in.turn.span = (int)n.turn_span, in.turn.pairs = pairs;
+  in.turn.pair_step = n.turn_interleaved ? 2 : 1, in.turn.pair_gap = n.turn_interleaved ? 1 : pairs;
   const int splits = (int)n.splits, split = (int)group % splits;
   const Segment at = segment_of(s, (int)group / splits);
   threadgroup float* rotated = memory + kTileRows * D;
   threadgroup float* largest = rotated + kTileRows * s.format.k.padded_dim;
+  threadgroup float* offset = largest + kTileRows;
+  threadgroup float* products = offset + kTileRows;
   if (s.dtype == kFloat32)
-    prepare_queries<true, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, largest + kTileRows, (int)tid,
+    prepare_queries<true, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, offset, (int)tid,
                              kAttendThreads);
   else
-    prepare_queries<false, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, largest + kTileRows, (int)tid,
+    prepare_queries<false, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, offset, (int)tid,
                               kAttendThreads);
+  if (in.turn.waves) turn_products(s, in, at.b, at.head, memory, products, offset, (int)tid, kAttendThreads);
   const int slot = (int)tid / kSimd, row = min(at.tile * kTileRows + slot, rows_of(s) - 1);
   const int first = (int)n.begin / kBlockTokens, blocks = ((int)n.end + kBlockTokens - 1) / kBlockTokens - first;
   const int begin = (first + blocks * split / splits) * kBlockTokens;
   const int end = (first + blocks * (split + 1) / splits) * kBlockTokens;
   attend_packed_row(s, in, at.b, at.head, row, max(begin, (int)n.begin), min(end, (int)n.end), rotated + slot,
-                    largest[kTileRows + slot], in.partials + (int64_t)group * partial_floats(s), slot, (int)tid % kSimd);
+                    offset[slot], in.partials + (int64_t)group * partial_floats(s), slot, (int)tid % kSimd,
+                    products + 2 * slot);
 }
 
 gpu_fn RawTokens raw_tokens(constant RawNumbers& n, device const uchar* k, device const uchar* v) {
@@ -227,10 +245,10 @@ gpu_fn void finish_entry(constant AttendNumbers& n, constant AttendReals& reals,
       device const float* rotation_k [[buffer(3)]], device const float* offset_k [[buffer(4)]],                      \
       device const float* inverse_lambda_k [[buffer(5)]], device const uchar* mask [[buffer(6)]],                    \
       device const int64_t* table [[buffer(7)]], device uchar* pool [[buffer(8)]],                                   \
-      device float* partials [[buffer(9)]], HALFBYTE_AT) {                                                           \
+      device float* partials [[buffer(9)]], device const float* waves [[buffer(10)]], HALFBYTE_AT) {                 \
     gpu_shared_floats(memory, halfbyte::gpu::attend_floats(D, Padded));                                              \
     halfbyte::gpu::attend_entry<D>(numbers, reals, q, rotation_k, offset_k, inverse_lambda_k, mask, table, pool,     \
-                                   partials, memory, group, tid);                                                    \
+                                   partials, waves, memory, group, tid);                                                    \
   }                                                                                                                  \
   [[max_total_threads_per_threadgroup(halfbyte::gpu::kFinishThreads)]] kernel void finish_d##D(                      \
       constant halfbyte::gpu::AttendNumbers& numbers [[buffer(0)]],                                                  \

@@ -23,8 +23,8 @@ struct TokenRange {
   int first_token, tokens;  // of each sequence
 };
 
-// Where the offset of a token lies, [batch][kv_heads][count][d]: each serves `span` tokens, the first of them from token
-// span · first on. span 0: one for all tokens.
+// Where the offset of a token lies, [batch][kv_heads][count][d]: each serves `span` tokens, the first of them from
+// token span · first on. span 0: one for all tokens.
 struct OffsetSpans {
   int span = 0, first = 0, count = 1;
 };

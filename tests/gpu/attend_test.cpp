@@ -17,6 +17,8 @@ struct Case {
   bool masked = false, with_sinks = false;
   float softcap = 0.0f;
   int splits = 2;
+  int pairs = 0;  // of channels in which the offset of K turns
+  bool interleaved = false;
 };
 
 std::string describe(const Case& c) {
@@ -63,6 +65,11 @@ Scene make_scene(const Case& c, Random& random) {
   if (c.recipe.rotation == Rotation::dense) {
     const std::vector<float> k = random_rotation(random, c.d), v = random_rotation(random, c.d);
     must(s.layer.set_rotation(k.data(), v.data()));
+  }
+  if (c.pairs) {
+    std::vector<float> frequencies;
+    for (int i = 0; i < c.pairs; i++) frequencies.push_back(std::pow(10.0f, -3.0f * (float)i / (float)c.pairs));
+    must(s.layer.set_frequencies(frequencies.data(), c.pairs, c.interleaved));
   }
   // Keys as models have them: a constant that is large in some channels.
   Array k = random_array(random, c.batch, c.kv_heads, c.prefix, c.d, c.dtype);
@@ -130,8 +137,20 @@ AttendNumbers numbers_of(const Scene& s) {
   n.has_mask = !s.mask.empty(), n.mask_tokens = (int64_t)s.args.mask_tokens;
   n.mask_batch_stride = s.args.mask_batch_stride, n.mask_query_stride = s.args.mask_query_stride;
   n.has_sinks = !s.sinks.empty(), n.has_offset_k = !p.offset_k.empty(), n.has_offset_v = !p.offset_v.empty();
+  if (c.pairs) n.turn_span = c.recipe.offset_span, n.turn_pairs = c.pairs, n.turn_interleaved = c.interleaved;
   n.has_inverse_lambda_k = !p.lambda_k.empty(), n.has_inverse_lambda_v = !p.lambda_v.empty();
   return n;
+}
+
+// cos and sin in the middle of each span: [spans][pairs][2].
+std::vector<float> waves_of(const Scene& s) {
+  std::vector<float> waves;
+  const int span = s.c.recipe.offset_span;
+  for (int middle = (span - 1) / 2; middle < (int)s.parts.length + span; middle += span)
+    for (float frequency : s.parts.frequencies)
+      waves.push_back((float)std::cos((double)frequency * middle)),
+          waves.push_back((float)std::sin((double)frequency * middle));
+  return waves;
 }
 
 std::vector<float> inverses(const std::vector<float>& values) {
@@ -158,7 +177,7 @@ Array metal_attention(const Scene& s, unsigned schedule, bool with_raw = true) {
   std::vector<int64_t> table;
   for (int32_t i : p.page_table) table.push_back(i * (int64_t)(c.kv_heads * page_head_bytes(format)));
   const std::vector<float> rotation_k = rotation_of(s, p.rotation_k), rotation_v = rotation_of(s, p.rotation_v);
-  const std::vector<float> inverse_k = inverses(p.lambda_k), inverse_v = inverses(p.lambda_v);
+  const std::vector<float> waves = waves_of(s), inverse_k = inverses(p.lambda_k), inverse_v = inverses(p.lambda_v);
   const int tiles = (c.heads / c.kv_heads * c.queries + 7) / 8, segments = c.batch * c.kv_heads * tiles;
   std::vector<float> partials((size_t)segments * n.splits * 8 * (format.v.padded_dim + 2), NAN);
   Array out = poisoned(c.batch, c.heads, c.queries, c.d, c.dtype);
@@ -166,7 +185,7 @@ Array metal_attention(const Scene& s, unsigned schedule, bool with_raw = true) {
   if (n.splits)
     run_kernel("attend_d" + size,
                {bound(n), bound(reals), bound(s.q.bytes), bound(rotation_k), bound(p.offset_k), bound(inverse_k),
-                bound(s.mask), bound(table), bound(p.pages), partials.data()},
+                bound(s.mask), bound(table), bound(p.pages), partials.data(), bound(waves)},
                segments * (int)n.splits, 256, schedule);
   run_kernel("finish_d" + size,
              {bound(n), bound(reals), bound(s.q.bytes), out.bytes.data(), bound(s.mask), bound(s.sinks),
@@ -204,7 +223,7 @@ TEST(MetalBarriers, AttendWithEachStep) {
     for (Dtype dtype : {Dtype::float32, Dtype::float16}) {
       Case c;
       c.d = 64, c.heads = 6, c.kv_heads = 1, c.prefix = 50, c.dtype = dtype;
-      c.recipe.rotation = rotation, c.recipe.lambda = true;
+      c.recipe.rotation = rotation, c.recipe.lambda = true, c.pairs = dtype == Dtype::float16 ? 32 : 0;
       expect_reference(c, random, true);
     }
 }
@@ -259,6 +278,18 @@ TEST(MetalAttend, MatchesTheReferenceForEveryRecipe) {
         const Rotation special = v_bits == 8 ? Rotation::dense : power_of_two ? Rotation::srht : Rotation::identity;
         c.recipe.rotation = group == 64 ? special : Rotation::srft;
         expect_reference(c, random);
+      }
+}
+
+TEST(MetalAttend, MatchesTheReferenceWhereTheOffsetTurns) {
+  Random random;
+  for (int d : {64, 80, 128})
+    for (int span : {16, 64})
+      for (bool interleaved : {false, true}) {
+        Case c;
+        c.d = d, c.recipe.offset_span = span, c.interleaved = interleaved, c.pairs = random.below(2) ? d / 2 : 20;
+        c.prefix = 150 + random.below(60), c.queries = 1 + random.below(3), c.recipe.lambda = random.below(2);
+        expect_reference(c, random, span == 16 && d == 64);
       }
 }
 

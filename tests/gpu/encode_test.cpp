@@ -17,6 +17,7 @@ struct Case {
   Dtype dtype = Dtype::float32;
   Recipe recipe;
   bool offset = true, lambda = false;
+  int span = 0;  // tokens that share an offset; 0: all
 };
 
 // Everything that one call reads and writes.
@@ -29,7 +30,13 @@ struct Memory {
   std::vector<int64_t> table;
   std::vector<uint8_t> pool;
   int pages;  // of a sequence
+  SpanNumbers spans;
 
+  // [d] of the span that a token is in.
+  const float* offset_of(int b, int head, int token) const {
+    const int64_t at = spans.span ? token / spans.span - spans.first : 0;
+    return &offset[(((size_t)b * c.kv_heads + head) * spans.count + at) * c.d];
+  }
   const SideFormat& side() const { return c.side == Side::k ? format.k : format.v; }
 };
 
@@ -46,9 +53,14 @@ Memory make_memory(const Case& c, Random& random) {
            {},
            {},
            {},
-           (c.first + c.tokens + kPageTokens - 1) / kPageTokens - c.first_page};
+           (c.first + c.tokens + kPageTokens - 1) / kPageTokens - c.first_page,
+           {0, 0, 1}};
+  if (c.span) {
+    m.spans = {c.span, random.below(c.first / c.span + 1), 0};
+    m.spans.count = (c.first + c.tokens - 1) / c.span - m.spans.first + 1;
+  }
   m.rotation = rotation_buffer(m.plan);
-  if (c.offset) m.offset = random.normals((size_t)c.batch * c.kv_heads * c.d, 3.0f);
+  if (c.offset) m.offset = random.normals((size_t)c.batch * c.kv_heads * m.spans.count * c.d, 3.0f);
   for (int i = 0; c.lambda && i < c.kv_heads * c.d; i++) m.lambda.push_back(random.factor());
   for (float l : m.lambda) m.inverse_lambda.push_back(1.0f / l);
   const int64_t page_bytes = (int64_t)(c.kv_heads * page_head_bytes(m.format));
@@ -67,8 +79,8 @@ LayerNumbers numbers_of(const Memory& m) {
 
 std::vector<uint8_t> encode(const Memory& m, unsigned schedule, int* bad) {
   const Case& c = m.c;
-  const EncodeNumbers numbers{numbers_of(m), c.side == Side::k, c.first,  c.tokens,
-                              c.data_first,  view_numbers(m.x), c.offset, c.lambda};
+  const EncodeNumbers numbers{numbers_of(m),     c.side == Side::k, c.first,  c.tokens, c.data_first,
+                              view_numbers(m.x), c.offset,          c.lambda, m.spans};
   const float limit = c.recipe.scale_bits == 16 ? 1e4f : 1e15f;
   std::vector<uint8_t> pool = m.pool;
   run_kernel(kernel_name(m, "encode"),
@@ -93,11 +105,10 @@ Block block_of(const Memory& m, const std::vector<uint8_t>& pool, int b, int hea
 Input input_of(const Memory& m, int b, int head, int block) {
   const int from = std::max(m.c.first, block * kBlockTokens);
   const int to = std::min(m.c.first + m.c.tokens, (block + 1) * kBlockTokens);
-  const size_t row = (size_t)b * m.c.kv_heads + head;
   Input in{m.plan, Array(1, 1, kBlockTokens, m.c.d, m.c.dtype), {}, {}, to - from, from % kBlockTokens};
   for (int t = from; t < to; t++)
     for (int i = 0; i < m.c.d; i++) in.x.set(0, 0, t - from, i, m.x.get(b, head, t - m.c.data_first, i));
-  if (m.c.offset) in.offset.assign(&m.offset[row * m.c.d], &m.offset[row * m.c.d] + m.c.d);
+  if (m.c.offset) in.offset.assign(m.offset_of(b, head, from), m.offset_of(b, head, from) + m.c.d);
   if (m.c.lambda) in.lambda.assign(&m.lambda[(size_t)head * m.c.d], &m.lambda[(size_t)head * m.c.d] + m.c.d);
   return in;
 }
@@ -163,7 +174,7 @@ void expect_decoded_token(const Memory& m, const std::vector<uint8_t>& pool, int
   }
   rotate_reference(m.plan, true, y.data(), x.data());
   for (int i = 0; i < d; i++) {
-    const double mu = m.c.offset ? m.offset[((size_t)b * m.c.kv_heads + head) * d + i] : 0.0;
+    const double mu = m.c.offset ? m.offset_of(b, head, token)[i] : 0.0;
     // A float FFT's rounding, and the last bit of the sum.
     ASSERT_NEAR(load_element(got, Dtype::float32, i), x[i] + mu, 2e-6 * std::sqrt(norm) + 1e-6 * std::fabs(mu))
         << kernel_name(m, "decode") << ", channel " << i;
@@ -176,8 +187,8 @@ void expect_decoded(const Memory& m, Random& random) {
   int bad = 0;
   const std::vector<uint8_t> pool = encode(m, 0, &bad);
   const int out_first = c.first - random.below(c.first + 1), out_tokens = c.first + c.tokens - out_first + 2;
-  const DecodeNumbers numbers{numbers_of(m), c.side == Side::k, c.first,  c.tokens,
-                              out_first,     out_tokens,        c.offset, c.lambda};
+  const DecodeNumbers numbers{numbers_of(m), c.side == Side::k, c.first,  c.tokens, out_first,
+                              out_tokens,    c.offset,          c.lambda, m.spans};
   Array first(0, 0, 0, c.d);
   for (unsigned schedule : schedules(random)) {
     Array out = poisoned(c.batch, c.kv_heads, out_tokens, c.d);
@@ -219,6 +230,7 @@ Case random_case(Random& random, int d, int bits, Side side) {
   c.first = random.below(150), c.tokens = 1 + random.below(40);
   c.data_first = std::max(0, c.first - random.below(5)), c.first_page = random.below(c.first / kPageTokens + 1);
   c.dtype = (Dtype)random.below(3), c.offset = random.below(2), c.lambda = random.below(2);
+  c.span = std::array{0, 16, 64}[random.below(3)];
   return c;
 }
 

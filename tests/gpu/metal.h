@@ -15,6 +15,7 @@ using gpu::AttendNumbers;
 using gpu::DecodeNumbers;
 using gpu::EncodeNumbers;
 using gpu::LayerNumbers;
+using gpu::SpanNumbers;
 using gpu::ViewNumbers;
 
 constexpr int kMetalDims[] = {64, 80, 96, 128, 256};
@@ -51,7 +52,10 @@ inline void run_kernel(const std::string& name, const std::vector<void*>& buffer
 // R as the kernels take it.
 inline std::vector<float> rotation_buffer(const RotationPlan& plan) {
   const int d = plan.head_dim;
-  std::vector<float> out = plan.factors;
+  std::vector<float> out;
+  if (plan.kind == Rotation::srft || plan.kind == Rotation::srht)
+    for (float sign : plan.signs)
+      out.push_back(sign / std::sqrt((plan.kind == Rotation::srft ? 2.0f : 1.0f) * (float)d));
   if (plan.kind == Rotation::srft)
     for (int k = 0; k < d; k++)
       out.push_back((float)std::cos(2 * std::numbers::pi * k / d)),

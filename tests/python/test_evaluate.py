@@ -252,3 +252,12 @@ def test_bad_input_is_named(qwen, text):
         evaluate(qwen, text[0], ["default"], 1, 256, protocol="x")
     with pytest.raises(ValueError, match="takes recipes with kernels, not a Codec"):
         evaluate(qwen, text[0], [both(Linear(3, 32))], 1, 256, protocol="deployed")
+
+
+def test_no_codec_of_others_at_about_four_bits_loses_less_at_as_few(model, text):
+    ours = ["default", "vector", "g32"]
+    others = ["kivi-4-g64", "kivi-4-g128", "kvarn-4", "turboquant-4", "iq4_nl", "q4_0-hadamard"]
+    rows = {row["recipe"]: row for row in evaluate(model, text[0], ours + others, 1, 640, progress=False)}
+    for name in others:
+        best = min(rows[recipe]["kl"] for recipe in ours if rows[recipe]["bits"] <= rows[name]["bits"])
+        assert best < rows[name]["kl"], name

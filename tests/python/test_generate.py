@@ -129,13 +129,15 @@ def test_half_precision(name, dtype, text):
 
 
 def test_sampling_is_reproducible(model, text):
-    runs = []
-    for attention in ("halfbyte", "halfbyte", "sdpa"):
-        cache = Int4Cache(model.config, **EIGHT) if attention == "halfbyte" else DynamicCache(config=model.config)
+    def sample(cache, attention="halfbyte"):
         torch.manual_seed(3)
-        runs.append(run(model, text[:, :100], cache, attention, do_sample=True, top_k=20)[0])
-    assert torch.equal(runs[0], runs[1])
-    assert torch.equal(runs[0], runs[2])
+        return run(model, text[:, :100], cache, attention, do_sample=True, top_k=20)[0]
+
+    packed = [sample(Int4Cache(model.config, **EIGHT)) for _ in range(2)]
+    assert torch.equal(*packed)
+    # Vectors kept as floats: a draw next to a boundary falls on either side of it with codes of 8 bits.
+    plain = sample(Int4Cache(model.config, "passthrough"))
+    assert torch.equal(plain, sample(DynamicCache(config=model.config), "sdpa"))
 
 
 def test_a_conversation_goes_on_in_the_same_cache(model, text):

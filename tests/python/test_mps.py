@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from commands import run
+from conftest import MODELS
 from halfbyte import Int4Cache, _native, doctor_mps, mps_kernels, rooms
 from halfbyte.mps_layer import MpsLayer
 from halfbyte.mps_pages import PagePool
@@ -400,15 +401,19 @@ def test_generate_through_the_stand_in_is_that_of_the_cpu(shaders, monkeypatch, 
     assert {name for name, _, _ in shaders.calls} == {"encode_d128_int4", "attend_d128", "finish_d128"}
 
 
-def test_doctor_checks_and_benches_through_the_stand_in(shaders, tmp_path):
+def test_doctor_checks_and_benches_through_the_stand_in(shaders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HALFBYTE_MODELS", str(MODELS))
     checks = doctor_mps.check_device(CPU, (80,), ("default", "paper-g32-lambda"), (1, 33), progress=False)
     assert [row for row in checks if not row["ok"]] == []
     assert len(checks) == 2 * 3 + 1
     encode = doctor_mps.bench_encode(CPU, vectors=512, repeats=1, progress=False)
     assert [row["paper_m1_ns"] for row in encode if row["paper_m1_ns"]] == [13.0, 13.5, 19.5, 20.1, 22.0, 24.6, 50.0]
     assert all(row["ns_per_vector"] > 0 for row in encode)
+    generate = doctor_mps.bench_generate(CPU, "tiny-qwen", (40, 40_000), new_tokens=1, rounds=1, progress=False)
+    assert generate[0]["int4_ms_per_token"] > 0
+    assert "exceed the 32768 positions" in generate[1]["error"]
     file = tmp_path / "result.json"
-    doctor_mps.write_result(file, doctor_mps.device_facts(), checks, encode, [])
+    doctor_mps.write_result(file, doctor_mps.device_facts(), checks, encode, generate)
     document = json.loads(file.read_text())
     assert document["schema"] == doctor_mps.SCHEMA
     assert {"kernels sha256", "chip", "torch"} <= {row["what"] for row in document["device"]}

@@ -183,3 +183,11 @@ def _check_compiled_generate(model, text):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch.equal(generate(model, text[:, :100], cache, compile_config=compiled), wanted)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+
+
+def test_other_devices_are_refused(qwen):
+    qwen.set_attn_implementation("halfbyte")
+    cache = Int4StaticCache(qwen.config, max_cache_len=64)
+    states = torch.empty(1, 2, 5, 128, device="meta")
+    with pytest.raises(NotImplementedError, match="key_states on meta: takes CPU tensors"):
+        cache.update(states, states, 0)

@@ -1,0 +1,45 @@
+// The transforms of src/gpu/rotate.h alone, as Metal's kernels use them: CUDA's own kernels know no head size when they
+// are compiled, and take the matrix.
+#include "fast_rotation.h"
+
+#include "gpu/vectors.h"
+
+namespace halfbyte {
+namespace {
+
+template <int D>
+__global__ void turn(gpu::RotationTable table, const float* x, float* there, float* back) {
+  __shared__ float memory[gpu::kSimdFloats];
+  constexpr int kVectors = gpu::vectors_of(D);
+  const int lane = threadIdx.x;
+  const gpu::VectorSpace space = {memory, D, 1};
+  for (int i = lane; i < kVectors * D; i += gpu::kSimd) memory[i] = x[i] * table.factors[i % D];
+  gpu_simd_barrier();
+  gpu::FastRotation<D, kVectors>::forward(table, space, lane);
+  for (int i = lane; i < kVectors * D; i += gpu::kSimd) there[i] = memory[i];
+  gpu_simd_barrier();
+  gpu::FastRotation<D, kVectors>::back(table, space, lane);
+  for (int i = lane; i < kVectors * D; i += gpu::kSimd) back[i] = memory[i] * gpu::back_factor(table, i % D);
+}
+
+}  // namespace
+
+int fast_rotation_vectors(int d) { return gpu::vectors_of(d); }
+
+void launch_fast_rotation(int d, const float* factors, const float* roots, const float* x, float* there, float* back) {
+  const gpu::RotationTable table = {nullptr, nullptr, factors, roots};
+  switch (d) {
+    case 64:
+      return turn<64><<<1, gpu::kSimd>>>(table, x, there, back);
+    case 80:
+      return turn<80><<<1, gpu::kSimd>>>(table, x, there, back);
+    case 96:
+      return turn<96><<<1, gpu::kSimd>>>(table, x, there, back);
+    case 128:
+      return turn<128><<<1, gpu::kSimd>>>(table, x, there, back);
+    case 256:
+      return turn<256><<<1, gpu::kSimd>>>(table, x, there, back);
+  }
+}
+
+}  // namespace halfbyte
