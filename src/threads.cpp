@@ -114,7 +114,9 @@ void parallel_for(size_t n, const std::function<void(size_t)>& task) {
   const int threads = (int)std::min<size_t>(n, (size_t)wanted);
   OpenMpParallel parallel = openmp.load(std::memory_order_relaxed);
   if (threads > 1 && parallel) {
-    run_on_openmp(parallel, n, task, threads);
+    // All of them even for fewer tasks: GNU's runtime ends the threads that a smaller team leaves over, and the next
+    // larger one has to start them anew.
+    run_on_openmp(parallel, n, task, wanted);
     return;
   }
   std::unique_lock lock(mutex, std::try_to_lock);

@@ -151,8 +151,8 @@ static void fft_pass(const FftPass& pass, const float* twiddles, const float* fr
     for (int q = 0; q < stride; q++) {
       ahead.fetch();
       Complex a[kRadix];
-      HALFBYTE_UNROLL for (int j = 0; j < kRadix; j++) a[j] =
-          take_complex(from + kStep * (q + stride * (p + rest * j)));
+      const float* in = from + kStep * (q + stride * p);
+      HALFBYTE_UNROLL for (int j = 0; j < kRadix; j++) a[j] = take_complex(in + kStep * stride * rest * j);
       short_dft<kRadix>(a);
       if (p) HALFBYTE_UNROLL for (int k = 1; k < kRadix; k++) a[k] = times(a[k], twiddle[2 * k], twiddle[2 * k + 1]);
       HALFBYTE_UNROLL for (int k = 0; k < kRadix; k++) out.put(q + stride * (kRadix * p + k), a[k]);
@@ -219,19 +219,22 @@ static void split_pairs(const RotationPlan& plan, float* y) {
   }
 }
 
-// X = DFT of y [d][16] as the source paper packs it: X_0, √2·Re X_1 …, X_{d/2}, √2·Im X_1 …, all times √½. The result
-// is in the returned buffer, y or `scratch`.
+// X = DFT of y [d][16], half-complex: X_0 / √2, Re X_1 …, then X_{d/2} / √2, Im X_1 …; it ends up in y or `scratch`,
+// which is returned.
 static float* real_fft(const RotationPlan& plan, float* y, float* scratch, Ahead& ahead) {
-  const int n = plan.head_dim / 2;
   float *from = y, *to = scratch;
-  if (plan.fft_slots > 1) real_pass(plan, from, to, ahead), std::swap(from, to);
+  auto swap = [&] {
+    float* filled = to;
+    to = from, from = filled;
+  };
+  if (plan.fft_slots > 1) real_pass(plan, from, to, ahead), swap();
   for (const FftPass& pass : plan.passes) {
     const float* twiddles = &plan.twiddles[pass.twiddle_at];
-    if (&pass == &plan.passes.back())
-      fft_pass(pass, twiddles, from, Apart{to, &plan.places[0], n}, ahead);
-    else
+    if (pass.rest > 1)
       fft_pass(pass, twiddles, from, SideBySide{to}, ahead);
-    std::swap(from, to);
+    else
+      fft_pass(pass, twiddles, from, Apart{to, &plan.places[0], plan.head_dim / 2}, ahead);
+    swap();
   }
   split_pairs(plan, from);
   return from;

@@ -139,18 +139,18 @@ static void store_transposed(const float* y, int d, float* rows, size_t stride, 
 
 #include "fft.h"
 
-// Half-complex y [d][16] ↔ Hartley: the inverse of a real FFT is that FFT between two of these.
-static void hartley(int d, float* y) {
+// Half-complex y [d][16] ↔ Hartley, each result halved and times its factor if there are any [d]: the inverse of a real
+// FFT is that FFT between two of these.
+static void hartley(int d, const float* factors, float* y) {
   constexpr float kRoot2 = 1.41421356f;
   const int n = d / 2;
-  for (int c : {0, n}) store(y + c * kLanes, mul(load(y + c * kLanes), set1(kRoot2)));
+  auto put = [&](int c, f32x16 value) { store(y + c * kLanes, factors ? mul(value, set1(0.5f * factors[c])) : value); };
+  for (int c : {0, n}) put(c, mul(load(y + c * kLanes), set1(kRoot2)));
   for (int c = 1; c <= n / 2; c++) {
     const f32x16 re = load(y + c * kLanes), im = load(y + (n + c) * kLanes);
     const f32x16 mirror_re = load(y + (n - c) * kLanes), mirror_im = load(y + (d - c) * kLanes);
-    store(y + c * kLanes, sub(re, im));
-    store(y + (d - c) * kLanes, add(re, im));
-    store(y + (n - c) * kLanes, sub(mirror_re, mirror_im));
-    store(y + (n + c) * kLanes, add(mirror_re, mirror_im));
+    put(c, sub(re, im)), put(d - c, add(re, im));
+    put(n - c, sub(mirror_re, mirror_im)), put(n + c, add(mirror_re, mirror_im));
   }
 }
 
@@ -186,12 +186,6 @@ static void hadamard(int d, float* y, Ahead& ahead) {
   if (d / stride == 8) hadamard_pass<8>(d, stride, y, ahead);
   if (d / stride == 4) hadamard_pass<4>(d, stride, y, ahead);
   if (d / stride == 2) hadamard_pass<2>(d, stride, y, ahead);
-}
-
-static float* times_factors(const RotationPlan& plan, float norm, float* y) {
-  for (int c = 0; c < plan.head_dim; c++)
-    store(y + c * kLanes, mul(load(y + c * kLanes), set1(norm * plan.factors[c])));
-  return y;
 }
 
 // y = R x, or Rᵀ x, for x [d][16]; rows of y up to the next multiple of kDenseTile are overwritten.
@@ -233,13 +227,14 @@ static float* rotate_back(const RotationPlan& plan, float* y, float* scratch) {
     case Rotation::identity:
       return y;
     case Rotation::srft:
-      hartley(plan.head_dim, y);
+      hartley(plan.head_dim, nullptr, y);
       y = real_fft(plan, y, scratch, nothing);
-      hartley(plan.head_dim, y);
-      return times_factors(plan, 0.5f, y);
+      hartley(plan.head_dim, &plan.factors[0], y);
+      return y;
     case Rotation::srht:
       hadamard(plan.head_dim, y, nothing);
-      return times_factors(plan, 1.0f, y);
+      for (int c = 0; c < plan.head_dim; c++) store(y + c * kLanes, mul(load(y + c * kLanes), set1(plan.factors[c])));
+      return y;
     case Rotation::dense:
       dense<true>(plan, y, scratch);
       return scratch;

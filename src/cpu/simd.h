@@ -28,8 +28,6 @@ constexpr float kRounder = 12582912.0f;  // 1.5 · 2^23
 // For loops over a fixed array of registers: left to itself the compiler may keep the array in memory.
 #define HALFBYTE_UNROLL _Pragma("GCC unroll 16")
 
-HALFBYTE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }  // any address will do
-
 #if HALFBYTE_TARGET_AVX512
 
 constexpr int kRegisterRows = 6;   // query rows whose accumulators fit the 32 registers
