@@ -308,11 +308,13 @@ double mean_square(const std::vector<double>& a, const std::vector<double>& b) {
   return sum / (double)a.size();
 }
 
-// Root mean square error of the kernels against double on the same codes, over that of the codes against what was
-// packed.
-double added_error(Random& random, int d, const Recipe& recipe, float spread, const std::string& name) {
+// Mean squares: the kernels against double on the same codes, and the codes against what was packed.
+struct Errors {
+  double kernels = 0.0, codes = 0.0;
+};
+
+Errors errors_of(Random& random, int d, const Recipe& recipe, float spread) {
   const size_t tokens = 1041;  // the last block is raw
-  UseBackend use(name);
   Layer layer = make_layer(config_of(1, d, Dtype::float32, recipe));
   const Array k = random_array(random, 1, 1, tokens, d), v = random_array(random, 1, 1, tokens, d);
   must(append(layer, k, v));
@@ -324,25 +326,29 @@ double added_error(Random& random, int d, const Recipe& recipe, float spread, co
               packed = plain_attention(args_of(q, any), q, k, v);
   std::vector<double> got(out.size());
   for (size_t i = 0; i < out.size(); i++) got[i] = out.flat(i);
-  return std::sqrt(mean_square(got, codes.out) / mean_square(codes.out, packed.out));
+  return {mean_square(got, codes.out), mean_square(codes.out, packed.out)};
 }
 
 // One byte beside 4-bit codes, two beside 8-bit ones: what is rounded stays small beside what the codes cost. A second
-// byte that is missing on either side costs as much as 8-bit codes or several times that.
+// byte that is missing on either side costs as much as 8-bit codes or several times that. The groups of V are taken
+// together: where a few tokens have all the weight, one layer's 32 queries scatter by a third.
 TEST(Attend, BytesAddASmallPartOfTheCodesError) {
   Random random;
-  const Codec v_codecs[] = {{4, 0}, {4, 32}, {4, 16}, {8, 0}, {8, 32}, {8, 16}};
   for (const std::string& name : fast_backends())
     for (int k_bits : {4, 8})
-      for (Codec v : v_codecs)
+      for (int v_bits : {4, 8})
         for (float spread : {0.3f, 1.0f, 3.0f}) {
-          const int d = 64 << random.below(2);
-          Recipe recipe;
-          recipe.k.bits = k_bits, recipe.v = v;
-          const double share = added_error(random, d, recipe, spread, name);
-          EXPECT_LT(share, k_bits == 8 && v.bits == 8 ? 0.02 : 0.1)
-              << name << " d " << d << " K bits " << k_bits << " V " << v.bits << "/" << v.group << " spread "
-              << spread;
+          UseBackend use(name);
+          Errors sum;
+          for (int group : {0, 32, 16}) {
+            Recipe recipe;
+            recipe.k.bits = k_bits, recipe.v = {v_bits, group};
+            const Errors errors = errors_of(random, 64 << random.below(2), recipe, spread);
+            sum.kernels += errors.kernels, sum.codes += errors.codes;
+          }
+          const double share = std::sqrt(sum.kernels / sum.codes);
+          EXPECT_LT(share, k_bits == 8 && v_bits == 8 ? 0.02 : 0.1)
+              << name << " K bits " << k_bits << " V bits " << v_bits << " spread " << spread;
           EXPECT_GT(share, 1e-3);  // or it is not the bytes that were measured
         }
 }
