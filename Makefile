@@ -48,11 +48,11 @@ demo: env
 test: release metal sanitize $(if $(filter x86_64,$(shell uname -m)),neon) env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-# C++ tests, one build folder a preset.
-release sanitize asan ubsan tsan neon: $(DEPENDENCIES)
+# C++ tests, one build folder a preset; metal, the checks of the Metal text, shares that of release.
+release metal sanitize asan ubsan tsan neon: $(DEPENDENCIES)
 	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
-	@$(if $(filter neon,$@),PYTHON="$(PYTHON)" tools/check_system.sh --neon)
-	@$(WITH_VENV) cmake --preset $@ >/dev/null
+	@$(if $(filter metal neon,$@),PYTHON="$(PYTHON)" tools/check_system.sh --$@)
+	@$(WITH_VENV) cmake --preset $(@:metal=release) >/dev/null
 	@$(WITH_VENV) cmake --build --preset $@ -- --quiet
 	@$(WITH_VENV) ctest --preset $@
 

@@ -250,11 +250,13 @@ std::vector<std::vector<Page>> pages_for(const State& s, const std::vector<int>&
       list[first_written] = own;
     }
     const size_t needed = (to + kPageTokens - 1) / kPageTokens - dropped;
+    if (list.size() >= needed) continue;
+    const size_t held = list.size();
     list.reserve(needed);
-    while (list.size() < needed) {
-      list.push_back(take_page());
-      memset(list.back().get(), 0, s.page_bytes());  // kernels read whole blocks; what they mask must be numbers
-    }
+    while (spare && list.size() < needed) list.push_back(take_page());
+    make_pages(list, needed - list.size(), s.page_bytes());
+    // Kernels read whole blocks; what they mask must be numbers.
+    for (size_t i = held; i < needed; i++) memset(list[i].get(), 0, s.page_bytes());
   }
   return pages;
 }

@@ -11,6 +11,7 @@
 
 #include "decode.h"
 #include "encode.h"
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace halfbyte {
@@ -103,6 +104,21 @@ Page make_page(size_t bytes) {
   constexpr std::align_val_t kLine{64};
   auto* data = static_cast<uint8_t*>(::operator new(bytes, kLine));
   return {data, [](uint8_t* p) { ::operator delete(p, kLine); }};
+}
+
+void make_pages(std::vector<Page>& pages, size_t n, size_t bytes) {
+  pages.reserve(pages.size() + n);
+  if (n * bytes < kHugePage) {
+    while (n--) pages.push_back(make_page(bytes));
+    return;
+  }
+  const std::shared_ptr<void> piece(allocate_huge(n * bytes), std::free);
+  for (size_t i = 0; i < n; i++) {
+    auto give_back = [piece, bytes](uint8_t* page) {
+      if (piece.use_count() > 1) forget_memory(page, bytes);  // the last page frees the piece
+    };
+    pages.emplace_back(static_cast<uint8_t*>(piece.get()) + i * bytes, give_back);
+  }
 }
 
 void recycle(std::vector<Page>& spare, Page&& page) {
@@ -224,8 +240,7 @@ Status Layer::reserve(int batch, size_t tokens) try {
   const size_t held = window ? std::min(tokens, window + 2 * kPageTokens) : tokens;
   const size_t pages = (size_t)batch * ((held + kPageTokens - 1) / kPageTokens);
   std::vector<Page> spare;
-  spare.reserve(pages);
-  while (spare.size() < pages) spare.push_back(make_page(s.page_bytes()));
+  make_pages(spare, pages, s.page_bytes());
   s.spare = std::move(spare);
   return {};
 } catch (const std::bad_alloc&) {

@@ -13,7 +13,9 @@ namespace halfbyte {
 
 // Bytes of one page for all KV heads; shared between sequences until one of them writes.
 using Page = std::shared_ptr<uint8_t>;
-Page make_page(size_t bytes);                         // throws std::bad_alloc
+Page make_page(size_t bytes);  // throws std::bad_alloc
+// Adds n pages. Many at once lie one after the other in huge pages, from where each gives its memory back by itself.
+void make_pages(std::vector<Page>& pages, size_t n, size_t bytes);  // throws std::bad_alloc
 void recycle(std::vector<Page>& spare, Page&& page);  // keeps a page that nobody else holds, if there is room
 
 // Short enough to sit inside the string: reporting it needs no memory.

@@ -1,4 +1,6 @@
 // Life of a cache: create, crop, select, copy on write, reset, sliding windows, bytes held; and the raw baseline.
+#include <fstream>
+
 #include "testing.h"
 
 namespace halfbyte {
@@ -358,6 +360,38 @@ TEST(Cache, NothingIsLeftBehindByCropAndAppend) {
 }
 
 // ---- sliding windows
+
+// Bytes of this process that are in memory.
+size_t resident() {
+  size_t total = 0, pages = 0;
+  std::ifstream("/proc/self/statm") >> total >> pages;
+  return pages * 4096;
+}
+
+// A long prefill's pages lie in huge ones: they hold what pages made singly hold, and a crop frees what it cuts off.
+TEST(Cache, ManyPagesAtOnceAreAsPagesMadeSingly) {
+  Random random;
+  Recipe recipe;
+  const size_t tokens = 4096, kept = 100;  // some 4.5 MB of pages
+  const Array k = random_array(random, 1, 4, tokens, 256), v = random_array(random, 1, 4, tokens, 256);
+  const std::vector<float> mu = random.normals(4 * 256);
+  Layer whole = make_layer(config_of(4, 256, Dtype::float32, recipe));
+  Layer parts = make_layer(config_of(4, 256, Dtype::float32, recipe));
+  for (Layer* layer : {&whole, &parts}) must(layer->set_offset(mu.data(), mu.data()));
+  must(append(whole, k, v));
+  for (size_t at = 0; at < tokens; at += 512) must(append(parts, k, v, at, at + 512));
+  const Array q = random_array(random, 1, 4, 1, 256);
+  EXPECT_TRUE(same_bits(attend(whole, q), attend(parts, q)));
+  for (Layer* layer : {&whole, &parts}) must(layer->crop(kept));
+  EXPECT_TRUE(same_bits(attend(whole, q), attend(parts, q)));
+  for (Layer* layer : {&whole, &parts}) must(append(*layer, k, v, kept, tokens));
+  EXPECT_TRUE(same_bits(attend(whole, q), attend(parts, q)));
+  if (const size_t before = resident()) {
+    const size_t bytes = whole.bytes();
+    must(whole.crop(kept));
+    EXPECT_LT(resident() + (bytes - whole.bytes()) / 2, before);
+  }
+}
 
 TEST(Cache, SlidingWindowsDropPages) {
   Random random;
