@@ -10,8 +10,9 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicC
 from . import _native
 from .auto import choose_recipe, explain
 from .drift import DriftMonitor
-from .layer import Int4Layer, Shared, tensor_bytes
+from .layer import Int4Layer
 from .recipes import get_recipe, layer_recipes, needs_calibration
+from .shared import Shared, tensor_bytes
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
 CONSISTENT_OFFSET_TOKENS = 64  # the mean of so few costs a tenth more KL than that of a long prompt

@@ -210,7 +210,7 @@ def _memory_rows(model, ids):
     from transformers import DynamicCache
 
     from .hf import Int4Cache
-    from .layer import tensor_bytes
+    from .shared import tensor_bytes
     from .watch import attention_set_to
 
     model = copy.deepcopy(model).to(torch.bfloat16)  # what stays raw counts as it would in use

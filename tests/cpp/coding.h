@@ -53,6 +53,23 @@ inline Input random_input(Random& random, const Recipe& recipe, int d, Dtype dty
   return in;
 }
 
+// What packs an input into a block.
+inline EncodeArgs args_of(const Input& in, Block& block) {
+  EncodeArgs args{&block.format,
+                  &in.rotation,
+                  block.side,
+                  in.x.dtype,
+                  {},
+                  in.n,
+                  in.first_lane,
+                  in.offset.empty() ? nullptr : in.offset.data(),
+                  in.lambda.empty() ? nullptr : in.lambda.data(),
+                  block.codes.data(),
+                  block.scales.data()};
+  for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
+  return args;
+}
+
 // Rotated vectors in double [16][padded_dim], what the codes should stand for.
 inline std::vector<double> targets(const Input& in, const SideFormat& format) {
   std::vector<double> y((size_t)kBlockTokens * format.padded_dim), x(format.head_dim);

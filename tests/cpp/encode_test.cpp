@@ -8,21 +8,7 @@ namespace {
 
 using namespace testing;
 
-void encode(const Input& in, Block& block) {
-  EncodeArgs args{&block.format,
-                  &in.rotation,
-                  block.side,
-                  in.x.dtype,
-                  {},
-                  in.n,
-                  in.first_lane,
-                  in.offset.empty() ? nullptr : in.offset.data(),
-                  in.lambda.empty() ? nullptr : in.lambda.data(),
-                  block.codes.data(),
-                  block.scales.data()};
-  for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
-  current_backend().encode(args);
-}
+void encode(const Input& in, Block& block) { current_backend().encode(args_of(in, block)); }
 
 std::vector<Recipe> recipes() {
   std::vector<Recipe> list;

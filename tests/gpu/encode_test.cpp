@@ -115,19 +115,7 @@ Input input_of(const Memory& m, int b, int head, int block) {
 
 Block reference_block(const Memory& m, const Input& in) {
   Block block(m.c.recipe, m.c.side, m.c.d);
-  EncodeArgs args{&block.format,
-                  &in.rotation,
-                  block.side,
-                  in.x.dtype,
-                  {},
-                  in.n,
-                  in.first_lane,
-                  in.offset.empty() ? nullptr : in.offset.data(),
-                  in.lambda.empty() ? nullptr : in.lambda.data(),
-                  block.codes.data(),
-                  block.scales.data()};
-  for (int i = 0; i < in.n; i++) args.rows[i] = in.x.bytes.data() + in.x.at(0, 0, i, 0) * dtype_bytes(in.x.dtype);
-  encode_reference(args);
+  encode_reference(args_of(in, block));
   return block;
 }
 
