@@ -362,7 +362,7 @@ TEST(Cache, NothingIsLeftBehindByCropAndAppend) {
 // ---- sliding windows
 
 // Bytes of this process that are in memory.
-size_t resident() {
+[[maybe_unused]] size_t resident() {
   size_t total = 0, pages = 0;
   std::ifstream("/proc/self/statm") >> total >> pages;
   return pages * 4096;
