@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from halfbyte import Int4Cache, bench_glue, layer  # noqa: E402
+from halfbyte import Int4Cache, bench_glue, shared  # noqa: E402
 
 
 class Recorder:
@@ -39,7 +39,7 @@ def filled(model, ids, **options):
 @pytest.mark.parametrize("recipe", ["default", "passthrough"])
 def test_a_decoding_step_makes_two_extension_calls_a_layer(model, text, monkeypatch, recipe):
     cache, module_asked = filled(model, text[:, :280], recipe=recipe), []
-    monkeypatch.setattr(layer, "_native", Recorder(layer._native, module_asked))
+    monkeypatch.setattr(shared, "_native", Recorder(shared._native, module_asked))
     for token in range(280, 297):  # completes a block on the way, and gemma's window is full
         module_asked.clear()
         asked = [[] for _ in cache.layers]
