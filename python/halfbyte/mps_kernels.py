@@ -14,7 +14,7 @@ import torch
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 ROTATIONS = {"identity": 0, "srft": 1, "srht": 2, "dense": 3}
-SIMD, ENCODE_THREADS, ATTEND_THREADS, FINISH_THREADS = 32, 128, 256, 256
+SIMD, ENCODE_THREADS, ATTEND_THREADS, FINISH_THREADS = 32, 128, 128, 256
 PART = 16  # channels of a lane in encode and decode
 TILE_ROWS = 8  # rows (query heads × queries) of a group in attend and finish
 SMALLEST_SPLIT = 128  # tokens
