@@ -177,7 +177,7 @@ def attend(geometry, recipe) -> Work:
 
 
 def attend_fp16(geometry) -> Work:
-    """The same from K and V in fp16, at best: each value is read once, and nothing but products and softmax is counted."""
+    """The same from K and V in fp16, at best: values are read once, and only products and softmax are counted."""
     d, group = geometry.head_dim, geometry.group
     return Work(device_bytes=4 * d, threadgroup_bytes=0, operations=group * (2 * d + 20))
 
