@@ -147,6 +147,7 @@ def _learned_lines(model, calib_ids, steps, progress):
     """Learned lambda and rotations, on squared error as the paper has it, and on attention's."""
     smol = "SmolLM2-360M"
     yield Line("random signs: `g32`", get_recipe("g32"), "+0.223 ppl", smol), None
+    text_offset = "SRFT, Cayley, lambda, attention's loss, and the text's offset"
     for name, plan, known in (
         ("lambda", Plan("lambda", "mse"), "19.5 % -> +0.172 ppl"),
         ("SRFT, Cayley, lambda", Plan("cayley", "mse"), "50.3 % -> +0.153 ppl"),
@@ -154,9 +155,10 @@ def _learned_lines(model, calib_ids, steps, progress):
         ("no SRFT, Cayley, lambda", Plan("cayley", "mse", "identity"), "84.9 % -> +0.170 ppl"),
         ("lambda, attention's loss", Plan("lambda"), ""),
         ("SRFT, Cayley, lambda, attention's loss", Plan("cayley"), ""),
+        (text_offset, Plan("cayley"), ""),
     ):
         plan = dataclasses.replace(plan, steps=steps)
-        found = learn(model, calib_ids, "g32", plan, progress=progress)
+        found = learn(model, calib_ids, "g32", plan, progress=progress, offsets=name == text_offset)
         cut = statistics.fmean(1 - after / before for before, after in found.learned["losses"].values())
         codec = packed(learned_recipe("g32", plan), model.config.get_text_config(decoder=True), found)
         yield Line(name, codec, known, smol if known else ""), cut
