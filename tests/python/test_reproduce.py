@@ -81,7 +81,7 @@ def test_memory_grows_into_its_ratio(qwen, text):
 
 def test_learning_has_its_table(qwen, text):
     rows = reproduce(qwen, text[0], ["learned"], 1, 128, calib_ids=text[0, 128:], steps=1, progress=False)
-    assert [row["paper"] != "" for row in rows] == [True] * 5 + [False] * 2
+    assert [row["paper"] != "" for row in rows] == [True] * 5 + [False] * 3
     assert all(row["error_cut"] >= 0 for row in rows[1:])
 
 
