@@ -21,7 +21,7 @@ constexpr int kSmallestSplit = 128;  // tokens
 
 template <int Spans>
 __global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
   attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
@@ -39,7 +39,7 @@ auto portable_kernel_for(int padded) {
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x;
   finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,

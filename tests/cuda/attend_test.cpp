@@ -87,8 +87,7 @@ double attend_distance(const Case& c, unsigned seed, bool portable) {
   const OnDevice<uint8_t> space(std::vector<uint8_t>(halfbyte_cuda_attend_space(&a), 0xff));
   const OnDevice<int32_t> arrivals(std::vector<int32_t>(c.batch * c.heads * c.queries, 0));
   a.space = space.get(), a.arrivals = arrivals.get();
-  EXPECT_EQ(halfbyte_cuda_attend(&a), 0);
-  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  expect_launched(halfbyte_cuda_attend(&a));
   for (int32_t n : arrivals.values()) EXPECT_EQ(n, 0);
   return relative_error(as_doubles(out.values(), c.dtype), as_doubles(want, c.dtype));
 }
