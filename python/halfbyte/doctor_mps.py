@@ -34,7 +34,7 @@ def device_facts() -> list[dict]:
     """Rows {what, value}: chip, GPU cores, system, versions and the text of the kernels."""
     import torch
 
-    from .mps_kernels import source
+    from .metal import source
 
     cores = getattr(torch._C, "_mps_get_core_count", None)
     facts = {
@@ -158,7 +158,7 @@ def check_device(device, head_dims=None, recipes=RECIPES, tokens=TAIL_TOKENS, se
     """Rows {check, ok, detail, seconds} for every kernel, then for generate."""
     from tqdm import tqdm
 
-    from .mps_kernels import HEAD_DIMS
+    from .metal import HEAD_DIMS
 
     limits = {"packing": ROUND_TRIP_TOLERANCE, "codes that differ": 1 - CODES_EQUAL, "attention": ATTEND_TOLERANCE}
     cells, rows = [(d, r) for d in head_dims or HEAD_DIMS for r in recipes], []

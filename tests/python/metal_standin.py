@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.mps_kernels import source
+from halfbyte.metal import source
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "gpu" / "emulator"
