@@ -1,8 +1,9 @@
 """MetalLayer: one layer's cache as MLX arrays, packed and attended to by the Metal kernels.
 
-Not yet run on Apple hardware. The rules are those of the C++ Layer: the same blocks, the same bytes. MLX arrays do not change, so that what a kernel
-writes is an output: the pages that a call touches come out of it alone, as zeros but for the new codes, and are merged
-into the layer's pages by an update of a slice, which MLX does in place as long as nothing else holds the array.
+Not yet run on Apple hardware. The rules are those of the C++ Layer: the same blocks, the same bytes. MLX arrays do not
+change, so that what a kernel writes is an output: the pages that a call touches come out of it alone, as zeros but for
+the new codes, and are merged into the layer's pages by an update of a slice, which MLX does in place as long as nothing
+else holds the array.
 """
 
 from __future__ import annotations

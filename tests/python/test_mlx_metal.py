@@ -70,7 +70,7 @@ class Pair:
                 assert np.array_equal(got[name], part), name
             elif name.startswith("offset"):
                 assert np.allclose(got[name], part, atol=1e-6)
-        # A value within rounding of a tie may get the neighbouring code, a group another scale; fp32 scales are rounded.
+        # Within rounding of a tie a value may get the neighbouring code, a group another scale; fp32 scales round too.
         assert want["pages"].shape == got["pages"].shape
         if want["pages"].size and self.recipe.scale_bits == 16:
             assert np.mean(want["pages"] != got["pages"]) < 0.01

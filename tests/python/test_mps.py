@@ -286,7 +286,9 @@ def test_generate_through_the_stand_in_is_that_of_the_cpu(shaders, monkeypatch, 
 
 def test_doctor_checks_and_benches_through_the_stand_in(shaders, tmp_path, monkeypatch):
     monkeypatch.setenv("HALFBYTE_MODELS", str(MODELS))
-    checks = doctor_mps.check_device(CPU, (80,), ("default", "paper-g32-lambda"), (1, 33), progress=False)
+    checks = doctor_mps.check_device(
+        CPU, (80,), ("turning-g32", "paper-g32-lambda"), (1, 33), groups=(1, 6, 9), progress=False
+    )
     assert [row for row in checks if not row["ok"]] == []
     assert len(checks) == 2 * 3 + 1
     encode = doctor_mps.bench_encode(CPU, vectors=512, repeats=1, progress=False)
@@ -295,10 +297,15 @@ def test_doctor_checks_and_benches_through_the_stand_in(shaders, tmp_path, monke
     generate = doctor_mps.bench_generate(CPU, "tiny-qwen", (40, 40_000), new_tokens=1, rounds=1, progress=False)
     assert generate[0]["int4_ms_per_token"] > 0
     assert "exceed the 32768 positions" in generate[1]["error"]
+    attend = doctor_mps.bench_attend(CPU, tokens=40, repeats=1, calls=1, progress=False)
+    assert [row["geometry"] for row in attend] == ["qwen", "gemma", "smollm2", "llama8b"]
+    assert all(row["predicted_m1_ns"] < row["predicted_fp16_m1_ns"] for row in attend)
     file = tmp_path / "result.json"
-    doctor_mps.write_result(file, doctor_mps.device_facts(), checks, encode, generate)
+    benches = {"encode": encode, "attend": attend, "generate": generate}
+    doctor_mps.write_result(file, doctor_mps.device_facts(), checks, benches)
     document = json.loads(file.read_text())
     assert document["schema"] == doctor_mps.SCHEMA
+    assert {row["bench"] for row in document["rows"]} == set(benches)
     assert {"kernels sha256", "chip", "torch"} <= {row["what"] for row in document["device"]}
 
 
@@ -309,7 +316,7 @@ def test_doctor_sees_a_wrong_kernel(shaders, monkeypatch):
         attend(self, query, out, scale / 2, *rest)
 
     monkeypatch.setattr(MetalKernels, "attend", halved)
-    rows = doctor_mps.check_device(CPU, (64,), ("default",), (33,), progress=False)
+    rows = doctor_mps.check_device(CPU, (64,), ("default",), (33,), groups=(2,), progress=False)
     assert [row["check"] for row in rows if not row["ok"]] == ["d64 default: attention"]
 
 
