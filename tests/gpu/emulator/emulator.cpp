@@ -88,10 +88,10 @@ int self;
 const std::function<void(unsigned, unsigned)>* kernel;
 int skipped_line;
 bool skipped_by_odd_only;
-std::deque<Worker> workers;  // a context can not be moved
+std::deque<Worker> workers;                         // a context can not be moved
 std::vector<std::unique_ptr<float[]>> used_memory;  // of the launch's groups that are done
 const Launch* launched;
-char start_tag, end_tag;                            // of a launch
+char start_tag, end_tag;  // of a launch
 
 #if defined(EMULATOR_ADDRESS)
 const void* host_stack;
