@@ -5,6 +5,18 @@
 
 namespace halfbyte {
 
+// cos and sin of each pair in the middle of spans 0, 1, …, as many as `tokens` touch: [spans][pairs][2].
+inline std::vector<float> waves_of(const Case& c, size_t tokens) {
+  std::vector<float> out;
+  const int span = c.recipe.offset_span;
+  for (size_t first = 0; c.pairs && first < tokens; first += span)
+    for (float frequency : frequencies_of(c)) {
+      const double angle = (double)frequency * (double)(first + (span - 1) / 2);
+      out.push_back((float)std::cos(angle)), out.push_back((float)std::sin(angle));
+    }
+  return out;
+}
+
 // The same attention by the reference layer and by the device on the layer's own bytes; the distance between them.
 inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const std::string fastest = backends().front().name;
@@ -30,7 +42,7 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   AttendArgs args;
   args.q = view_of(q, c, c.heads, c.queries);
   args.out = {want.data(), args.q.batch_stride, args.q.head_stride, args.q.token_stride};
-  args.heads = c.heads, args.queries = c.queries, args.scale = 1.0f / std::sqrt((float)c.head_dim);
+  args.heads = c.heads, args.queries = c.queries, args.scale = c.sharpness / std::sqrt((float)c.head_dim);
   args.chunk_k = new_k, args.chunk_v = new_v, args.softcap = c.softcap;
   args.sinks = sinks.empty() ? nullptr : sinks.data();
   if (c.masked) {
@@ -84,6 +96,8 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
                         (int64_t)parts.length,
                         0};
 
+  const OnDevice<float> waves(waves_of(c, parts.length));
+  a.turn = {waves.get(), c.recipe.offset_span, c.pairs, c.interleaved};
   a.portable = portable;
   const OnDevice<uint8_t> space(std::vector<uint8_t>(halfbyte_cuda_attend_space(&a), 0xff));
   const OnDevice<int32_t> arrivals(std::vector<int32_t>(c.batch * c.heads * c.queries, 0));

@@ -68,6 +68,23 @@ TEST_P(CudaAttend, MatchesReferenceWithWhatNarrowsAttention) {
     }
 }
 
+TEST_P(CudaAttend, TurnsTheOffsetOfK) {
+  for (int d : {64, 128, 256, 80})
+    for (int span : {16, 64})
+      for (int part : {2, 3}) {  // all pairs turn, or two of three
+        Case c;
+        c.head_dim = d, c.pairs = d / part, c.interleaved = part == 3, c.recipe.offset_span = span;
+        c.prefix = 330, c.batch = 2, c.heads = part == 3 ? 10 : 4, c.queries = part == 3 ? 2 : 1;
+        expect_close(c, (unsigned)(d + span + part), text("d", d, " span ", span, " pairs ", c.pairs));
+      }
+}
+
+TEST_P(CudaAttend, FollowsScoresThatRise) {
+  Case c;  // the largest score so far is passed again and again
+  c.prefix = 400, c.sharpness = 8.0f;
+  expect_close(c, 12, "sharp");
+}
+
 TEST_P(CudaAttend, KeepsPrecisionForTinyAndLargeValues) {
   Case c;  // all weights count: flat attention over values far from 1
   c.prefix = 3000, c.recipe.offset = false;

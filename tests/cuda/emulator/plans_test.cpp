@@ -1,5 +1,6 @@
 // What only an emulator can be asked: other devices, whose work is split in other ways, and to notice what is wrong.
 #include "attend_case.h"
+#include "encode_case.h"
 #include "settings.h"
 
 namespace halfbyte {
@@ -44,6 +45,44 @@ TEST_F(Emulated, EveryOrderOfThreadsGivesTheSame) {
   }
   halfbyte_emulator_schedule(-1);
 }
+
+// What check.py runs while a word of the kernels does nothing: little, and all of them, in several orders of threads.
+class Mutations : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    halfbyte_emulator_device(8, 36 << 10);
+    halfbyte_emulator_schedule(GetParam());
+  }
+  void TearDown() override {
+    halfbyte_emulator_device(132, 227 << 10);
+    halfbyte_emulator_schedule(-1);
+  }
+};
+
+TEST_P(Mutations, Attend) {
+  for (bool portable : {false, true})
+    for (int kind = 0; kind < 4; kind++) {
+      Case c;
+      if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
+      c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
+      if (kind == 0) c.sharpness = 8.0f, c.pairs = 40;
+      if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
+      ASSERT_LT(attend_distance(c, 7, portable), tolerance(c.dtype, portable)) << kind;
+    }
+}
+
+TEST_P(Mutations, Encode) {
+  for (Dtype dtype : {Dtype::float16, Dtype::bfloat16})
+    for (bool portable : {false, true}) {
+      Case c;
+      c.head_dim = 64, c.dtype = dtype, c.prefix = 65;
+      const Difference difference = encode_difference(c, 5, portable);
+      ASSERT_LT(difference.codes, 2e-3) << portable;
+      ASSERT_LT(difference.scales, 1e-2) << portable;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Orders, Mutations, testing::Values(0, 1, 2, 3));
 
 }  // namespace
 }  // namespace halfbyte

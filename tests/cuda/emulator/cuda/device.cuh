@@ -57,10 +57,9 @@ inline void copy_async_16(void* shared, const void* global, Where where = Where:
   memset(shared, 0xff, 16);
 }
 inline void copy_async_commit() { emulated::end_group(); }
-template <int Pending>
-void copy_async_wait(Where where = Where::current()) {
+inline void copy_async_wait(int pending, Where where = Where::current()) {
   emulated::Copy copy;
-  while (!emulated::is_left_out(where) && emulated::finish_copy(Pending, copy)) memcpy(copy.to, copy.from, 16);
+  while (!emulated::is_left_out(where) && emulated::finish_copy(pending, copy)) memcpy(copy.to, copy.from, 16);
 }
 inline void prefetch(const void*) {}
 
