@@ -17,7 +17,7 @@ int multiprocessors = 132, shared_limit = kMostSharedBytes;
 int fixed_schedule = -1;
 unsigned launches;
 std::string left_out_file;
-unsigned left_out_line;
+int left_out_line;
 std::string last_error;
 
 struct Copies {
@@ -35,7 +35,7 @@ void halfbyte_emulator_device(int processors, int shared_bytes) {
   multiprocessors = processors, shared_limit = shared_bytes;
 }
 void halfbyte_emulator_schedule(int schedule) { fixed_schedule = schedule; }
-void halfbyte_emulator_leave_out(const char* file, int line) { left_out_file = file, left_out_line = (unsigned)line; }
+void halfbyte_emulator_leave_out(const char* file, int line) { left_out_file = file, left_out_line = line; }
 
 cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
@@ -61,8 +61,8 @@ const char* cudaGetErrorString(cudaError_t error) { return error ? last_error.c_
 namespace emulated {
 
 bool is_left_out(const Where& where) {
-  if (where.line() != left_out_line) return false;
-  const std::string_view file = where.file_name();
+  if (where.line != left_out_line) return false;
+  const std::string_view file = where.file;
   return file.ends_with(left_out_file);
 }
 
