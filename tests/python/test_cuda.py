@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from conftest import load  # noqa: E402
 from halfbyte import Int4Cache, _cuda, rooms  # noqa: E402
+from halfbyte.cuda_kernels import CudaKernels  # noqa: E402
 
 NO_GPU = not torch.cuda.is_available() or _cuda.why_not(0) is not None
 needs_gpu = pytest.mark.skipif(NO_GPU, reason="no CUDA device with libhalfbyte_cuda")
@@ -88,7 +89,7 @@ def test_decodes_as_on_the_cpu(pair, text, length):
     caches = Int4Cache(on_cpu.config), Int4Cache(on_gpu.config)
     want, got = (run(model, text[:, :length], cache) for model, cache in zip(pair, caches, strict=True))
     assert distance(got, want) < LOGITS
-    assert all(type(layer.native).__name__ == "CudaLayer" for layer in caches[1].layers)
+    assert all(isinstance(layer.native.kernels, CudaKernels) for layer in caches[1].layers)
 
 
 @needs_gpu
@@ -178,7 +179,7 @@ def test_a_decoding_step_never_waits(pair, text):
         step = text[:, 301:334].cuda()
         position = [torch.tensor([[at]], device="cuda") for at in range(301, 334)]
         for layer in cache.layers:
-            kernels = layer.native._kernels
+            kernels = layer.native.kernels
             kernels._launch = lambda name, call, launch=kernels._launch: (calls.append(name), launch(name, call))
         torch.cuda.set_sync_debug_mode("error")
         try:
