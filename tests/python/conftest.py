@@ -61,18 +61,6 @@ def row_by_row(monkeypatch):
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    """The device that CUDA's kernels run on: a GPU, or the CPU with the emulator behind them."""
-    import torch
-
-    from cuda_standin import pretend_cuda
-    from halfbyte import _cuda
-
-    has_gpu = torch.cuda.is_available() and _cuda.why_not(0) is None
-    return torch.device("cuda", 0) if has_gpu else pretend_cuda(monkeypatch)
-
-
-@pytest.fixture
 def shaders(monkeypatch):
     """What Metal kernels are called through from now on: the emulator, which notes the calls."""
     from metal_standin import ShaderLibrary, pretend_mps
@@ -80,3 +68,17 @@ def shaders(monkeypatch):
     library = ShaderLibrary()
     pretend_mps(monkeypatch, library)
     return library
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The device of CUDA kernels from now on: a GPU where there is one, else the emulator's."""
+    import torch
+
+    from halfbyte import _cuda
+
+    if torch.cuda.is_available() and _cuda.why_not(0) is None:
+        return torch.device("cuda", 0)
+    from cuda_standin import pretend_cuda
+
+    return pretend_cuda(monkeypatch)
