@@ -15,7 +15,7 @@ python="${PYTHON:-python3}"
 export LD_LIBRARY_PATH="$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" HALFBYTE_CUDA_LIBRARY="$build/libhalfbyte_cuda.so"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 "$build/halfbyte_cuda_tests" --gtest_brief=1
-"$python" -m pytest -q tests/python/test_cuda_layer.py tests/python/test_cuda.py
+"$python" -m pytest -q tests/python/test_gpu_layer.py tests/python/test_cuda.py
 
 bench() {  # NAME ARGUMENTS…
   "$python" -m halfbyte.cli bench "${@:2}" --backend cuda ${JSON:+--json "$JSON/cuda-$1.json"}

@@ -22,7 +22,7 @@ HALFBYTE_INLINE int prepare_floats(const PageFormat& f) { return kTileRows * (f.
 
 template <bool Wide>
 __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
   const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x;
   finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,

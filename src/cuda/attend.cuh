@@ -339,7 +339,6 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
 
 constexpr int kLine = 128;  // bytes that one prefetch brings
 
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Brings what `finish` reads for a segment into the L2 cache while there is other work.
 template <int D>
 __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
@@ -362,7 +361,7 @@ __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int 
 
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
-  extern __shared__ __align__(16) float work[];
+  float* work = shared_memory<float>();
   __shared__ int arrived;
   const AttendShape& s = call.shape;
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);

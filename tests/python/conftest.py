@@ -58,3 +58,27 @@ def row_by_row(monkeypatch):
         return torch.cat(rows).reshape(*x.shape[:-1], -1)
 
     monkeypatch.setattr(torch.nn.functional, "linear", by_rows)
+
+
+@pytest.fixture
+def shaders(monkeypatch):
+    """What Metal kernels are called through from now on: the emulator, which notes the calls."""
+    from metal_standin import ShaderLibrary, pretend_mps
+
+    library = ShaderLibrary()
+    pretend_mps(monkeypatch, library)
+    return library
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The device of CUDA kernels from now on: a GPU where there is one, else the emulator's."""
+    import torch
+
+    from halfbyte import _cuda
+
+    if torch.cuda.is_available() and _cuda.why_not(0) is None:
+        return torch.device("cuda", 0)
+    from cuda_standin import pretend_cuda
+
+    return pretend_cuda(monkeypatch)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_walk import pretend_gpu
 from halfbyte.mps_kernels import source
 
 ROOT = Path(__file__).parents[2]
@@ -97,19 +98,8 @@ def bound(arg, cast):
 
 
 def pretend_mps(monkeypatch, shaders):
-    """Layers of CPU tensors are MpsLayers from now on, with the stand-in for their kernels."""
+    """Layers of CPU tensors have Metal kernels from now on, with the stand-in behind them."""
     from halfbyte import mps_kernels
-    from halfbyte.layer import DTYPES, Int4Layer
-    from halfbyte.mps_layer import MpsLayer
-
-    make_room = Int4Layer._make_room
-
-    def make(layer, device, kv_heads, dim_k, dim_v, dtype, parts=None):
-        make_room(layer, device, kv_heads, dim_k, dim_v, dtype)
-        layer._on_cpu = False
-        config = {"kv_heads": kv_heads, "head_dim_k": dim_k, "head_dim_v": dim_v, "dtype": DTYPES[dtype]}
-        config |= {"recipe": layer.recipe, "layer_index": layer.layer_idx, "sliding_window": layer.sliding_window}
-        return MpsLayer(device, **config) if parts is None else MpsLayer.load(device, parts, **config)
 
     monkeypatch.setattr(mps_kernels, "library", lambda: shaders)
-    monkeypatch.setattr(Int4Layer, "_make_room", make)
+    pretend_gpu(monkeypatch, mps_kernels.MetalKernels, torch.device("cpu"))
