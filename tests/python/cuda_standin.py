@@ -4,7 +4,6 @@ What it shows is what the kernels compute and what they are told. PTX, timing an
 can show.
 """
 
-import contextlib
 import functools
 import os
 import shutil
@@ -50,37 +49,3 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     return DEVICE
-
-
-@contextlib.contextmanager
-def layers_of(model, monkeypatch):
-    """Meanwhile layers of caches that `model` fills hold CUDA's kernels, where those can serve them.
-
-    After pretend_cuda. Layers that come with content, or that other models fill, are the CPU's as ever.
-    """
-    from halfbyte import layer
-    from halfbyte.cuda_kernels import CudaKernels
-    from halfbyte.gpu_layer import GpuLayer
-
-    make_layer, make_room = layer.Int4Layer._make_room, layer.make_room
-    inside = []
-
-    def make(self, *args, **options):
-        room = make_layer(self, *args, **options)
-        self._on_cpu = not isinstance(room, GpuLayer)
-        return room
-
-    def room(device, exact, parts=None, **config):
-        if not inside or parts is not None or CudaKernels.why_not(DEVICE, config, exact):
-            return make_room(device, exact, parts, **config)
-        return GpuLayer(CudaKernels, DEVICE, **config)
-
-    monkeypatch.setattr(layer.Int4Layer, "_make_room", make)
-    monkeypatch.setattr(layer, "make_room", room)
-    hooks = [
-        model.register_forward_pre_hook(lambda *args: inside.append(True)),
-        model.register_forward_hook(lambda *args: inside.clear()),
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
