@@ -26,7 +26,7 @@ TESTS = "*Mutations*:CudaFastRotation.*"
 # What no run here can notice, by its line or the one before it, and why.
 UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
-    "tile * kTileRows, token, q, columns, lane, running);",
+    "columns, lane, running);",
     "space.weights[row * kRawTokens + lane] = p;",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__threadfence();",

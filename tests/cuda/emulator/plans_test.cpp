@@ -26,6 +26,14 @@ TEST_F(Emulated, EverySplitOfTheWorkGivesTheSame) {
       }
 }
 
+// Two warps of head size 64 have room for the turned offsets of 226 blocks.
+TEST_F(Emulated, OffsetsThatTurnComeInSeveralPieces) {
+  halfbyte_emulator_device(1, 24 << 10);
+  Case c;
+  c.head_dim = 64, c.heads = 2, c.prefix = 4000, c.pairs = 32, c.recipe.offset_span = 16;
+  EXPECT_LT(attend_distance(c, 3, false), tolerance(c.dtype, false));
+}
+
 TEST_F(Emulated, PartsOfThePortableKernelMerge) {
   for (int processors : {1, 2, 3}) {
     halfbyte_emulator_device(processors, 227 << 10);
