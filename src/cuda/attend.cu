@@ -193,6 +193,10 @@ bool plan(AttendCall& call, const HalfbyteCudaAttend& a, int& begin, int& end) {
   if (all >= 1 << 30) return false;  // items are counted in 32 bits
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
   split_work(call, (int)all);
+  if (const int d = fast_dim(s.format.k.head_dim)) {
+    call.buffers.rotation_k = fast_table_of(a.layer, a.k, d);
+    call.buffers.rotation_v = fast_table_of(a.layer, a.v, d);
+  }
   return true;
 }
 

@@ -335,8 +335,8 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
   float* rotated = work + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * D;
   float* offset = largest + kTileRows;
-  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
-                         call.warps * kSimd);
+  prepare_queries<false, fast_dim(D)>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
+                                      call.warps * kSimd);
   const int g = lane / 4, t = lane % 4;
   const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
 #pragma unroll
@@ -443,8 +443,8 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
     if (arrived == sharers.n - 1) {
       __threadfence();
       if (threadIdx.x == 0) call.arrivals[segment] = 0;
-      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work, threadIdx.x,
-                    call.warps * kSimd);
+      finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work,
+                                 threadIdx.x, call.warps * kSimd);
       __syncthreads();
     }
     begin = end;

@@ -2,6 +2,8 @@
 #include "cuda/encode.cuh"
 
 #include <algorithm>
+#include <cmath>
+#include <numbers>
 #include <vector>
 
 #include "cuda/layer.h"
@@ -19,11 +21,13 @@ __device__ int first_vector(int head_dim) {
   return (blockIdx.x / 2 * kSimds + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
+// D: of both sides, which rotates by its fast transform, or 0.
+template <int D>
 __global__ void __launch_bounds__(kSimds* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
   __shared__ float memory[kSimds * kSimdFloats];
   const bool is_k = blockIdx.x % 2 == 0;
   const PageFormat& f = call.shape.format;
-  encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+  encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
                     first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
                     call.bad, threadIdx.x % kSimd);
 }
@@ -110,10 +114,30 @@ int encode_blocks_with(const EncodeCall& call, void* stream) {
                 call);
 }
 
+using EncodeKernel = void (*)(EncodeCall);
+
+EncodeKernel portable_kernel(const EncodeCall& call) {
+  if (!call.side[0].rotation.factors) return portable_encode_kernel<0>;
+  switch (call.shape.format.k.head_dim) {
+    case 64:
+      return portable_encode_kernel<64>;
+    case 128:
+      return portable_encode_kernel<128>;
+    default:
+      return portable_encode_kernel<256>;
+  }
+}
+
+// Whether both sides have the fast transform that a kernel for their head size takes.
+bool has_fast_transform(const HalfbyteCudaEncode& a) {
+  const int64_t d = a.layer.head_dim_k;
+  return (d == 64 || d == 128 || d == 256) && a.layer.head_dim_v == d && a.k_tables.fast && a.v_tables.fast;
+}
+
 int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
   if (tokens <= 0) return 0;
   call.shape.range.first_token = first_token, call.shape.range.tokens = tokens;
-  return launch(portable_encode_kernel, portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
+  return launch(portable_kernel(call), portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
                 call);
 }
 
@@ -160,6 +184,10 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   s.range = {(int)a->batch, (int)a->layer.kv_heads, 0, 0}, s.dtype = (int)a->layer.dtype;
   s.data_first = (int)a->data_first, s.limit = (float)a->limit;
   call.side[0] = side_of(s.format.k, a->k, a->k_tables), call.side[1] = side_of(s.format.v, a->v, a->v_tables);
+  if (has_fast_transform(*a)) {
+    call.side[0].rotation = fast_table_of(a->layer, a->k_tables, s.format.k.head_dim);
+    call.side[1].rotation = fast_table_of(a->layer, a->v_tables, s.format.v.head_dim);
+  }
   call.fragments[0] = static_cast<const uint4*>(a->k_tables.fragments);
   call.fragments[1] = static_cast<const uint4*>(a->v_tables.fragments);
   call.rotated_offset[0] = a->k_tables.rotated_offset, call.rotated_offset[1] = a->v_tables.rotated_offset;
@@ -223,6 +251,25 @@ extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t i
       rotation_matrix(make_rotation((Rotation)layer->rotation, (int)(is_v ? layer->head_dim_v : layer->head_dim_k),
                                     (uint64_t)layer->seed, (int)layer->layer_index));
   std::copy(r.begin(), r.end(), rotation);
+}
+
+extern "C" int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
+  const int64_t d = is_v ? layer->head_dim_v : layer->head_dim_k;
+  if ((d != 64 && d != 128 && d != 256) || layer->rotation == (int64_t)Rotation::identity ||
+      layer->rotation == (int64_t)Rotation::dense)
+    return 0;
+  return (layer->rotation == (int64_t)Rotation::srft ? 3 * d : d) * (int64_t)sizeof(float);
+}
+
+extern "C" void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v, float* fast) {
+  const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
+  const auto kind = (Rotation)layer->rotation;
+  const RotationPlan plan = make_rotation(kind, d, (uint64_t)layer->seed, (int)layer->layer_index);
+  for (float sign : plan.signs) *fast++ = (float)(sign / std::sqrt((kind == Rotation::srft ? 2.0 : 1.0) * d));
+  for (int k = 0; k < d && kind == Rotation::srft; k++) {
+    const double angle = -2.0 * std::numbers::pi * k / d;
+    *fast++ = (float)std::cos(angle), *fast++ = (float)std::sin(angle);
+  }
 }
 
 extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,

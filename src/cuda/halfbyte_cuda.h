@@ -31,6 +31,7 @@ typedef struct {
   const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
   const float* transposed;     /* [d][d] */
   const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const float* fast;           /* halfbyte_cuda_fast, or null */
   const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
   const float* rotated_offset; /* R mu, alike */
   const float* lambda;         /* [kv_heads][d] */
@@ -120,13 +121,16 @@ int halfbyte_cuda_copy(const HalfbyteCudaCopy* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
 
 /* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens; of one KV head's part
- * of a page; of a side's fragments, 0 if it has none. */
+ * of a page; of a side's fragments and of what its fast transform reads, 0 if it has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
+int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 
-/* Fill host memory: R as [d][d] of a rotation that is not dense, and any R as the encoding kernel reads it. */
+/* Fill host memory: R as [d][d] of a rotation that is not dense, what its fast transform reads (factors of the
+ * channels, then roots of srft), and any R as the encoding kernel reads it. */
 void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation);
+void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v, float* fast);
 void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation, void* fragments);
 
 /* 0 if device `device` can run these kernels, else a CUDA error number. */

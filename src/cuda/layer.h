@@ -32,6 +32,12 @@ inline RotationTable table_of(const HalfbyteCudaTables& tables) {
   return {tables.rotation, tables.transposed, nullptr, nullptr};
 }
 
+// For kernels that know the head size d: the fast transform, if there is one.
+inline RotationTable fast_table_of(const HalfbyteCudaLayer& layer, const HalfbyteCudaTables& tables, int d) {
+  if (!tables.fast) return table_of(tables);
+  return {nullptr, nullptr, tables.fast, layer.rotation == (int64_t)Rotation::srft ? tables.fast + d : nullptr};
+}
+
 // Launches go to one device of several while this lives.
 class OnDevice {
  public:

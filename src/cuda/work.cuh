@@ -10,6 +10,9 @@ constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two bloc
 constexpr int kTileBlocks = kTileTokens / kBlockTokens;
 // Warps of a thread block: as many as registers hold.
 HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
+// The head size if its queries and outputs rotate by the fast transform, else 0: a smaller R is at most 64 KB, and
+// twice the warps leave threads half the registers, which the transform's passes would spill.
+HALFBYTE_INLINE constexpr int fast_dim(int head_dim) { return head_dim > 128 ? head_dim : 0; }
 constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
 

@@ -27,9 +27,6 @@ UNSEEN = {
     # Has the threads of a warp take one branch; each would be right alone.
     "columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));",
     "columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));",
-    # CUDA's attention knows no fast rotation.
-    "FastRotation<D, 1>::forward(in.rotation_k, VectorSpace{rotated + row, 0, kTileRows}, lane);",
-    "FastRotation<D, 1>::back(in.rotation_v, VectorSpace{space.y + row, 0, kTileRows}, tid % kSimd);",
     # Later barriers come before anything that would go wrong.
     "call.warps * kSimd);",
     "space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];",
