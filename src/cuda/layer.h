@@ -23,9 +23,8 @@ inline Strides3 strides_of(const HalfbyteCudaView& view) {
 }
 inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast<void*>(data)); }
 
-// Table entries are addresses, that is, offsets from null.
 inline Pages pages_of(const HalfbyteCudaPages& pages) {
-  return {nullptr, pages.table, (int)pages.table_stride, (int)pages.first_page};
+  return {bytes_of(pages.pool), pages.table, (int)pages.table_stride, (int)pages.first_page};
 }
 
 inline RotationTable table_of(const HalfbyteCudaTables& tables) {
