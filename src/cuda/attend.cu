@@ -217,9 +217,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.rotation_k = table_of(a.k), in.rotation_v = table_of(a.v);
   in.offset_k = a.k.offset, in.offset_v = a.v.offset;
   in.inverse_lambda_k = a.k.inverse_lambda, in.inverse_lambda_v = a.v.inverse_lambda;
-  const int pairs = (int)a.turn.pairs;
-  if (a.k.offset && a.turn.waves)
-    in.turn = {a.turn.waves, (int)a.turn.span, pairs, a.turn.interleaved ? 2 : 1, a.turn.interleaved ? 1 : pairs};
+  if (a.k.offset) in.turn = turn_of(a.turn);
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
   for (int i = 0; i < call.n_raw; i++) {

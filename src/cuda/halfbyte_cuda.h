@@ -120,14 +120,13 @@ typedef struct {
 /* The offsets of one side in a layer whose length is in device memory: where the mean of the first tokens goes, and,
  * where it turns, what it is in the spans of the tokens that a step packs. */
 typedef struct {
-  int64_t head_dim;
-  int64_t is_mean;        /* 0: given, and there already */
-  float* offset;          /* [batch][kv_heads][d] or null; R mu alike */
-  float* rotated_offset;
-  float* span_offset;     /* [batch][kv_heads][span_count][d] or null; R mu alike */
-  float* span_rotated_offset;
-  int64_t span_count;     /* at least ceil(tail_slots / span) + 1 */
   const float* transposed; /* of the rotation, or null */
+  float* offset;           /* [batch][kv_heads][d] or null; R mu alike */
+  float* rotated_offset;
+  float* span_offset; /* [batch][kv_heads][span_count][d] or null; R mu alike */
+  float* span_rotated_offset;
+  int64_t span_count; /* at least ceil(tail_slots / span) + 1 */
+  int64_t is_mean;    /* 0: given, and there already */
 } HalfbyteCudaOffset;
 
 /* Takes a token of each sequence in: raw to its slot, the first length cells, and the offsets of a step that packs. */

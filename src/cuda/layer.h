@@ -1,7 +1,7 @@
 // The C interface's descriptions as the structures of the kernels; host only.
 #pragma once
 
-#include "gpu/rotate.h"
+#include "gpu/attend.h"
 
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
@@ -29,6 +29,13 @@ inline Pages pages_of(const HalfbyteCudaPages& pages) {
 
 inline RotationTable table_of(const HalfbyteCudaTables& tables) {
   return {tables.rotation, tables.transposed, nullptr, nullptr};
+}
+
+// Without waves it does not turn.
+inline Turn turn_of(const HalfbyteCudaTurn& turn) {
+  const int pairs = (int)turn.pairs;
+  if (!turn.waves) return {};
+  return {turn.waves, (int)turn.span, pairs, turn.interleaved ? 2 : 1, turn.interleaved ? 1 : pairs};
 }
 
 // Launches go to one device of several while this lives.
