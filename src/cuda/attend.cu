@@ -61,13 +61,13 @@ __device__ __forceinline__ void finish_segment(const PortableCall& call, float* 
 
 template <bool Wide>
 __global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   attend_split<Wide>(call, memory);
 }
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   finish_segment<Wide>(call, memory);
 }
 
@@ -103,15 +103,15 @@ __device__ __forceinline__ const PortableCall& step_call(const PortableStep& lau
 template <bool Wide>
 __global__ void __launch_bounds__(kTileRows* kSimd)
     portable_step_kernel(const __grid_constant__ PortableStep launched) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
   const PortableCall& call = step_call(launched, call_memory);
-  if (blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Wide>(call, memory);
+  if ((int)blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Wide>(call, memory);
 }
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_step_kernel(const __grid_constant__ PortableStep launched) {
-  extern __shared__ __align__(16) float memory[];
+  float* memory = shared_memory<float>();
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
   finish_segment<Wide>(step_call(launched, call_memory), memory);
 }

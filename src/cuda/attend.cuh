@@ -339,7 +339,6 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
 
 constexpr int kLine = 128;  // bytes that one prefetch brings
 
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Brings what `finish` reads for a segment into the L2 cache while there is other work.
 template <int D>
 __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
@@ -427,7 +426,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* work
 
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
-  extern __shared__ __align__(16) float work[];
+  float* work = shared_memory<float>();
   attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
 }
 
@@ -442,12 +441,12 @@ struct AttendStep {
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __global__ void __launch_bounds__(max_warps(D) * kSimd, 1)
     attend_step_kernel(const __grid_constant__ AttendStep launched) {
-  extern __shared__ __align__(16) float work[];
+  float* work = shared_memory<float>();
   __shared__ uint64_t memory[sizeof(AttendCall) / 8];
   AttendCall& call = copy_call(launched.call, memory);
   if (threadIdx.x == 0) take_length(call, launched.rule, launched.processors);
   __syncthreads();
-  if (blockIdx.x >= call.blocks) return;
+  if ((int)blockIdx.x >= call.blocks) return;
   if (call.n_tiles) {
     attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
     return;

@@ -159,7 +159,7 @@ __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* me
 // D 0: whole blocks too go vector by vector. Cell 0 is read by no kernel of this launch.
 template <class T, int D>
 __global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_step_kernel(const __grid_constant__ EncodeStep step) {
-  extern __shared__ uint4 fragments[];
+  uint4* fragments = shared_memory<uint4>();
   __shared__ uint64_t memory[sizeof(EncodeCall) / 8];
   int64_t* cells = step.rule.cells;
   if (blockIdx.x == 0 && threadIdx.x == 0) cells[kSeenCell] = cells[kLengthCell];

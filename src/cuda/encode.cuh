@@ -292,7 +292,7 @@ __device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, uint
 
 template <class T, int D>
 __global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __grid_constant__ EncodeCall call) {
-  extern __shared__ uint4 fragments[];
+  uint4* fragments = shared_memory<uint4>();
   encode_whole_blocks<T, D>(call, fragments);
 }
 

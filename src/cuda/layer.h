@@ -65,15 +65,4 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// Lets a kernel use `bytes` of shared memory, then launches it; returns the launch's error.
-template <class Call>
-int launch(void (*kernel)(Call), int blocks, int threads, size_t bytes, void* stream, const Call& call) {
-  if (bytes > 48 << 10) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (error != cudaSuccess) return (int)error;
-  }
-  kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(call);
-  return (int)cudaGetLastError();
-}
-
 }  // namespace halfbyte::gpu

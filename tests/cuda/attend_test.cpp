@@ -54,7 +54,7 @@ double attend_distance(const Case& c, unsigned seed, bool portable) {
   const bool identity = c.recipe.rotation == Rotation::identity;
   HalfbyteCudaAttend a{};
   a.layer = described, a.k = k_tables.get(identity), a.v = v_tables.get(identity);
-  a.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), (int64_t)parts.pages_dropped};
+  a.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), (int64_t)parts.pages_dropped, nullptr};
   a.batch = c.batch, a.heads = c.heads, a.queries = c.queries, a.causal = 1, a.scale = args.scale,
   a.softcap = c.softcap;
   a.length = (int64_t)parts.length, a.first = (int64_t)parts.first, a.sliding_window = c.window;
@@ -87,8 +87,7 @@ double attend_distance(const Case& c, unsigned seed, bool portable) {
   const OnDevice<uint8_t> space(std::vector<uint8_t>(halfbyte_cuda_attend_space(&a), 0xff));
   const OnDevice<int32_t> arrivals(std::vector<int32_t>(c.batch * c.heads * c.queries, 0));
   a.space = space.get(), a.arrivals = arrivals.get();
-  EXPECT_EQ(halfbyte_cuda_attend(&a), 0);
-  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  expect_launched(halfbyte_cuda_attend(&a));
   for (int32_t n : arrivals.values()) EXPECT_EQ(n, 0);
   return relative_error(as_doubles(out.values(), c.dtype), as_doubles(want, c.dtype));
 }

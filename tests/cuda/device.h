@@ -24,6 +24,11 @@ inline bool has_device() {
 #define HALFBYTE_NEEDS_DEVICE() \
   if (!has_device()) GTEST_SKIP() << "no CUDA device that can run these kernels"
 
+inline void expect_launched(int error) {
+  EXPECT_EQ(error, 0) << halfbyte_cuda_error(error);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
 // Layers are packed by the fastest kernels there are, and attended, or coded, by the reference.
 inline void use_backend(const std::string& name) {
   set_num_threads((int)std::thread::hardware_concurrency());

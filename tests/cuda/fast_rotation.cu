@@ -2,6 +2,7 @@
 // are compiled, and take the matrix.
 #include "fast_rotation.h"
 
+#include "cuda/device.cuh"
 #include "gpu/vectors.h"
 
 namespace halfbyte {
@@ -26,19 +27,19 @@ __global__ void turn(gpu::RotationTable table, const float* x, float* there, flo
 
 int fast_rotation_vectors(int d) { return gpu::vectors_of(d); }
 
-void launch_fast_rotation(int d, const float* factors, const float* roots, const float* x, float* there, float* back) {
+int launch_fast_rotation(int d, const float* factors, const float* roots, const float* x, float* there, float* back) {
   const gpu::RotationTable table = {nullptr, nullptr, factors, roots};
   switch (d) {
     case 64:
-      return turn<64><<<1, gpu::kSimd>>>(table, x, there, back);
+      return gpu::launch(turn<64>, 1, gpu::kSimd, 0, nullptr, table, x, there, back);
     case 80:
-      return turn<80><<<1, gpu::kSimd>>>(table, x, there, back);
+      return gpu::launch(turn<80>, 1, gpu::kSimd, 0, nullptr, table, x, there, back);
     case 96:
-      return turn<96><<<1, gpu::kSimd>>>(table, x, there, back);
+      return gpu::launch(turn<96>, 1, gpu::kSimd, 0, nullptr, table, x, there, back);
     case 128:
-      return turn<128><<<1, gpu::kSimd>>>(table, x, there, back);
-    case 256:
-      return turn<256><<<1, gpu::kSimd>>>(table, x, there, back);
+      return gpu::launch(turn<128>, 1, gpu::kSimd, 0, nullptr, table, x, there, back);
+    default:
+      return gpu::launch(turn<256>, 1, gpu::kSimd, 0, nullptr, table, x, there, back);
   }
 }
 

@@ -7,7 +7,7 @@ namespace halfbyte {
 int fast_rotation_vectors(int d);
 
 // R x to `there` and Rᵀ of that to `back`, all [vectors][d] on the device. roots: null for SRHT. d: 64, 80, 96, 128,
-// 256.
-void launch_fast_rotation(int d, const float* factors, const float* roots, const float* x, float* there, float* back);
+// 256. Returns a CUDA error number.
+int launch_fast_rotation(int d, const float* factors, const float* roots, const float* x, float* there, float* back);
 
 }  // namespace halfbyte

@@ -11,8 +11,9 @@ constexpr int kLanes = 32;  // of a simdgroup
 constexpr int kMaxThreads = 1024, kMaxSharedBytes = 32 << 10;
 
 struct Launch {
-  int groups, threads;  // threads of a group
-  unsigned schedule;    // 0: threads and groups in order, 1: in reverse, else shuffled with this seed
+  int groups, threads;   // threads of a group
+  unsigned schedule;     // 0: threads and groups in order, 1: in reverse, else shuffled with this seed
+  int shared_bytes = 0;  // of a group's memory where the launch says it, as CUDA's does; a multiple of 4
 };
 
 // Runs `body` for each thread of each group; returns what went wrong, or nothing. Under ThreadSanitizer only barriers
@@ -31,5 +32,21 @@ unsigned shuffle_xor(unsigned value, unsigned from, int line);
 unsigned shuffle(unsigned value, unsigned from, int line);
 // The group's memory: the same for all of its threads, of exactly that size, full of NaN.
 float* shared_floats(int n, int line);
+// That of Launch::shared_bytes.
+void* shared_memory();
+
+// Once all lanes of the simdgroup are here, `combine` sees what each brought, lane by lane, and may change it.
+using Combine = void (*)(void* const* brought, int lanes);
+void together(Combine combine, void* mine, int line);
+// What a thread wrote before its fence is seen by those whose fence comes later.
+void fence();
+
+struct Place {
+  unsigned group, thread;
+  const Launch* launch;
+};
+Place place();
+// The run fails, for a reason that the caller has found.
+void refuse(const char* what, int line);
 
 }  // namespace emulator

@@ -1,0 +1,78 @@
+// src/cuda/device.cuh for machines without a GPU: what each instruction does, by its definition in the PTX manual.
+//
+// Asynchronous copies happen when they are waited for, not before: until then their destination holds poison, in every
+// thread's eyes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include <functional>
+#include <type_traits>
+
+namespace emulated {
+
+// Of a warp: c[16×8] += a[16×16] · b[16×8].
+void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int line);
+uint32_t transpose_8x8(uint32_t x, int line);
+
+// Of the thread that calls. `start` poisons the destination; `finish` gives what to copy, one after the other.
+struct Copy {
+  void* to;
+  const void* from;
+};
+void start_copy(Copy copy, int line);
+void end_group();
+bool finish_copy(int pending_groups, Copy& copy);
+
+// A launch; returns an error number, whose text says more.
+int run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& thread);
+
+}  // namespace emulated
+
+namespace halfbyte::gpu {
+
+using emulated::Where;
+
+inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where where = Where::current()) {
+  const uint32_t b[2] = {b0, b1};
+  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, false, (int)where.line());
+}
+inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where where = Where::current()) {
+  const uint32_t b[2] = {b0, b1};
+  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, true, (int)where.line());
+}
+inline uint32_t transpose_8x8(uint32_t x, Where where = Where::current()) {
+  return emulated::is_left_out(where) ? x : emulated::transpose_8x8(x, (int)where.line());
+}
+
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
+// Results too small for a normal number are 0.
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
+
+inline void copy_async_16(void* shared, const void* global, Where where = Where::current()) {
+  emulated::start_copy({shared, global}, (int)where.line());
+  memset(shared, 0xff, 16);
+}
+inline void copy_async_commit() { emulated::end_group(); }
+template <int Pending>
+void copy_async_wait(Where where = Where::current()) {
+  emulated::Copy copy;
+  while (!emulated::is_left_out(where) && emulated::finish_copy(Pending, copy)) memcpy(copy.to, copy.from, 16);
+}
+inline void prefetch(const void*) {}
+
+template <class T>
+T* shared_memory() {
+  return static_cast<T*>(emulator::shared_memory());
+}
+
+template <class... Parameters>
+int launch(void (*kernel)(Parameters...), int blocks, int threads, size_t bytes, void*,
+           const std::type_identity_t<Parameters>&... arguments) {
+  return emulated::run(blocks, threads, bytes, [&] { kernel(arguments...); });
+}
+
+}  // namespace halfbyte::gpu

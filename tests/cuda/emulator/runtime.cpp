@@ -1,0 +1,177 @@
+// The pretended device: its memory, its launches, and what a warp's lanes do together.
+#include <cstdlib>
+#include <deque>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/device.cuh"
+#include "settings.h"
+
+namespace {
+
+constexpr int kLanes = emulator::kLanes;
+constexpr int kMostSharedBytes = 227 << 10;
+
+int multiprocessors = 132, shared_limit = kMostSharedBytes;
+int fixed_schedule = -1;
+unsigned launches;
+std::string left_out_file;
+unsigned left_out_line;
+std::string last_error;
+
+struct Copies {
+  std::deque<std::pair<emulated::Copy, int>> pending;  // with the number of its group
+  int groups = 0;                                      // ended so far
+};
+std::vector<Copies> copies(emulator::kMaxThreads);  // of the thread block that runs
+Copies& own_copies() { return copies[emulator::place().thread]; }
+
+}  // namespace
+
+extern "C" {
+
+void halfbyte_emulator_device(int processors, int shared_bytes) {
+  multiprocessors = processors, shared_limit = shared_bytes;
+}
+void halfbyte_emulator_schedule(int schedule) { fixed_schedule = schedule; }
+void halfbyte_emulator_leave_out(const char* file, int line) { left_out_file = file, left_out_line = (unsigned)line; }
+
+cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount        ? multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? shared_limit
+                                                                  : 9;  // compute capability 9.x
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  return posix_memalign(memory, 256, bytes) ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) { return free(memory), cudaSuccess; }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return memcpy(to, from, bytes), cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t error) { return error ? last_error.c_str() : "no error"; }
+
+}  // extern "C"
+
+namespace emulated {
+
+bool is_left_out(const Where& where) {
+  if (where.line() != left_out_line) return false;
+  const std::string_view file = where.file_name();
+  return file.ends_with(left_out_file);
+}
+
+int run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& thread) {
+  last_error.clear();
+  // In order, in reverse, shuffled, shuffled in another way, and so on.
+  const unsigned n = launches++, schedule = fixed_schedule >= 0 ? fixed_schedule : n % 4 < 2 ? n % 4 : n;
+  if (shared_bytes > (size_t)shared_limit)
+    last_error = "a launch with " + std::to_string(shared_bytes) + " bytes of shared memory";
+  else if (blocks < 1 || threads < 1)
+    last_error = "a launch of nothing";
+  else
+    last_error = emulator::run({blocks, threads, schedule, (int)shared_bytes}, [&](unsigned, unsigned) {
+      own_copies() = {};
+      thread();
+      if (!own_copies().pending.empty()) emulator::refuse("asynchronous copies that nothing waited for", 0);
+    });
+  if (last_error.empty()) return cudaSuccess;
+  last_error += ", schedule " + std::to_string(schedule);
+  return cudaErrorLaunchFailure;
+}
+
+void start_copy(Copy copy, int line) {
+  if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16) emulator::refuse("an asynchronous copy that is not aligned", line);
+  own_copies().pending.push_back({copy, own_copies().groups});
+}
+
+void end_group() { own_copies().groups++; }
+
+bool finish_copy(int pending_groups, Copy& copy) {
+  Copies& own = own_copies();
+  if (own.pending.empty() || own.pending.front().second >= own.groups - pending_groups) return false;
+  copy = own.pending.front().first;
+  own.pending.pop_front();
+  return true;
+}
+
+namespace {
+
+struct Product {
+  float* c;
+  const uint32_t *a, *b;
+  bool is_bf16;
+};
+
+float element(uint32_t pair, int i, bool is_bf16) {
+  const auto bits = (uint16_t)(pair >> 16 * i);
+  return is_bf16 ? halfbyte::bf16_to_float(bits) : halfbyte::half_to_float(bits);
+}
+
+// The layout is that of mma.m16n8k16 in the PTX manual.
+void multiply(void* const* brought, int) {
+  const auto lane_of = [&](int i) -> Product& { return *static_cast<Product*>(brought[i]); };
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < kLanes; lane++) {
+    const Product& own = lane_of(lane);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 8; i++)
+      a[g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = element(own.a[i / 2], i % 2, own.is_bf16);
+    for (int i = 0; i < 4; i++) b[2 * t + i / 2 * 8 + i % 2][g] = element(own.b[i / 2], i % 2, own.is_bf16);
+  }
+  for (int lane = 0; lane < kLanes; lane++)
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double sum = lane_of(lane).c[i];
+      for (int k = 0; k < 16; k++) sum += (double)a[row][k] * b[k][column];
+      lane_of(lane).c[i] = (float)sum;
+    }
+}
+
+void transpose(void* const* brought, int) {
+  uint16_t m[8][8];
+  for (int lane = 0; lane < kLanes; lane++)
+    memcpy(&m[lane / 4][lane % 4 * 2], brought[lane], 4);
+  for (int lane = 0; lane < kLanes; lane++) {
+    const uint16_t column[2] = {m[lane % 4 * 2][lane / 4], m[lane % 4 * 2 + 1][lane / 4]};
+    memcpy(brought[lane], column, 4);
+  }
+}
+
+template <unsigned (*Both)(unsigned, unsigned)>
+void reduce(void* const* brought, int lanes) {
+  unsigned all = 0;
+  for (int i = 0; i < lanes; i++) all = Both(all, *static_cast<unsigned*>(brought[i]));
+  for (int i = 0; i < lanes; i++) *static_cast<unsigned*>(brought[i]) = all;
+}
+unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+unsigned either(unsigned a, unsigned b) { return a | b; }
+
+}  // namespace
+
+void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int line) {
+  Product own = {c, a, b, is_bf16};
+  emulator::together(multiply, &own, line);
+}
+
+uint32_t transpose_8x8(uint32_t x, int line) {
+  emulator::together(transpose, &x, line);
+  return x;
+}
+
+unsigned largest_of_warp(unsigned value, int line) {
+  emulator::together(reduce<larger>, &value, line);
+  return value;
+}
+
+unsigned any_of_warp(unsigned value, int line) {
+  emulator::together(reduce<either>, &value, line);
+  return value;
+}
+
+}  // namespace emulated
