@@ -59,10 +59,12 @@ def copy_tb_per_s() -> float:
 
 def _layer(geometry: Geometry, recipe, dtype):
     """An empty layer; its offset turns as that of a model with RoPE would, where the recipe lets it."""
-    from .cuda_layer import CudaLayer
+    from .cuda_kernels import CudaKernels
+    from .gpu_layer import GpuLayer
 
     _, _, kv_heads, d = geometry
-    layer = CudaLayer(check_device(), kv_heads, d, d, str(dtype).removeprefix("torch."), recipe)
+    sizes = {"kv_heads": kv_heads, "head_dim_k": d, "head_dim_v": d}
+    layer = GpuLayer(CudaKernels, check_device(), dtype=str(dtype).removeprefix("torch."), recipe=recipe, **sizes)
     if recipe.offset and recipe.offset_span:
         frequencies = ROPE_THETA ** -(torch.arange(0, d, 2) / d)
         layer.set_frequencies(frequencies.data_ptr(), d // 2)
@@ -152,7 +154,7 @@ def _encode(head_dim, vectors, dtype, recipe, rounds, seed):
     layer = _layer(Geometry("", 2, 2, head_dim), recipe, dtype)
     k, v = (torch.randn(1, 2, tokens + 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
     layer.append(k, v)  # fixes the offset and has pages; the same tokens are packed again and again
-    us = statistics.median(graph_us(lambda: layer._kernels.encode((k, v), 0, 0, tokens), rounds))
+    us = statistics.median(graph_us(lambda: layer.kernels.encode((k, v), 0, 0, tokens), rounds))
     return us, 2 * k.numel() * k.element_size() + sum(x.numel() for x in layer._pages.tensors())
 
 

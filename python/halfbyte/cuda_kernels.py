@@ -6,13 +6,11 @@ import functools
 import torch
 
 from . import _cuda
-from .cuda_pages import PAGE_TOKENS
+from .cuda_pages import CudaPages
+from .gpu_kernels import DTYPES, LARGEST, PAGE_TOKENS, ROTATIONS, GpuKernels
 
 ROW_TILE = 8  # rows (query heads x queries) that one part of an attention kernel takes
-SPANS_AHEAD = 8  # whose turned offsets are computed together, as decoding comes to one after the other
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-ROTATIONS = ("identity", "srft", "srht", "dense")
-LARGEST = {16: 1e4, 32: 1e15}  # codable magnitudes by scale_bits, as in the C++ Layer
+NO_TABLES = None, None
 
 
 def describe(view, tensor):
@@ -21,35 +19,32 @@ def describe(view, tensor):
     view.batch_stride, view.head_stride, view.token_stride, _ = tensor.stride()
 
 
-def host_floats(address, shape):
-    """A copy of the float32 array of that shape in CPU memory; None for address 0."""
-    if not address:
-        return None
-    count = shape[0] * shape[1]
-    array = (ctypes.c_float * count).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()
-
-
-def rotate(mu, rotation):
-    """R mu; rotation: R, or None for the identity."""
-    return mu if rotation is None else (mu.double() @ rotation.double().T).float()
-
-
-class Kernels:
+class CudaKernels(GpuKernels):
     """Launches on the current stream of a device. Nothing waits for it, so `failed` comes true some steps later."""
 
-    def __init__(self, device, recipe, kv_heads, head_dim_k, head_dim_v, dtype, layer_index):
-        self.device, self.recipe = device, recipe
+    @staticmethod
+    def why_not(device, config, exact=False):
+        """Why there are no kernels for a layer, or None. exact: attention in float32 is wanted."""
+        if exact or config["recipe"].k_bits == 32:
+            return 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
+        reason = _cuda.why_not(device.index)
+        return reason and f"no CUDA kernels ({reason}; see `halfbyte doctor`)"
+
+    def __init__(self, device, **config):
+        super().__init__(device, **config)
+        recipe = self.recipe
         self._library = _cuda.load()
         names = "encode", "copy", "attend", "decode"
         self._functions = {name: getattr(self._library, f"halfbyte_cuda_{name}") for name in names}
         self._description = _cuda.LayerDescription(
-            kv_heads, head_dim_k, head_dim_v, DTYPES[dtype],
+            self.kv_heads, *self.dims, DTYPES[self.dtype],
             recipe.k_bits, recipe.v_bits, recipe.k_group, recipe.v_group, recipe.scale_bits, recipe.search,
-            recipe.signed_scale, ROTATIONS.index(recipe.rotation), recipe.seed, layer_index,
+            recipe.signed_scale, ROTATIONS[recipe.rotation], recipe.seed, self.layer_index,
         )  # fmt: skip
-        self.page_bytes = kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
-        self._offset = self._turned = None
+        self.page_bytes = self.kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
+        self._rotations = [(None, None, None)] * 2
+        if recipe.rotation != "dense":
+            self._rotations = _shared_tables(bytes(self._description), device)
         self._own_flag()
 
     def _own_flag(self):
@@ -67,29 +62,30 @@ class Kernels:
             self._failed.value = 0
 
     def copy(self):
-        """For a layer of its own; `bind` must follow."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other = super().copy()
         other._own_flag()
         other._failed.value = self._failed.value
         return other
 
-    def rotations(self, dense):
-        """Those of K and V as (R, its transpose, R in fragments); None for what there is not."""
-        return rotation_tables(self._library, self._description, self.device, dense)
+    def pages(self, batch):
+        return CudaPages(batch, self.page_bytes, self.device, one_by_one=self.sliding_window > 0)
 
-    def bind(self, batch, pages, rotations, offset, factors, turn, **constants):
-        """Describes what changes with pages, offset or batch alone.
+    def set_rotations(self, matrices):
+        """Those of a dense recipe, [head_dim, head_dim] of K and V."""
+        self._rotations = [
+            _tables(self._library, self._description, self.device, side, matrix) for side, matrix in enumerate(matrices)
+        ]
 
-        offset: of K and V (mu, R mu), each None where there is none; turn: a Turn if K's does, or None; constants:
-        fields of an attention call.
-        """
-        if offset is not self._offset:
-            self._turned = None
-        self._rotations, self._offset, self._turn = rotations, offset, turn
+    def offset_tables(self, side, mu):
+        """mu and R mu."""
+        rotation = self._rotations[side][0]
+        return mu, mu if rotation is None else (mu.double() @ rotation.double().T).float()
+
+    def bind(self, batch, pages, offset, factors, turn, warm_up):
+        super().bind(batch, pages, offset, factors, turn, warm_up)
         tables = []
         for side in (0, 1):
-            held = *rotations[side], *offset[side], *factors[side]
+            held = *self._rotations[side], *(offset[side] if offset else NO_TABLES), *factors[side]
             tables.append(_cuda.Tables(*(None if x is None else x.data_ptr() for x in held)))
         common = self._description, *tables, pages.described()
         self._encode, self._attend, self._decode = (
@@ -99,14 +95,14 @@ class Kernels:
         for call in (self._encode, self._attend, self._decode, self._copy):
             call.batch, call.device = batch, self.device.index
         self._encode.limit, self._encode.bad = LARGEST[self.recipe.scale_bits], self._flag.data_ptr()
-        self._attend.causal = 1
-        for name, value in constants.items():
-            setattr(self._attend, name, value)
-        if turn is not None:
+        call = self._attend
+        call.causal, call.sliding_window, call.warm_up = 1, self.sliding_window, warm_up
+        call.sink_tokens, call.raw_window = self.recipe.sink_tokens, self.recipe.raw_window
+        if self._turn is not None:
             self._waves = turn.waves(pages.end * PAGE_TOKENS)  # kept: calls hold its address
-            self._attend.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
+            call.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
         # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
-        self._q, self._out, self._raw = self._attend.q, self._attend.out, list(self._attend.raw)
+        self._q, self._out, self._raw = call.q, call.out, list(call.raw)
         self._k, self._v = self._copy.k, self._copy.v
         self._room = self._scratch_key = None
         self._spans = [None] * len(self._raw)
@@ -160,20 +156,13 @@ class Kernels:
 
     def _describe_offsets(self, tables, begin, end):
         """Offsets of K for the spans of tokens [begin, end), if it turns."""
-        if self._turn is None or self._offset[0][0] is None:
-            return
-        span = self._turn.span
-        first, last = begin // span, (end - 1) // span + 1
-        if self._turned is None or first < self._turned[0] or last > self._turned[1]:
-            last = max(last, first + SPANS_AHEAD)
-            mu = self._turn.turn(self._offset[0][0], first, last)
-            self._turned = first, last, mu, rotate(mu, self._rotations[0][0])
-        first, last, mu, rotated = self._turned
-        tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
-        tables.offset_span, tables.offset_first, tables.offset_count = span, first, last - first
+        if self._turn is not None:
+            (span, first, count), (mu, rotated) = self._offsets_of(0, begin, end)
+            tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
+            tables.offset_span, tables.offset_first, tables.offset_count = span, first, count
 
     def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
-        """As CudaLayer.attend. counts: length, first, packed_end, kept.
+        """As GpuLayer.attend. counts: length, first, packed_end, kept.
 
         spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens.
         """
@@ -240,19 +229,9 @@ class Scratch:
         self.where = self._space.data_ptr(), self._arrivals.data_ptr()
 
 
-def rotation_tables(library, description, device, dense):
-    """For K and V (R, its transpose, R as the encoding kernel reads it), on the device; None for what there is not.
-
-    dense: the matrices of a recipe that brings its own, or None for each side. Other tables are shared by all layers of
-    a kind, of any cache.
-    """
-    if dense[0] is not None:
-        return tuple(_tables(library, description, device, side, dense[side]) for side in (0, 1))
-    return _shared_tables(bytes(description), device)
-
-
 @functools.lru_cache(maxsize=1024)
 def _shared_tables(description, device):
+    """Tables of a rotation that is not dense, which all layers of a kind share, of any cache."""
     library, description = _cuda.load(), _cuda.LayerDescription.from_buffer_copy(description)
     made = []
     for side in (0, 1):
@@ -264,6 +243,7 @@ def _shared_tables(description, device):
 
 
 def _tables(library, description, device, side, matrix):
+    """(R, its transpose, R as the encoding kernel reads it) on the device; None for what there is not."""
     fragments = torch.empty(library.halfbyte_cuda_fragment_bytes(description, side), dtype=torch.uint8)
     if fragments.numel():
         matrix = matrix.contiguous()

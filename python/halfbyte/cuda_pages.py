@@ -1,10 +1,10 @@
-"""The pages of one CudaLayer: chunks of device memory that are never moved, and the table of their addresses."""
+"""The pages of one layer on CUDA: chunks of device memory that are never moved, and the table of their addresses."""
 
 import torch
 
 from . import _cuda
+from .gpu_kernels import PAGE_TOKENS
 
-PAGE_TOKENS = 64
 GROWTH = 16  # pages are added by this part of those held, and
 FEWEST_PAGES = 4  # at least so many, so that the table changes rarely
 
@@ -23,10 +23,11 @@ class Chunk:
         return self.pages.shape[1]
 
 
-class Pages:
+class CudaPages:
     """Pages first, first + 1, … of every sequence; page i holds tokens from 64 i on. Methods say if addresses changed.
 
-    one_by_one: each page is a chunk of its own, as those of a sliding window leave at the other end.
+    Sequences share no pages. one_by_one: each page is a chunk of its own, as those of a sliding window leave at the
+    other end.
     """
 
     def __init__(self, batch, page_bytes, device, one_by_one=False):
@@ -44,12 +45,19 @@ class Pages:
             return _cuda.Pages(None, 0, self.first)
         return _cuda.Pages(self._table.data_ptr(), self._table.stride(0), self.first)
 
-    def tensors(self):
-        return [chunk.pages for chunk in self._chunks] + ([] if self._table is None else [self._table])
+    @property
+    def nbytes(self):
+        held = [chunk.pages for chunk in self._chunks] + ([] if self._table is None else [self._table])
+        return sum(x.numel() * x.element_size() for x in held)
 
-    def between(self, begin, end):
-        """Pages [begin, end) as one tensor [batch, pages, bytes]."""
-        return torch.cat([chunk.pages for chunk in self._chunks], 1)[:, begin - self.first : end - self.first]
+    def save(self, begin, end):
+        """(numbers of pages [begin, end) of every sequence, uint8 of the pages one after the other)."""
+        held = torch.cat([chunk.pages for chunk in self._chunks], 1)[:, begin - self.first : end - self.first]
+        return torch.arange(self.batch * (end - begin)), held.reshape(-1)
+
+    def load(self, table, pages):
+        """Takes over pages from page `first` on. table: [batch, pages] numbers of pages, as `save` gave them."""
+        self._add(pages.view(-1, self.page_bytes)[table].to(self.device))
 
     def make_room(self, begin, end):
         """Has pages for tokens [begin, end) that are this layer's alone."""
@@ -61,10 +69,10 @@ class Pages:
         more = max(needed, held // GROWTH, FEWEST_PAGES if held else 0)
         for count in [1] * needed if self.one_by_one else [more]:
             # Zeros: kernels read whole blocks, and what they mask must be numbers.
-            self.add(torch.zeros(self.batch, count, self.page_bytes, dtype=torch.uint8, device=self.device))
+            self._add(torch.zeros(self.batch, count, self.page_bytes, dtype=torch.uint8, device=self.device))
         return True
 
-    def add(self, pages):
+    def _add(self, pages):
         chunk = Chunk(pages)
         self._chunks.append(chunk)
         columns = self._addresses(chunk)
@@ -109,14 +117,15 @@ class Pages:
             self._chunks.pop()
         self._rebuild()
 
-    def select(self, index):
+    def select(self, rows, index):
+        """Keeps these sequences, in that order. index: int64 [sequences], the same on the device."""
         self._chunks = [Chunk(chunk.pages.index_select(0, index)) for chunk in self._chunks]
-        self.batch = len(index)
+        self.batch = len(rows)
         self._rebuild()
 
     def copy(self):
         """Pages of another layer, in the same memory until either writes to them."""
-        other = Pages(self.batch, self.page_bytes, self.device, self.one_by_one)
+        other = CudaPages(self.batch, self.page_bytes, self.device, self.one_by_one)
         other.first, other._table = self.first, self._table
         for chunk in self._chunks:
             chunk.shared = True

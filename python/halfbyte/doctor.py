@@ -136,13 +136,15 @@ def check_cuda() -> float:
     """Attention on the GPU against plain softmax over what it packed there, at tail sizes: the worst error."""
     import torch
 
-    from .cuda_layer import CudaLayer
+    from .cuda_kernels import CudaKernels
+    from .gpu_layer import GpuLayer
 
+    config = {"kv_heads": 2, "head_dim_k": 128, "head_dim_v": 128, "dtype": "float16", "recipe": get_recipe("default")}
     worst = 0.0
     for tokens in TAIL_TOKENS:
         key, value = torch.randn(2, 1, 2, tokens, 128, dtype=torch.float16, device="cuda")
         query = torch.randn(1, 6, 1, 128, dtype=torch.float16, device="cuda")
-        layer = CudaLayer(key.device, 2, 128, 128, "float16", get_recipe("default"))
+        layer = GpuLayer(CudaKernels, key.device, **config)
         layer.append(key, value)
         out = torch.full((1, 1, 6, 128), math.nan, dtype=torch.float16, device="cuda")
         layer.attend(query, out, 128**-0.5, None, None, 0.0, None)

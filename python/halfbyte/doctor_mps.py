@@ -61,11 +61,12 @@ def _layers(head_dim, recipe_name, device, seed):
     """A layer of the CPU's definition and one of the device, with the same calibration."""
     import torch
 
-    from .mps_layer import MpsLayer
+    from .gpu_layer import GpuLayer
+    from .mps_kernels import MetalKernels
 
     config = {"kv_heads": 2, "head_dim_k": head_dim, "head_dim_v": head_dim, "dtype": "float32"}
     config["recipe"] = get_recipe(recipe_name)
-    pair = _native.Layer(**config), MpsLayer(device, **config)
+    pair = _native.Layer(**config), GpuLayer(MetalKernels, torch.device(device), **config)
     generator = torch.Generator().manual_seed(seed)
     factors = [torch.rand(2, head_dim, generator=generator) + 0.5 for _ in "kv"]
     offsets = [torch.randn(2, head_dim, generator=generator) for _ in "kv"]
@@ -217,10 +218,12 @@ def _encode_seconds(recipe, head_dim, device, vectors, repeats):
     """Seconds to pack `vectors` vectors, half of them K, float32 in; room and pages are there before."""
     import torch
 
-    from .mps_layer import MpsLayer
+    from .gpu_layer import GpuLayer
+    from .mps_kernels import MetalKernels
 
     heads, tokens = 8, vectors // 16
-    layer = MpsLayer(device, heads, head_dim, head_dim, "float32", recipe)
+    config = {"kv_heads": heads, "head_dim_k": head_dim, "head_dim_v": head_dim, "dtype": "float32", "recipe": recipe}
+    layer = GpuLayer(MetalKernels, torch.device(device), **config)
     if recipe.lambda_:
         ones = torch.ones(heads, head_dim)
         layer.set_lambda(ones.data_ptr(), ones.data_ptr())
@@ -230,7 +233,7 @@ def _encode_seconds(recipe, head_dim, device, vectors, repeats):
     for _ in range(repeats + 1):
         _synchronize(device)
         start = time.perf_counter()
-        layer.kernels.encode(layer, (key, key), 0, 0, end)
+        layer.kernels.encode((key, key), 0, 0, end)
         _synchronize(device)
         seconds.append((time.perf_counter() - start) * tokens / max(end, 1))
     return seconds[1:]

@@ -79,8 +79,8 @@ class Int4Layer(CacheLayerMixin):
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
         self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
         rope = self.rope(dim_k) if parts is None else None
-        self._turns = rope is not None and hasattr(native, "set_frequencies")  # Metal kernels take fixed offsets alone
-        if self._turns:
+        self._turns = rope is not None
+        if rope is not None:
             native.set_frequencies(rope.frequencies.data_ptr(), rope.frequencies.numel(), rope.interleaved)
         elif parts is not None:
             self._turns = len(parts.get("frequencies", ())) > 0

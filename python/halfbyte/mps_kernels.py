@@ -11,16 +11,17 @@ from importlib import resources
 
 import torch
 
+from .gpu_kernels import DTYPES, LARGEST, ONE_OFFSET, PAGE_TOKENS, ROTATIONS, GpuKernels
+from .mps_pages import MpsPages
+
 HEAD_DIMS = (64, 80, 96, 128, 256)
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
-ROTATIONS = {"identity": 0, "srft": 1, "srht": 2, "dense": 3}
-SIMD, ENCODE_THREADS, ATTEND_THREADS, FINISH_THREADS = 32, 128, 256, 256
+CODE_THREADS, ATTEND_THREADS, FINISH_THREADS = 128, 256, 256
 PART = 16  # channels of a lane in encode and decode
 TILE_ROWS = 8  # rows (query heads × queries) of a group in attend and finish
 SMALLEST_SPLIT = 128  # tokens
 MAX_RAW = 3
 NO_RAW = [0] * 10  # numbers of a span of raw tokens that is not there
-ONE_OFFSET, NO_TURN = [0, 0, 1], [0, 0, 0]  # numbers of an offset that does not turn
+NO_TURN = 0, 0, 0  # numbers of an offset that does not turn
 
 
 def source():
@@ -45,37 +46,36 @@ def gpu_cores():
     return count() if count is not None else 8
 
 
-def why_not(config):
-    """Why there are no kernels for a layer, or None. config: as _native.Layer takes it."""
-    k, v = config["head_dim_k"], config["head_dim_v"]
-    if k != v or k not in HEAD_DIMS:
-        return f"the Metal kernels take heads of {', '.join(map(str, HEAD_DIMS))}, K and V alike, not {k} and {v}"
-    if config["recipe"].k_bits == 32:
-        return "the Metal kernels take 4 and 8 bits, not 32"
-    try:
-        library()
-    except NotImplementedError as error:
-        return str(error)
-    return None
+class MetalKernels(GpuKernels):
+    """Launches on PyTorch's stream of an Apple GPU. Values are looked at before they are packed, which waits for it."""
 
+    doubles = False
 
-class Kernels:
-    """The kernels of one layer: its constant arguments and its rotations' tables. For layers without why_not."""
+    @staticmethod
+    def why_not(device, config, exact=False):
+        """Why there are no kernels for a layer, or None. exact: attention in float32 is wanted, as these compute."""
+        k, v = config["head_dim_k"], config["head_dim_v"]
+        if k != v or k not in HEAD_DIMS:
+            return f"the Metal kernels take heads of {', '.join(map(str, HEAD_DIMS))}, K and V alike, not {k} and {v}"
+        if config["recipe"].k_bits == 32:
+            return "the Metal kernels take 4 and 8 bits, not 32"
+        try:
+            library()
+        except NotImplementedError as error:
+            return str(error)
+        return None
 
-    def __init__(self, config, device):
-        recipe = config["recipe"]
-        self.recipe, self.device, self.dim, self.kv_heads = recipe, device, config["head_dim_k"], config["kv_heads"]
+    def __init__(self, device, **config):
+        super().__init__(device, **config)
+        recipe, self.dim = self.recipe, self.dims[0]
         self.padded = -(-self.dim // 32) * 32
-        self.dtype = DTYPES[config["dtype"]]
         self.bits = recipe.k_bits, recipe.v_bits
         self.nothing = torch.zeros(1, device=device)  # where a kernel has nothing to read
-        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.tables = [rotation_table(recipe, config["layer_index"], self.dim).to(device)] * 2
-        self.inverse = [None, None]  # (lambda, its inverse) of each side
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)  # `refuse` has looked before: nobody reads it
+        self.tables = [rotation_table(recipe, self.layer_index, self.dim).to(device)] * 2
 
-    def set_rotations(self, matrices):
-        """Tables of a dense recipe's rotations."""
-        self.tables = [self.nothing if r is None else torch.cat([r.reshape(-1), r.T.reshape(-1)]) for r in matrices]
+    def pages(self, batch):
+        return MpsPages(batch, self.page_bytes, self.device)
 
     @property
     def page_head_bytes(self):
@@ -83,129 +83,123 @@ class Kernels:
         total = 0
         for bits, group in zip(self.bits, (self.recipe.k_group, self.recipe.v_group), strict=True):
             groups = 1 if group == 0 else -(-self.padded // min(group, self.padded))
-            total += 64 * (self.padded * bits // 8 + groups * self.recipe.scale_bits // 8)
+            total += PAGE_TOKENS * (self.padded * bits // 8 + groups * self.recipe.scale_bits // 8)
         return -(-total // 64) * 64
 
     @property
-    def nbytes(self):
-        return sum(table.numel() * 4 for table in {id(t): t for t in self.tables}.values())
+    def page_bytes(self):
+        return self.kv_heads * self.page_head_bytes
 
-    def _layer_numbers(self, layer):
+    def set_rotations(self, matrices):
+        """Those of a dense recipe, [head_dim, head_dim] of K and V."""
+        self.tables = [torch.cat([r.reshape(-1), r.T.reshape(-1)]).to(self.device) for r in matrices]
+
+    def refuse(self, spans):
+        limit = LARGEST[self.recipe.scale_bits]
+        held = [pair[side][:, :, : end - first] for side in (0, 1) for first, end, pair in spans]
+        largest = torch.stack([x.abs().amax().float() for x in held])
+        for name, value in zip("KV", largest.view(2, -1).amax(1).tolist(), strict=True):
+            if not value <= limit:
+                raise ValueError(
+                    f"{name} holds {value} among the tokens up to {spans[-1][1]}: it takes finite values up to "
+                    f"{limit:g}; the cache is as before"
+                )
+
+    def bind(self, batch, pages, offset, factors, turn, warm_up):
+        super().bind(batch, pages, offset, factors, turn, warm_up)
         recipe = self.recipe
-        codec = [recipe.k_bits, recipe.k_group, recipe.v_bits, recipe.v_group]
-        codec += [recipe.scale_bits, int(recipe.search), int(recipe.signed_scale)]
-        head = [layer.batch, self.kv_heads, self.dtype, ROTATIONS[recipe.rotation]]
-        return [*head, *codec, layer.page_table().shape[1], layer.pages_dropped]
-
-    def _inverse_lambda(self, layer, side):
-        factors = layer.lambdas[side]
-        if factors is None:
-            return None
-        if self.inverse[side] is None or self.inverse[side][0] is not factors:
-            self.inverse[side] = factors, 1.0 / factors
-        return self.inverse[side][1]
+        self._batch, self._pages, self._table, self._warm_up = batch, pages, pages.table(), warm_up
+        self._numbers = [batch, self.kv_heads, DTYPES[self.dtype], ROTATIONS[recipe.rotation]]
+        self._numbers += [recipe.k_bits, recipe.k_group, recipe.v_bits, recipe.v_group]
+        self._numbers += [recipe.scale_bits, int(recipe.search), int(recipe.signed_scale)]
+        self._numbers += [self._table.shape[1], pages.first]
+        self._lambdas, self._inverses = zip(*factors, strict=True)
+        self._turn_numbers, self._waves = NO_TURN, self.nothing
+        if self._turn is not None:
+            self._turn_numbers = turn.span, turn.pairs, int(turn.interleaved)
+            self._waves = turn.waves(pages.end * PAGE_TOKENS)
 
     def _or_nothing(self, *tensors):
         return [self.nothing if x is None else x for x in tensors]
 
-    def _code_threads(self, layer, tokens):
+    def _code(self, verb, side, begin, end, numbers, given, factor, result):
+        """Launches a kernel for tokens [begin, end) of one side. The rest is what encode and decode differ in."""
+        spans, (mu,) = self._offsets_of(side, begin, end) if self._offset else (ONE_OFFSET, (None,))
+        numbers = [*self._numbers, int(side == 0), begin, end - begin, *numbers]
+        numbers += [int(mu is not None), int(factor is not None), *spans]
         lanes = 2
         while lanes * PART < self.dim:
             lanes *= 2
-        vectors = layer.batch * self.kv_heads * tokens
-        return -(-vectors // (ENCODE_THREADS // lanes)) * ENCODE_THREADS
+        vectors = self._batch * self.kv_heads * (end - begin)
+        getattr(library(), f"{verb}_d{self.dim}_int{self.bits[side]}")(
+            numbers, *given, self.tables[side], *self._or_nothing(mu, factor), self._table, self._pages.pool.bytes,
+            result, threads=-(-vectors // (CODE_THREADS // lanes)) * CODE_THREADS, group_size=CODE_THREADS,
+        )  # fmt: skip
 
-    def encode(self, layer, raw, data_first, begin, end):
-        """Packs tokens [begin, end) of K and V; raw holds tokens from data_first on."""
-        numbers = self._layer_numbers(layer)
-        for side, data in enumerate(raw):
-            offset = None if layer.offset is None else layer.offset[side]
-            has = int(offset is not None), int(layer.lambdas[side] is not None)
-            kernel = getattr(library(), f"encode_d{self.dim}_int{self.bits[side]}")
-            kernel(
-                [*numbers, int(side == 0), begin, end - begin, data_first, *data.stride()[:3], *has, *ONE_OFFSET],
-                layer.limit,
-                data,
-                self.tables[side],
-                *self._or_nothing(offset, layer.lambdas[side]),
-                layer.page_table(),
-                layer.pool.bytes,
-                self.flag,
-                threads=self._code_threads(layer, end - begin),
-                group_size=ENCODE_THREADS,
-            )
+    def encode(self, pair, data_first, begin, end):
+        """Packs tokens [begin, end) of (K, V), which start at position data_first."""
+        for side, data in enumerate(pair):
+            numbers = data_first, *data.stride()[:3]
+            given = LARGEST[self.recipe.scale_bits], data
+            self._code("encode", side, begin, end, numbers, given, self._lambdas[side], self.flag)
 
-    def decode(self, layer, out, out_first, begin, end):
-        """Unpacks tokens [begin, end) to float32 `out`, a pair whose first token is out_first."""
-        numbers = self._layer_numbers(layer)
-        for side, to in enumerate(out):
-            offset = None if layer.offset is None else layer.offset[side]
-            inverse = self._inverse_lambda(layer, side)
-            has = int(offset is not None), int(inverse is not None)
-            kernel = getattr(library(), f"decode_d{self.dim}_int{self.bits[side]}")
-            kernel(
-                [*numbers, int(side == 0), begin, end - begin, out_first, to.shape[2], *has, *ONE_OFFSET],
-                self.tables[side],
-                *self._or_nothing(offset, inverse),
-                layer.page_table(),
-                layer.pool.bytes,
-                to,
-                threads=self._code_threads(layer, end - begin),
-                group_size=ENCODE_THREADS,
-            )
+    def decode(self, first_token, tokens, out_first, parts):
+        """Unpacks tokens to float32 (K, V) [batch, kv_heads, tokens, head_dim] that start at position out_first."""
+        for side, out in enumerate(parts):
+            numbers = out_first, out.shape[2]
+            self._code("decode", side, first_token, first_token + tokens, numbers, (), self._inverses[side], out)
 
-    def attend(self, layer, query, out, scale, raw_parts, kept, mask, softcap, sinks):
-        """Packed tokens in parallel parts, then their merge and the raw tokens: see MpsLayer.attend."""
+    def copy_raw(self, pair, room, slot):
+        """Copies (K, V) to where raw tokens are kept, from `slot` on."""
+        for to, x in zip(room, pair, strict=True):
+            to[:, :, slot : slot + x.shape[2]] = x
+
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
+        """As GpuLayer.attend: packed tokens in parallel parts, then their merge and the raw tokens.
+
+        counts: length, first, packed_end, kept. spans: ((K, V), position at their start, begin, end, are sinks) of raw
+        tokens.
+        """
         _, heads, queries, _ = query.shape
-        begin, end = packed_range(layer, queries, kept, mask)
-        tiles = -(-(heads // self.kv_heads * queries) // TILE_ROWS)
-        segments = layer.batch * self.kv_heads * tiles
+        length, first, packed_end, kept = counts
+        recipe, tiles = self.recipe, -(-(heads // self.kv_heads * queries) // TILE_ROWS)
+        segments = self._batch * self.kv_heads * tiles
+        begin, end = max(self._first_seen(length, first, queries, mask), recipe.sink_tokens), min(length, packed_end)
         splits = splits_of(segments, begin, end)
-        offsets = layer.offset or (None, None)
-        inverses = [self._inverse_lambda(layer, side) for side in (0, 1)]
-        numbers = [*self._layer_numbers(layer), heads, queries, 1]
-        numbers += [layer.length, layer.first, layer.sliding_window, layer.sink, layer.packed_end]
-        numbers += [self.recipe.raw_window, layer.warm_up, kept, begin, end, splits]
+        mu = [tables[0] for tables in self._offset or ((None,), (None,))]
+        numbers = [*self._numbers, heads, queries, 1, length, first, self.sliding_window, recipe.sink_tokens]
+        numbers += [packed_end, recipe.raw_window, self._warm_up, kept, begin, end, splits]
         # out is [batch, queries, heads, channels], the kernels say batch, head, token
         numbers += [*query.stride()[:3], out.stride(0), out.stride(2), out.stride(1)]
         numbers += [0, 0, 0, 0] if mask is None else [1, mask.shape[3], mask.stride(0), mask.stride(2)]
-        numbers += [int(x is not None) for x in (sinks, *offsets, *inverses)]
-        numbers += [len(raw_parts)]
+        numbers += [int(x is not None) for x in (sinks, *mu, *self._inverses)]
+        numbers += [len(spans)]
         buffers = []
-        for (k, v), first, start, stop, are_sinks in raw_parts:
-            numbers += [*k.stride()[:3], *v.stride()[:3], first, start, stop, int(are_sinks)]
+        for (k, v), *where in spans:
+            numbers += [*k.stride()[:3], *v.stride()[:3], *where]
             buffers += [k, v]
-        missing = MAX_RAW - len(raw_parts)
-        numbers, buffers = numbers + NO_RAW * missing + NO_TURN, buffers + [self.nothing] * (2 * missing)
+        missing = MAX_RAW - len(spans)
+        numbers += [*NO_RAW * missing, *self._turn_numbers]
+        buffers += [self.nothing] * (2 * missing)
         reals = [float(scale), float(softcap or 0.0)]
-        mask, sinks, *rest = self._or_nothing(mask, sinks, *offsets, *inverses)
-        offset_k, offset_v, inverse_k, inverse_v = rest
+        mask, sinks, mu_k, mu_v, inverse_k, inverse_v = self._or_nothing(mask, sinks, *mu, *self._inverses)
         partials = self.nothing
         if splits:
             partials = query.new_empty(segments * splits * TILE_ROWS * (self.padded + 2), dtype=torch.float32)
             getattr(library(), f"attend_d{self.dim}")(
-                numbers, reals, query, self.tables[0], offset_k, inverse_k, mask, layer.page_table(), layer.pool.bytes,
-                partials, self.nothing, threads=segments * splits * ATTEND_THREADS, group_size=ATTEND_THREADS,
+                numbers, reals, query, self.tables[0], mu_k, inverse_k, mask, self._table, self._pages.pool.bytes,
+                partials, self._waves, threads=segments * splits * ATTEND_THREADS, group_size=ATTEND_THREADS,
             )  # fmt: skip
         getattr(library(), f"finish_d{self.dim}")(
-            numbers, reals, query, out, mask, sinks, self.tables[1], offset_v, inverse_v, partials, *buffers,
+            numbers, reals, query, out, mask, sinks, self.tables[1], mu_v, inverse_v, partials, *buffers,
             threads=segments * FINISH_THREADS, group_size=FINISH_THREADS,
         )  # fmt: skip
 
-
-def packed_range(layer, queries, kept, mask):
-    """[begin, end) of the packed tokens that any of the newest `queries` tokens sees, as sight_of in src/gpu/attend.h.
-
-    Queries come in order of position, so that the first sees the oldest and the last the newest.
-    """
-    first, last = layer.length - queries, layer.length - 1
-    low = layer.first
-    if mask is not None:
-        low = max(low, layer.length - mask.shape[3])
-    elif layer.sliding_window:
-        low = max(low, first + 1 - layer.sliding_window)
-    raw_from = max(layer.raw_start(last), min(kept, last + 1))
-    return max(low, layer.sink), min(layer.length, raw_from, layer.packed_end)
+    def _first_seen(self, length, first, queries, mask):
+        """The first token that any of the newest `queries` tokens sees, as sight_of in src/gpu/attend.h."""
+        if mask is not None:
+            return max(first, length - mask.shape[3])
+        return max(first, length - queries + 1 - self.sliding_window) if self.sliding_window else first
 
 
 def splits_of(segments, begin, end):

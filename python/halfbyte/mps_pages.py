@@ -1,15 +1,16 @@
-"""PagePool: the packed pages of a layer and its copies as one tensor, with a count of who holds each page."""
+"""The pages of one layer on an Apple GPU: numbers of pages in one buffer, since a kernel takes one."""
 
 import torch
 
-SMALLEST = 4  # pages of a new pool
+from .gpu_kernels import PAGE_TOKENS
+
+SMALLEST = 4  # pages that a pool grows by
 
 
 class PagePool:
-    """Pages of `page_bytes` in one uint8 tensor; sequences hold them by number, and share them until one writes."""
+    """Pages of `page_bytes` in one uint8 tensor; sequences of a layer and its copies hold them by number."""
 
     def __init__(self, page_bytes, device):
-        self.page_bytes = page_bytes
         self.bytes = torch.zeros(0, page_bytes, dtype=torch.uint8, device=device)
         self.holders = []  # of each page
         self.spare = []
@@ -24,58 +25,118 @@ class PagePool:
             if self.holders[page] == 0:
                 self.spare.append(page)
 
-    def take(self):
-        """The number of a page of zeros, held once: kernels read whole blocks, and what they mask must be numbers."""
-        if not self.spare:
-            self._grow()
-        page = self.spare.pop()
-        self.holders[page] = 1
-        self.bytes[page].zero_()
-        return page
+    def take(self, count):
+        """Numbers of so many pages, held once, of zeros: kernels read whole blocks, and what they mask are numbers."""
+        if len(self.spare) < count:
+            self._grow(count - len(self.spare))
+        taken = [self.spare.pop() for _ in range(count)]
+        self.hold(taken)
+        self.bytes[self.index(taken)] = 0
+        return taken
 
-    def _grow(self, least=SMALLEST):
-        """A quarter more pages. Kernels take one buffer: the old ones are copied, each about four times in the end."""
+    def _grow(self, least):
+        """A quarter more pages. The old ones are copied, each about four times in the end."""
         old = len(self.holders)
-        more = max(least, old // 4)
-        grown = self.bytes.new_zeros(old + more, self.page_bytes)
-        grown[:old] = self.bytes
-        self.bytes = grown
+        more = max(least, old // 4, SMALLEST)
+        self.bytes = torch.cat([self.bytes, self.bytes.new_zeros(more, self.bytes.shape[1])])
         self.holders += [0] * more
         self.spare += range(old + more - 1, old - 1, -1)
 
-    def writable(self, sequences, begin, end):
-        """Gives each list of pages own pages at [begin, end): new ones, and copies of shared ones. Whether any changed.
+    def index(self, pages):
+        return torch.tensor(pages, dtype=torch.int64, device=self.bytes.device)
 
-        Only the first may be there already: the others are behind what is packed.
-        """
-        changed = False
-        for pages in sequences:
-            if begin < len(pages) and self.holders[pages[begin]] > 1:
-                own = self.take()
-                self.bytes[own] = self.bytes[pages[begin]]
-                self.release([pages[begin]])
-                pages[begin], changed = own, True
-            while len(pages) < end:
-                pages.append(self.take())
-                changed = True
+
+class MpsPages:
+    """Pages first, first + 1, … of every sequence; page i holds tokens from 64 i on. Methods say if places changed.
+
+    Sequences share pages until one writes to them, and so do copies of a layer.
+    """
+
+    def __init__(self, batch, page_bytes, device):
+        self.page_bytes, self.pool = page_bytes, PagePool(page_bytes, device)
+        self.first = 0
+        self.numbers = [[] for _ in range(batch)]
+
+    def __del__(self):
+        self._let_go(self.numbers)
+
+    @property
+    def end(self):
+        return self.first + (len(self.numbers[0]) if self.numbers else 0)
+
+    @property
+    def nbytes(self):
+        """Of the pages held, and of spare ones."""
+        return (len({page for row in self.numbers for page in row}) + len(self.pool.spare)) * self.page_bytes
+
+    def table(self):
+        """int64 [batch, pages]: where each page starts in pool.bytes; of at least one page a sequence."""
+        return self.pool.index([row or [0] for row in self.numbers]) * self.page_bytes
+
+    def save(self, begin, end):
+        """(numbers of pages [begin, end) of every sequence, uint8 of the pages one after the other)."""
+        seen = {}
+        rows = (row[begin - self.first : end - self.first] for row in self.numbers)
+        table = [seen.setdefault(page, len(seen)) for row in rows for page in row]
+        return torch.tensor(table), self.pool.bytes[self.pool.index(list(seen))].view(-1)
+
+    def load(self, table, pages):
+        """Takes over pages from page `first` on. table: [batch, pages] numbers of pages, as `save` gave them."""
+        pages = pages.view(-1, self.page_bytes)
+        taken = self.pool.take(len(pages))
+        self.pool.bytes[self.pool.index(taken)] = pages.to(self.pool.bytes.device)
+        self.numbers = [[taken[number] for number in row] for row in table.tolist()]
+        for row in self.numbers:
+            self.pool.hold(row)
+        self.pool.release(taken)
+
+    def make_room(self, begin, end):
+        """Has pages for tokens [begin, end) that are this layer's and one sequence's alone."""
+        first, last, changed = begin // PAGE_TOKENS - self.first, -(-end // PAGE_TOKENS) - self.first, False
+        for row in self.numbers:
+            shared = [i for i in range(first, min(last, len(row))) if self.pool.holders[row[i]] > 1]
+            count = len(shared) + max(last - len(row), 0)
+            if not count:
+                continue
+            own, changed = self.pool.take(count), True
+            for i in shared:
+                self.pool.bytes[own[0]] = self.pool.bytes[row[i]]
+                self.pool.release([row[i]])
+                row[i] = own.pop(0)
+            row += own
         return changed
 
-    def add(self, content):
-        """Numbers of new pages, not yet held, with this content (uint8, one page after the other)."""
-        count = content.numel() // self.page_bytes
-        self._grow(count)
-        numbers = [self.spare.pop() for _ in range(count)]
-        if count:
-            index = torch.tensor(numbers, device=self.bytes.device)
-            self.bytes[index] = content.view(count, self.page_bytes).to(self.bytes.device)
-        return numbers
+    def drop(self, gone):
+        """Lets go of pages before page `gone`."""
+        count = max(gone - self.first, 0)
+        self._let_go([row[:count] for row in self.numbers])
+        self.numbers = [row[count:] for row in self.numbers]
+        self.first += count
+        return count > 0
 
-    def bytes_of(self, pages):
-        """The content of some pages, on the host."""
-        if not pages:
-            return torch.empty(0, dtype=torch.uint8)
-        return self.bytes[torch.tensor(pages, device=self.bytes.device)].cpu().reshape(-1)
+    def crop(self, end):
+        """Lets go of pages from page `end` on."""
+        kept = max(end - self.first, 0)
+        self._let_go([row[kept:] for row in self.numbers])
+        self.numbers = [row[:kept] for row in self.numbers]
 
-    def bytes_held(self, sequences):
-        """Bytes of the pages that these hold, and of the spare ones."""
-        return (len({page for pages in sequences for page in pages}) + len(self.spare)) * self.page_bytes
+    def select(self, rows, index):
+        """Keeps these sequences, in that order. index: int64 [sequences], the same on the device."""
+        kept = [list(self.numbers[row]) for row in rows]
+        for row in kept:
+            self.pool.hold(row)
+        self._let_go(self.numbers)
+        self.numbers = kept
+
+    def copy(self):
+        """Pages of another layer, in the same memory until either writes to them."""
+        other = object.__new__(MpsPages)
+        other.page_bytes, other.pool, other.first = self.page_bytes, self.pool, self.first
+        other.numbers = [list(row) for row in self.numbers]
+        for row in other.numbers:
+            self.pool.hold(row)
+        return other
+
+    def _let_go(self, numbers):
+        for row in numbers:
+            self.pool.release(row)

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from . import _cuda, _native
+from . import _native
 
 
 def append_native(native, k, v, counted, answered):
@@ -17,7 +17,7 @@ def append_native(native, k, v, counted, answered):
 
 
 def attend_native(native, query, out, scale, chunk, mask, softcap, sinks, exact=False):
-    """`native.attend` of CPU tensors, with the arguments of CudaLayer.attend."""
+    """`native.attend` of CPU tensors, with the arguments of GpuLayer.attend."""
     query, query_strides = _rows(query)
     _, heads, queries, _ = query.shape
     options = {"exact": True} if exact else {}
@@ -93,25 +93,15 @@ class HostLayer:
         return HostLayer(self.native.copy(), self.device, self.kv_heads, self.dims)
 
 
-def _gpu_layer(device, exact, parts, config):
-    """(the class that holds a layer on this device, None), or (None, why there is none)."""
-    if device.type not in ("cuda", "mps"):
+def _gpu_kernels(device, exact, config):
+    """(the class of a layer's kernels on this device, None), or (None, why there is none)."""
+    if device.type == "cuda":
+        from .cuda_kernels import CudaKernels as Kernels
+    elif device.type == "mps":
+        from .mps_kernels import MetalKernels as Kernels
+    else:
         return None, "there are no kernels for this device"
-    if device.type == "mps":
-        if parts is not None and len(parts.get("frequencies", ())):
-            return None, "the Metal kernels take no offset that turns"
-        from .mps_kernels import why_not
-        from .mps_layer import MpsLayer
-
-        return MpsLayer, why_not(config)
-    if exact or config["recipe"].k_bits == 32:
-        return None, 'the CUDA kernels do neither prefill="consistent" nor 32 bits'
-    reason = _cuda.why_not(device.index)
-    if reason is not None:
-        return None, f"no CUDA kernels ({reason}; see `halfbyte doctor`)"
-    from .cuda_layer import CudaLayer
-
-    return CudaLayer, None
+    return Kernels, Kernels.why_not(device, config, exact)
 
 
 @functools.cache
@@ -125,9 +115,15 @@ def make_room(device, exact, parts=None, **config):
     config: as _native.Layer takes it. exact: attention in float32 is wanted, which the CPU alone computes.
     """
     if device.type != "cpu":
-        layer, reason = _gpu_layer(device, exact, parts, config)
+        kernels, reason = _gpu_kernels(device, exact, config)
         if reason is None:
-            return layer(device, **config) if parts is None else layer.load(device, parts, **config)
+            from .gpu_layer import GpuLayer
+
+            return (
+                GpuLayer(kernels, device, **config)
+                if parts is None
+                else GpuLayer.load(kernels, device, parts, **config)
+            )
         _warn_once(
             f"Int4Cache on {device.type}: {reason}: the cache lives in CPU memory and attention is computed there, "
             "slowly"

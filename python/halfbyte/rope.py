@@ -25,13 +25,17 @@ class Rope:
     def turn(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """x [..., tokens, head_dim] turned as RoPE turns it at position [tokens]; channels behind the pairs stay."""
         angle = position[:, None].double() * self.frequencies.double()
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        pairs = self.frequencies.numel()
-        of_pairs = x[..., : 2 * pairs].unflatten(-1, (pairs, 2) if self.interleaved else (2, pairs))
-        at = -1 if self.interleaved else -2
-        a, b = of_pairs.unbind(at)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), at).flatten(-2)
-        return torch.cat((turned, x[..., 2 * pairs :]), -1)
+        return turn_pairs(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype), self.interleaved)
+
+
+def turn_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """x [..., tokens, head_dim] with its pairs of channels turned by cos, sin [tokens, pairs]; see Rope for pairs."""
+    pairs = cos.shape[-1]
+    of_pairs = x[..., : 2 * pairs].unflatten(-1, (pairs, 2) if interleaved else (2, pairs))
+    at = -1 if interleaved else -2
+    a, b = of_pairs.unbind(at)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), at).flatten(-2)
+    return torch.cat((turned, x[..., 2 * pairs :]), -1)
 
 
 def layer_rope(config, layer_idx: int, kind: str, head_dim: int) -> Rope | None:

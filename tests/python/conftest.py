@@ -58,3 +58,13 @@ def row_by_row(monkeypatch):
         return torch.cat(rows).reshape(*x.shape[:-1], -1)
 
     monkeypatch.setattr(torch.nn.functional, "linear", by_rows)
+
+
+@pytest.fixture
+def shaders(monkeypatch):
+    """What Metal kernels are called through from now on: the emulator, which notes the calls."""
+    from metal_standin import ShaderLibrary, pretend_mps
+
+    library = ShaderLibrary()
+    pretend_mps(monkeypatch, library)
+    return library

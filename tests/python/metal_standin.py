@@ -97,19 +97,22 @@ def bound(arg, cast):
 
 
 def pretend_mps(monkeypatch, shaders):
-    """Layers of CPU tensors are MpsLayers from now on, with the stand-in for their kernels."""
-    from halfbyte import mps_kernels
-    from halfbyte.layer import DTYPES, Int4Layer
-    from halfbyte.mps_layer import MpsLayer
+    """Layers of CPU tensors have Metal kernels from now on, with the stand-in behind them."""
+    from halfbyte import layer, mps_kernels
+    from halfbyte.gpu_layer import GpuLayer
 
-    make_room = Int4Layer._make_room
+    make_room = layer.Int4Layer._make_room
 
-    def make(layer, device, kv_heads, dim_k, dim_v, dtype, parts=None):
-        make_room(layer, device, kv_heads, dim_k, dim_v, dtype)
-        layer._on_cpu = False
-        config = {"kv_heads": kv_heads, "head_dim_k": dim_k, "head_dim_v": dim_v, "dtype": DTYPES[dtype]}
-        config |= {"recipe": layer.recipe, "layer_index": layer.layer_idx, "sliding_window": layer.sliding_window}
-        return MpsLayer(device, **config) if parts is None else MpsLayer.load(device, parts, **config)
+    def gpu_room(device, exact, parts=None, **config):
+        if parts is None:
+            return GpuLayer(mps_kernels.MetalKernels, device, **config)
+        return GpuLayer.load(mps_kernels.MetalKernels, device, parts, **config)
+
+    def make(self, *args):
+        room = make_room(self, *args)
+        self._on_cpu = False
+        return room
 
     monkeypatch.setattr(mps_kernels, "library", lambda: shaders)
-    monkeypatch.setattr(Int4Layer, "_make_room", make)
+    monkeypatch.setattr(layer, "make_room", gpu_room)
+    monkeypatch.setattr(layer.Int4Layer, "_make_room", make)

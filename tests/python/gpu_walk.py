@@ -1,0 +1,154 @@
+"""A GpuLayer and a C++ Layer that are told the same: for tests that hold one against the other."""
+
+import numpy as np
+import torch
+
+from halfbyte import _native, get_recipe, rooms
+from halfbyte.gpu_layer import GpuLayer
+
+KV_HEADS, HEADS = 2, 6
+STEPS = (1, 1, 1, 1, 2, 5, 17, 40, 90)
+COUNTS = ("length", "first", "visible", "batch", "packed_tokens", "has_offset")
+# Of (attention, unpacked values), relative to the whole. The C++ Layer computes `exact` here, so that what is left are
+# orders of sums, roundings of outputs, and codes that fall to the other side of a tie; CUDA's kernels attend in fp16.
+PLAIN = 1e-5, 1e-5
+METAL = {"float32": (3e-3, 0.02), "float16": (4e-3, 0.02), "bfloat16": (1e-2, 0.02)}
+CUDA = 0.03, 0.03
+CODES_DIFFER = 2e-3  # share of bytes on Metal, which computes in float32 throughout as the C++ Layer does
+
+
+def relative(got, want):
+    """Error of the whole; inf if anything is not finite."""
+    got, want = got.double().cpu(), want.double()
+    assert got.shape == want.shape
+    return ((got - want).norm() / want.norm().clamp_min(1e-12)).item() if got.isfinite().all() else float("inf")
+
+
+class Walk:
+    """`ours` on `device` with some kernels, and `theirs` on the CPU. Nothing that is asked of both may tell them apart.
+
+    pairs: of channels that RoPE turns, 0 for a fixed offset; fields: of the recipe.
+    """
+
+    def __init__(
+        self, kernels, recipe="default", dim=32, dtype="float32", window=0, batch=2, pairs=0, seed=0, device="cpu",
+        **fields,
+    ):  # fmt: skip
+        self.random = np.random.default_rng(seed)
+        self.torch_random = torch.Generator().manual_seed(seed)
+        self.kernels, self.device, self.dim, self.batch = kernels, torch.device(device), dim, batch
+        self.dtype, self.recipe = getattr(torch, dtype), get_recipe(recipe, **fields)
+        self.config = {"kv_heads": KV_HEADS, "head_dim_k": dim, "head_dim_v": dim, "dtype": dtype}
+        self.config |= {"recipe": self.recipe, "layer_index": 0, "sliding_window": window}
+        self.is_plain, self.is_metal = self.recipe.k_bits == 32, kernels.__name__ == "MetalKernels"
+        self.limits = PLAIN if self.is_plain else METAL[dtype] if self.is_metal else CUDA
+        self.theirs = _native.Layer(**self.config)
+        self.ours = GpuLayer(kernels, self.device, **self.config)
+        if pairs:  # odd seeds have pairs side by side
+            frequencies = torch.logspace(0, -4, pairs)
+            self.both("set_frequencies", frequencies.data_ptr(), pairs, bool(seed % 2))
+
+    def both(self, name, *arguments):
+        for layer in (self.ours, self.theirs):
+            getattr(layer, name)(*arguments)
+
+    def there(self, *tensors):
+        return [None if x is None else x.to(self.device) for x in tensors]
+
+    def tensor(self, heads, tokens, bias=0.0):
+        """Strided as projections give it: [batch, tokens, heads, channels], transposed."""
+        x = 2 * torch.randn(self.batch, tokens, heads, self.dim, generator=self.torch_random)
+        return (x + bias * (torch.arange(self.dim) % 7 == 3)).to(self.dtype).transpose(1, 2)
+
+    def append(self, tokens, counted=None, answered=False):
+        self.chunk = self.tensor(KV_HEADS, tokens, 8.0), self.tensor(KV_HEADS, tokens)
+        rooms.append_native(self.theirs, *self.chunk, counted, answered)
+        self.ours.append(*self.there(*self.chunk, counted), answered)
+
+    def attend(self, queries=1, mask=None, softcap=0.0, sinks=None):
+        query = self.tensor(HEADS, queries)
+        outs = [torch.full((self.batch, queries, HEADS, self.dim), np.nan, dtype=self.dtype) for _ in range(2)]
+        chunk = [x[:, :, -queries:] for x in self.chunk] if queries > 1 else None
+        scale = self.dim**-0.5
+        rooms.attend_native(self.theirs, query, outs[0], scale, chunk, mask, softcap, sinks, exact=True)
+        outs[1] = outs[1].to(self.device)
+        chunk = chunk and self.there(*chunk)
+        query, mask, sinks = self.there(query, mask, sinks)
+        self.ours.attend(query, outs[1], scale, chunk, mask, softcap, sinks)
+        assert relative(outs[1], outs[0]) < self.limits[0]
+
+    def compare(self):
+        """Counts and all content are the same, codes but for those at ties."""
+        for name in COUNTS:
+            assert getattr(self.ours, name) == getattr(self.theirs, name), name
+        tokens = self.theirs.visible
+        want = rooms.unpack_native(self.theirs, (self.dim, self.dim), KV_HEADS, tokens, torch.float32)
+        for got, x in zip(self.ours.unpack(tokens, torch.float32), want, strict=True):
+            assert relative(got, x) < self.limits[1]
+        ours, theirs = (canonical(layer.save()) for layer in (self.ours, self.theirs))
+        differing = {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+        assert differing <= (set() if self.is_plain else {"pages", "offset_k", "offset_v"})
+        for name in differing & {"offset_k", "offset_v"}:
+            assert np.abs(ours[name] - theirs[name]).max() < 1e-3
+        if "pages" in differing and self.is_metal and self.recipe.scale_bits == 16:  # float32 differs in its last bit
+            assert np.mean(ours["pages"] != theirs["pages"]) < CODES_DIFFER
+
+    def check(self, queries=1, **options):
+        self.attend(queries, **options)
+        self.compare()
+
+    def restore(self):
+        """From now on each goes on from what the other had saved."""
+        ours, theirs = self.ours.save(), self.theirs.save()
+        self.ours = GpuLayer.load(self.kernels, self.device, theirs, **self.config)
+        assert_same_content(self.ours.save(), theirs)
+        self.theirs = _native.Layer.load(**self.config, parts=ours)
+        self.ours = GpuLayer.load(self.kernels, self.device, ours, **self.config)
+
+    def step(self, steps=STEPS):
+        """One random change, then a look at all there is."""
+        kind = self.random.integers(12)
+        if not self.theirs.length or kind < 7:
+            tokens = int(self.random.choice(steps))
+            self.append(tokens)
+            mask = None
+            queries = tokens if self.random.integers(2) else 1
+            if self.random.integers(4) == 0:
+                shape = self.batch, 1, queries, self.theirs.visible
+                mask = torch.rand(shape, generator=self.torch_random) < 0.8
+            self.attend(queries, mask)
+        elif kind == 7:
+            length = self.theirs.length - int(self.random.choice([1, 3, 20, 70]))
+            lowest = 1 if not self.theirs.first else self.theirs.first + self.config["sliding_window"] - 1
+            self.both("crop", max(length, lowest))
+        elif kind == 8:
+            rows = self.random.integers(self.batch, size=int(self.random.integers(1, 4))).tolist()
+            self.both("select", rows)
+            self.batch = len(rows)
+        elif kind == 9:
+            self.restore()
+        elif kind == 10:
+            before = self.ours
+            self.ours = before.copy()
+            saved = self.ours.save()
+            before.append(*self.there(self.tensor(KV_HEADS, 33), self.tensor(KV_HEADS, 33)))
+            assert_same_content(self.ours.save(), saved)  # what the other writes is its own
+        else:
+            self.both("record_past", bool(self.random.integers(2)))
+        self.compare()
+
+
+def canonical(parts):
+    """Saved parts with the pages of each sequence in order: which sequences share pages is not content."""
+    parts = dict(parts)
+    table = parts.pop("page_table")
+    if len(table):
+        pages = parts["pages"].reshape(len(set(table.tolist())), -1)
+        parts["pages"] = pages[table]
+    return parts
+
+
+def assert_same_content(got, want):
+    got, want = canonical(got), canonical(want)
+    for name in want:
+        assert np.array_equal(got[name], want[name]), name

@@ -1,0 +1,221 @@
+"""GpuLayer against the C++ Layer on random walks: its bookkeeping with plain kernels, then with those of each device.
+
+Metal's run in the emulator, CUDA's where there is a GPU.
+"""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from gpu_walk import KV_HEADS, Walk  # noqa: E402
+from halfbyte import _cuda  # noqa: E402
+from halfbyte.cuda_kernels import CudaKernels  # noqa: E402
+from halfbyte.mps_kernels import MetalKernels  # noqa: E402
+from plain_kernels import PlainKernels, PlainKernelsOfMps  # noqa: E402
+
+NO_GPU = not torch.cuda.is_available() or _cuda.why_not(0) is not None
+needs_gpu = pytest.mark.skipif(NO_GPU, reason="no CUDA device with libhalfbyte_cuda")
+plain = pytest.mark.parametrize("kernels", [PlainKernels, PlainKernelsOfMps])
+
+
+def cuda_walk(*args, **options):
+    return Walk(CudaKernels, *args, **{"device": "cuda:0", "dtype": "float16", "dim": 128} | options)
+
+
+@pytest.fixture(params=["metal", pytest.param("cuda", marks=needs_gpu)])
+def walk(request):
+    """Makes walks on the kernels of a device, of heads that both have."""
+    if request.param == "cuda":
+        return cuda_walk
+    request.getfixturevalue("shaders")
+    return lambda *args, **options: Walk(MetalKernels, *args, **{"dim": 64} | options)
+
+
+# --------------------------------------------------------------------------------------------------------- bookkeeping
+
+
+@plain
+@pytest.mark.parametrize(
+    "options", [{}, {"sink_tokens": 16}, {"raw_window": 32}, {"sink_tokens": 32, "raw_window": 16}]
+)
+@pytest.mark.parametrize("window", [0, 70])
+def test_bookkeeping_is_the_cpp_layers(kernels, options, window):
+    walk = Walk(kernels, "passthrough", window=window, seed=len(options) + window, **options)
+    for _ in range(15):
+        walk.step()
+
+
+def test_pages_are_added_in_ever_larger_pieces():
+    walk = Walk(PlainKernels, "passthrough", batch=1)
+    walk.append(3200)
+    held = []
+    for _ in range(5):
+        for _ in range(64):
+            walk.append(1)
+        held.append(len(walk.ours._pages._chunks))
+    assert held == [2, 2, 2, 2, 3]  # four pages at a time
+    assert walk.ours.nbytes < 1.2 * walk.theirs.nbytes
+
+
+@plain
+def test_pages_for_a_capacity_are_there_at_once(kernels):
+    walk = Walk(kernels, "passthrough")
+    walk.ours.reserve(2, 300)
+    held = walk.ours.nbytes
+    for tokens in (250, 1, 40):
+        walk.append(tokens)
+        walk.check(1)
+    assert walk.ours.nbytes == held
+
+
+@plain
+def test_a_first_prefill_packs_no_more_than_its_window(kernels):
+    walk = Walk(kernels, "passthrough", window=40, sink_tokens=16)
+    walk.append(200, answered=True)
+    assert walk.ours._pages.first == 2  # tokens 128 to 191: those from 161 on are needed
+    assert walk.ours._pages.end == 3
+    assert walk.ours._sinks is None
+    for tokens in (1, 3):
+        walk.append(tokens)
+        walk.check(tokens)
+
+
+@plain
+def test_what_does_not_fit_is_refused(kernels):
+    walk = Walk(kernels, "passthrough")
+    walk.append(20)
+    k = torch.zeros(3, KV_HEADS, 1, 32)
+    with pytest.raises(ValueError, match="batch is 3, but the cache holds 2"):
+        walk.ours.append(k, k)
+    with pytest.raises(ValueError, match="queries is 3, but the last append held 20"):
+        walk.attend(3)
+    for rows in ([], [2], [-1]):
+        with pytest.raises(ValueError, match="takes one or more of the 2 sequences"):
+            walk.ours.select(rows)
+    walk.compare()
+
+
+# ------------------------------------------------------------------------------------------------------ CUDA's kernels
+
+
+GPU_CASES = [
+    ("default", "float16", 128, {}),
+    ("default", "bfloat16", 256, {}),
+    ("default", "float32", 80, {}),
+    ("g16", "float16", 64, {}),
+    ("k8v4", "bfloat16", 128, {}),
+    ("default", "float16", 128, {"raw_window": 16}),
+    ("no-sinks", "float16", 64, {}),
+    ("paper-g32", "float16", 128, {}),
+    ("default", "float16", 128, {"offset_tokens": 64}),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("recipe", "dtype", "dim", "options"), GPU_CASES)
+@pytest.mark.parametrize("window", [0, 70])
+def test_walks_like_the_cpp_layer(recipe, dtype, dim, options, window):
+    walk = cuda_walk(recipe, dim, dtype, window, seed=dim + window, **options)
+    for _ in range(40):
+        walk.step()
+
+
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "dim", "span", "pairs"), [
+    ("float16", 128, 64, 64), ("bfloat16", 64, 16, 20), ("float16", 256, 64, 128), ("float32", 80, 16, 40),
+    ("bfloat16", 128, 64, 30), ("float16", 96, 64, 48),
+])  # fmt: skip
+@pytest.mark.parametrize("window", [0, 70])
+def test_an_offset_that_turns_on_cuda(dtype, dim, span, pairs, window):
+    options = {"offset_span": span, "sink_tokens": 16 * (span == 16)}
+    walk = cuda_walk("default", dim, dtype, window, pairs=pairs, seed=pairs + 1, **options)
+    for _ in range(30):
+        walk.step()
+
+
+@needs_gpu
+def test_a_value_that_can_not_be_coded_raises_later():
+    walk = cuda_walk(seed=4)
+    k, v = (torch.zeros(2, KV_HEADS, 33, 128, dtype=torch.float16, device="cuda:0") for _ in range(2))
+    k[1, 0, 17, 7] = float("nan")  # behind the sinks
+    walk.ours.append(k, v)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="not finite"):
+        walk.ours.append(k[:, :, :1], v[:, :, :1])
+    walk.ours.reset()
+    walk.append(40)
+    walk.compare()
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_works_on_the_second_gpu_while_the_first_is_current():
+    walk = cuda_walk(seed=5, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    for _ in range(10):
+        walk.step()
+    assert torch.cuda.current_device() == 0
+
+
+# ----------------------------------------------------------------------------------------------------- Metal's kernels
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "options"),
+    [
+        ("default", "float32", {"sink_tokens": 16}),  # a fixed offset
+        ("default", "float32", {"pairs": 32, "seed": 1}),  # pairs side by side
+        ("turning", "float16", {"pairs": 20, "sink_tokens": 16, "seed": 2}),  # spans of a block; some channels stay
+        ("default", "float32", {"pairs": 32, "window": 70, "seed": 4}),
+    ],
+)
+def test_random_lives_on_metal(shaders, recipe, dtype, options):
+    walk = Walk(MetalKernels, recipe, 64, dtype, batch=1, **options)
+    for _ in range(12):
+        walk.step((1, 1, 1, 2, 15, 17))
+
+
+# ------------------------------------------------------------------------------------------------------ kernels of both
+
+
+def test_attends_with_all_that_narrows_it(walk):
+    walk = walk(seed=3, pairs=32)
+    walk.append(60)
+    walk.append(1)
+    walk.check(1, softcap=5.0)
+    walk.append(4)
+    mask = (torch.rand(2, 1, 4, 65, generator=walk.torch_random) > 0.3).index_fill(3, torch.tensor([64]), True)
+    walk.check(4, mask=mask)
+    sinks = torch.tensor([0.0, 1.0, -2.0, 3.0, 0.5, 0.0])
+    walk.check(4, mask=mask[..., 5:].contiguous(), softcap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("first", [7, 40])
+@pytest.mark.parametrize("pairs", [0, 20])
+def test_padding_is_left_out_of_the_offset(walk, first, pairs):
+    walk = walk("no-sinks", seed=first, pairs=pairs)
+    counted = torch.ones(2, first, dtype=torch.uint8)
+    counted[1, : first // 2] = 0
+    walk.append(first, counted)
+    walk.append(20)
+    walk.compare()
+    for side in ("k", "v"):
+        ours, theirs = (layer.save()[f"offset_{side}"] for layer in (walk.ours, walk.theirs))
+        assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_an_offset_given_for_k_turns_and_is_kept(walk):
+    walk = walk(pairs=32)
+    mu = torch.randn(KV_HEADS, walk.dim, generator=walk.torch_random)
+    walk.both("set_offset", mu.data_ptr(), 0)
+    walk.append(40)
+    walk.check()
+    walk.restore()
+    walk.both("crop", 9)
+    walk.append(30)
+    walk.check(30)
+    for name, arguments in (("set_offset", (mu.data_ptr(), 0)), ("set_frequencies", (0, 0))):
+        with pytest.raises(ValueError, match="after tokens were packed"):
+            getattr(walk.ours, name)(*arguments)
