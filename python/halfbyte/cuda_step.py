@@ -1,4 +1,4 @@
-"""A decoding step of one layer on CUDA that reads its length on the device: what is launched, and the operator for it."""
+"""A decoding step of one layer on CUDA that reads its length on the device: what is launched, and its operator."""
 
 import hashlib
 import math
@@ -277,3 +277,15 @@ def step(
 def _(query, key, value, mask, sinks, state, pages, raw, offsets, plan, scaling, softcap, append):
     batch, heads, queries, _ = query.shape
     return query.new_empty(batch, queries, heads, value.shape[-1])
+
+
+# An operator, not state[0]: inductor would put off that reading, and compute positions from it after a step has moved it.
+@torch.library.custom_op("halfbyte::tokens_seen", mutates_args=())
+def tokens_seen(state: torch.Tensor) -> torch.Tensor:
+    """How many tokens a layer holds, int64 [], before or after a step but not in between."""
+    return state[SEEN].clone()
+
+
+@tokens_seen.register_fake
+def _(state):
+    return state.new_empty(())

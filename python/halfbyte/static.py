@@ -11,7 +11,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 
 from .attention import Pending, States, Step, attend, check_options
 from .cuda_kernels import CudaKernels
-from .cuda_step import step
+from .cuda_step import step, tokens_seen
 from .hf import Int4Cache
 from .layer import Int4Layer
 from .static_cuda import StaticRoom
@@ -226,7 +226,7 @@ class Int4StaticLayer(Int4Layer):
 
     def get_seq_length(self):
         if self.room is not None:
-            return self.room.state[0]
+            return tokens_seen(self.room.state)
         return self.state[1] if self.is_initialized else 0
 
     def get_max_length(self):
