@@ -279,7 +279,7 @@ def _(query, key, value, mask, sinks, state, pages, raw, offsets, plan, scaling,
     return query.new_empty(batch, queries, heads, value.shape[-1])
 
 
-# An operator, not state[0]: inductor would put off that reading, and compute positions from it after a step has moved it.
+# An operator, not state[0]: inductor puts that reading off, and would compute positions from what a step has moved on.
 @torch.library.custom_op("halfbyte::tokens_seen", mutates_args=())
 def tokens_seen(state: torch.Tensor) -> torch.Tensor:
     """How many tokens a layer holds, int64 [], before or after a step but not in between."""

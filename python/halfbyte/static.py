@@ -41,10 +41,10 @@ def _on_host(method):
 class Int4StaticLayer(Int4Layer):
     """An Int4Layer for up to `max_cache_len` tokens whose pages are allocated when the first states arrive.
 
-    On the CPU, `state`: int64 [2] = (number of this layer, tokens seen); `update` advances it, so that traced code never
-    reads the layer itself. A step names the state it starts from: run again, it takes the layer back to there first.
-    On CUDA, `room` has the storage of steps of one token, whose kernels read and move on the length on the device;
-    anything else waits for the device and is done as by any Int4Layer.
+    On the CPU, `state`: int64 [2] = (number of this layer, tokens seen); `update` advances it, so that traced code
+    never reads the layer itself. A step names the state it starts from: run again, it takes the layer back to there
+    first. On CUDA, `room` has the storage of steps of one token, whose kernels find and move on the length on the
+    device; anything else waits for the device and is done as by any Int4Layer.
     """
 
     is_compileable = True
@@ -207,7 +207,7 @@ class Int4StaticLayer(Int4Layer):
         return pending, pending
 
     def attend_on_cuda(self, query, key, value, mask, causal, scaling, softcap, sinks, append):
-        """[batch, queries, heads, head_dim_v]: a step of one token on the device alone, any other by way of the host."""
+        """[batch, queries, heads, head_dim_v]; a step of one token by the device alone, others by way of the host."""
         compiling = torch.compiler.is_compiling()
         if query.shape[2] == key.shape[2] == 1 and (compiling or not self.fresh):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -215,7 +215,7 @@ class Int4StaticLayer(Int4Layer):
             return step(query, key, value, mask, sinks, *storage, plan, scaling, softcap or 0.0, append)
         if compiling:
             raise NotImplementedError(
-                f"Int4StaticCache on CUDA: got {key.shape[2]} tokens in a compiled step, takes one; run prefills eagerly"
+                f"Int4StaticCache on CUDA: a compiled step has {key.shape[2]} tokens, takes one; run prefills eagerly"
             )
         if append and self._shared.layers[0] is self:
             for layer in self._shared.layers:  # they have to agree on the length

@@ -17,7 +17,7 @@ from halfbyte.gpu_layer import GpuLayer
 BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "tests" / "cuda" / "emulator"
 LIBRARY = BUILD / "libhalfbyte_cuda_plain.so"
 DEVICE = torch.device("cpu", 0)  # which has a number, as GPUs do
-FEW_PROCESSORS, SHARED_BYTES = 2, 227 << 10  # thread blocks are run one after the other: few of them
+PROCESSORS, SHARED_BYTES = 2, 100 << 10  # of a small GPU: thread blocks run one after the other, few and narrow ones
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def pretend():
         for cached in (_cuda.load, _cuda.why_not, cuda_kernels._shared_tables):
             cached.cache_clear()
         library = _cuda.load()
-        library.halfbyte_emulator_device(FEW_PROCESSORS, SHARED_BYTES)
+        library.halfbyte_emulator_device(PROCESSORS, SHARED_BYTES)
         patch.setattr(CudaKernels, "_own_flag", _own_flag)
         patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
