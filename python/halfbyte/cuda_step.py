@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import weakref
 
 import torch
 
@@ -15,7 +14,8 @@ SEEN, LENGTH, NEW, PACKED_FROM, OFFSET_READY, BAD, FULL = range(7)
 ROW_TILE = 8  # query heads that one part of an attention kernel takes
 MOST_GROUP = 128  # query heads a KV head
 
-_plans = weakref.WeakValueDictionary()  # key -> StepPlan: what the operator's `plan` names
+# key -> StepPlan: what the operator's `plan` names. Kept for good, as CUDA graphs hold addresses of its tables.
+_plans = {}
 
 
 def tail_slots(recipe):
@@ -43,10 +43,8 @@ class StepPlan:
         self.waves = self.turn.waves(capacity) if self.turn else None
         self.span_count = -(-self.slots // self.turn.span) + 1 if self.turn else 0
         self.counted_tokens = self.slots + self.sink  # those that can be raw with nothing packed
-        pages = torch.arange(-(-capacity // PAGE_TOKENS), device=self.device) % ring
-        sequences = torch.arange(self.batch, device=self.device)[:, None]
-        self.table = (sequences * ring + pages) * self.page_bytes  # bytes from the start of `pages`
         self._space = {}  # {query heads: bytes}
+        self._placed = None  # addresses of the storage that the calls name
         self._lay_out()
         self._describe()
 
@@ -78,6 +76,9 @@ class StepPlan:
             for kind, tokens in (("sinks", self.sink), ("tail", self.slots))
             for side, dim in zip("kv", self.dims, strict=True)
         }
+        # state: the cells; counters of thread blocks, int32; where pages lie, in bytes from the start of `pages`.
+        self._table_at = CELLS + self.batch * self.kv_heads * MOST_GROUP // ROW_TILE // 2 + 1
+        self.table_pages = -(-self.capacity // PAGE_TOKENS)
         self.offset_shapes = {}
         if self.has_offset:
             for side, dim in zip("kv", self.dims, strict=True):
@@ -100,9 +101,10 @@ class StepPlan:
 
     def make_storage(self):
         """(state, pages, raw, offsets) of an empty layer."""
-        arrivals = self.batch * self.kv_heads * MOST_GROUP // ROW_TILE  # int32, behind the cells
         flat = {"device": self.device}
-        state = torch.zeros(CELLS + arrivals // 2 + 1, dtype=torch.int64, **flat)
+        sequences = torch.arange(self.batch, **flat)[:, None]
+        table = (sequences * self.ring + torch.arange(self.table_pages, **flat) % self.ring) * self.page_bytes
+        state = torch.cat([torch.zeros(self._table_at, dtype=torch.int64, **flat), table.view(-1)])
         # Zeros: kernels read whole blocks and all offsets, and what does not count must be numbers.
         pages = torch.zeros(self.batch, self.ring, self.page_bytes, dtype=torch.uint8, **flat)
         raw = torch.zeros(sum(map(math.prod, self.raw_shapes.values())), dtype=self.dtype, **flat)
@@ -119,7 +121,7 @@ class StepPlan:
         for side in (0, 1):
             held = *self.rotations[side], None, None, *self.factors[side]
             tables.append(_cuda.Tables(*(None if x is None else x.data_ptr() for x in held)))
-        pages = _cuda.Pages(self.table.data_ptr(), self.table.stride(0), 0)
+        pages = _cuda.Pages(None, self.table_pages, 0)
         self._append = _cuda.Append(self.description, at)
         self._encode = _cuda.Encode(self.description, *tables, pages, at=at)
         self._attend = _cuda.Attend(self.description, *tables, pages, at=at)
@@ -141,10 +143,15 @@ class StepPlan:
 
     def _place(self, state, pages, raw, offsets):
         """Tells the calls where this step's storage lies."""
+        where = tuple(tensor.data_ptr() for tensor in (state, pages, raw, offsets))
+        if where == self._placed:
+            return
+        self._placed = where
         append, encode, attend = self._append, self._encode, self._attend
         for call in (append, encode, attend):
             call.at.cells = state.data_ptr()
-        encode.pages.pool = attend.pages.pool = pages.data_ptr()
+        for call in (encode, attend):
+            call.pages.table, call.pages.pool = state.data_ptr() + 8 * self._table_at, pages.data_ptr()
         encode.bad = state.data_ptr() + 8 * BAD
         attend.arrivals = state.data_ptr() + 8 * CELLS
         held = self.raw_pieces(raw)

@@ -41,9 +41,8 @@ class StaticRoom:
     @property
     def nbytes(self):
         """Of the storage, and of what the GpuLayer has beside it."""
-        held = [*self.storage, self.plan.table]
         own = 0 if self._shares_pages() else self.layer._pages.nbytes
-        return sum(x.numel() * x.element_size() for x in held) + own
+        return sum(x.numel() * x.element_size() for x in self.storage) + own
 
     def reset(self):
         self.layer.reset()

@@ -190,11 +190,11 @@ AttendKernels kernels_for(const PageFormat& f, int dtype) {
 // A span's group is span >> shift, where groups are whole spans.
 int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 * kSpan; }
 
-// Sets warps and stages to what fits in shared memory; false if two stages do not.
-bool plan_memory(AttendCall& call) {
+// Sets warps and stages to what fits in shared memory beside `other` bytes; false if two stages do not.
+bool plan_memory(AttendCall& call, size_t other) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - ring_start(call) * 4;
+    const int room = shared_memory_limit() - 64 - (int)other - ring_start(call) * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -229,10 +229,10 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
 }
 
 // Completes what does not depend on the tokens, of which there are at most so many; false if the call is one for the
-// portable kernels.
-bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens) {
+// portable kernels. other: bytes of shared memory that the kernel has beside its work space.
+bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_t other) {
   const AttendShape& s = call.shape;
-  if (a.portable || !kernels_for(s.format, s.dtype).call || !plan_memory(call)) return false;
+  if (a.portable || !kernels_for(s.format, s.dtype).call || !plan_memory(call, other)) return false;
   if (segments_of(s) * ((tokens + kTileTokens - 1) / kTileTokens + 1) >= 1 << 30) return false;  // counted in 32 bits
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
   return true;
@@ -245,7 +245,7 @@ size_t shared_bytes(const AttendCall& call) {
 int attend_step(const HalfbyteCudaAttend& a) {
   AttendStep step{call_of(a), rule_of(a.at), multiprocessors()};
   const AttendShape& s = step.call.shape;
-  if (!plan(step.call, a, a.at.capacity)) return attend_portable_step(step.call, step.rule, a.stream);
+  if (!plan(step.call, a, a.at.capacity, sizeof step.call)) return attend_portable_step(step.call, step.rule, a.stream);
   return launch(kernels_for(s.format, s.dtype).step, std::max(segments_of(s), step.processors),
                 step.call.warps * kSimd, shared_bytes(step.call), a.stream, step);
 }
@@ -263,7 +263,7 @@ extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   const AttendShape& s = call.shape;
   int begin, end;
   packed_range(s, a->mask != nullptr, begin, end);
-  if (begin >= end || !plan(call, *a, end - begin)) return attend_portable(call, begin, end, a->stream);
+  if (begin >= end || !plan(call, *a, end - begin, 0)) return attend_portable(call, begin, end, a->stream);
   call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
   split_work(call, segments_of(s) * call.n_tiles, multiprocessors());
   return launch(kernels_for(s.format, s.dtype).call, call.blocks, call.warps * kSimd, shared_bytes(call), a->stream,
