@@ -17,9 +17,9 @@ PACKAGE := $(VENV)/.package
 # .git/logs/HEAD: the package reports the commit it was built from.
 SOURCES := pyproject.toml CMakeLists.txt tools/flatten_metal.py $(wildcard .git/logs/HEAD) \
   $(shell find cmake include src python -type f -not -path '*/__pycache__/*' 2>/dev/null)
-CPP_FILES = $(shell find include src python tests/cpp tests/gpu bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+CPP_FILES = $(shell find include src python tests/cpp tests/gpu tests/cuda bench -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
 
-.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon metal
+.PHONY: env demo test counts counts-update bench results format lint clean release sanitize asan ubsan tsan neon metal cuda
 .NOTPARALLEL:
 .DEFAULT_GOAL := env
 
@@ -45,14 +45,15 @@ demo: env
 	@$(BIN)/halfbyte demo $(ARGS)
 
 # The last line printed is pytest's.
-test: release metal sanitize $(if $(filter x86_64,$(shell uname -m)),neon) env
+test: release metal cuda sanitize $(if $(filter x86_64,$(shell uname -m)),neon) env
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
-# C++ tests, one build folder a preset; metal, the checks of the Metal text, shares that of release.
-release metal sanitize asan ubsan tsan neon: $(DEPENDENCIES)
+# C++ tests, one build folder a preset. metal, the checks of the Metal text, and cuda, the CUDA kernels without a GPU,
+# share that of release.
+release metal cuda sanitize asan ubsan tsan neon: $(DEPENDENCIES)
 	@PYTHON="$(PYTHON)" tools/check_system.sh --tests
 	@$(if $(filter metal neon,$@),PYTHON="$(PYTHON)" tools/check_system.sh --$@)
-	@$(WITH_VENV) cmake --preset $(@:metal=release) >/dev/null
+	@$(WITH_VENV) cmake --preset $(if $(filter metal cuda,$@),release,$@) >/dev/null
 	@$(WITH_VENV) cmake --build --preset $@ -- --quiet
 	@$(WITH_VENV) ctest --preset $@
 

@@ -65,7 +65,9 @@ for part in ${*:-ours peers deployed tasks long tables rotation learned smollm2 
         for model in tiny-qwen tiny-gemma; do reproduce rotation-$model $model rotation --windows 2; done
         ;;
     learned)
-        reproduce learned-tiny-qwen tiny-qwen learned --windows 2 --steps 100
+        for model in tiny-qwen tiny-gemma; do
+            reproduce learned-$model $model learned --windows 2 --steps 100
+        done
         ;;
     smollm2)
         evaluate deployed-smollm2 smollm2 --windows 2 --window 1024 --protocol deployed \

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from .layer import Int4Layer
 from .recipes import bits_per_value
+from .rope import layer_rope
 
-# Biases this many times what a channel varies by are more than an offset takes off: RoPE turns them away from it, and
-# scales for smaller groups of V pay for what K still loses (docs/results/quality.md).
+# Biases this many times what a channel varies by are more than a fixed offset takes off, as RoPE turns them away from
+# it: then scales for smaller groups of V pay for what K still loses. An offset that turns follows them, and leaves no
+# more than models without biases lose (docs/results/quality.md, "ablation").
 LARGE_BIAS = 8.0
 
 
 def choose_recipe(config, kinds, model=None):
-    """(recipe name, reasons): `g32` where key biases are large, else `default`.
+    """(recipe name, reasons): `g32` where key biases are large and no offset follows them, else `default`.
 
     config: of the decoder; kinds: its layer types; model: its weights are looked at where given.
     """
@@ -22,10 +24,17 @@ def choose_recipe(config, kinds, model=None):
     if not sizes:
         return "default", [*reasons, "keys have no bias"]
     largest = max(sizes, key=sizes.get)
-    large = sizes[largest] > LARGE_BIAS
-    chosen = "g32, 4.5 bits a value" if large else "default, as the offset takes them off"
+    left = [index for index, size in sizes.items() if size > LARGE_BIAS and not _followed(config, kinds, index)]
+    chosen = (
+        "g32, 4.5 bits a value, as no offset follows RoPE here" if left else "default, as the offset takes them off"
+    )
     found = f"key biases reach {sizes[largest]:.3g} times what a channel varies by (layer {largest}): {chosen}"
-    return "g32" if large else "default", [*reasons, found]
+    return "g32" if left else "default", [*reasons, found]
+
+
+def _followed(config, kinds, index) -> bool:
+    """Whether a layer's offset turns with its keys."""
+    return layer_rope(config, index, kinds[index], head_size(config)) is not None
 
 
 def bias_sizes(model) -> list[float | None]:

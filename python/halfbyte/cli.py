@@ -222,10 +222,13 @@ def calibrate(
     base: Annotated[str, typer.Option(help="Under a learned rotation: srft or identity.")] = "srft",
     reflectors: Annotated[int, typer.Option(help="Of householder; 0: half the head.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Of Adam, for each layer and side.", min=1)] = 200,
+    offsets: Annotated[
+        bool, typer.Option("--offsets", help="Give caches the text's offsets, instead of their own prompt's.")
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ):
-    """Collects the offsets and lambda of a model once, for caches to start from; or learns lambda and rotations.
+    """Collects lambda of a model once, for caches to start from; or learns lambda and rotations.
 
     Without --learn, one forward pass: lambda = 1 / max of each rotated channel. With it, Adam through the quantiser of
     --recipe, K and V apart, layer by layer, on the squared error of attention's scores and outputs (or, with mse, of K
@@ -248,10 +251,11 @@ def calibrate(
     loaded, tokenizer = load_model(model)
     ids = sample_text(loaded, tokens, seed, not quiet) if content is None else encode_text(tokenizer, content)[:tokens]
     if plan is not None:
-        result = run_learning(loaded, ids, chosen, plan, progress=not quiet, resume=f"{out}.progress")
+        result = run_learning(loaded, ids, chosen, plan, progress=not quiet, resume=f"{out}.progress", offsets=offsets)
         result.seed = seed if content is None else None
     else:
-        result = run(loaded, ids, progress=not quiet, recipe=chosen, seed=seed if content is None else None)
+        drawn = seed if content is None else None
+        result = run(loaded, ids, progress=not quiet, recipe=chosen, seed=drawn, offsets=offsets)
     result.save(out)
     print(f"wrote {out}: {len(result.lambda_k)} layers from {result.tokens} tokens, model {result.model}")
     for place, (before, after) in result.learned.get("losses", {}).items():

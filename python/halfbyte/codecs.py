@@ -126,23 +126,33 @@ class Turning:
     """An offset that turns with RoPE: the mean of the first `tokens` keys as before RoPE, turned to where a key stands.
 
     ropes: the Rope of each layer, None where keys do not turn. span: positions that share an offset, and count as the
-    one in their middle, when the mean is taken too. A constant in the projection stays one vector before RoPE and
-    becomes another at every position after it; a fixed offset fits only near the tokens it came from.
+    one in their middle, when the mean is taken too. given: such means from elsewhere, [heads, head_dim] a layer. A
+    constant in the projection stays one vector before RoPE and becomes another at every position after it; a fixed
+    offset fits only near the tokens it came from.
     """
 
     ropes: Sequence
     tokens: int = OFFSET_TOKENS
     span: int = 16
+    given: Sequence | None = None
 
     def of(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """float32 [heads, tokens, head_dim], for the keys x at positions 0, 1, ..."""
+        mean = self.back(x[:, : self.tokens].float(), layer).mean(1) if self.given is None else self.given[layer]
+        return self.forth(mean, layer, x.shape[1])
+
+    def back(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """x [heads, tokens, head_dim] at positions 0, 1, ... turned back: what the mean is taken of."""
         rope = self.ropes[layer]
-        x = x.float()
-        if rope is None:
-            return x[:, : self.tokens].mean(1, keepdim=True).expand_as(x)
-        middle = torch.arange(x.shape[1]) // self.span * self.span + (self.span - 1) // 2
-        first = rope.turn(x[:, : self.tokens], -middle[: self.tokens]).mean(1, keepdim=True)
-        return rope.turn(first.expand_as(x), middle)
+        return x if rope is None else rope.turn(x, -self._middles(x.shape[1]))
+
+    def forth(self, mean: torch.Tensor, layer: int, tokens: int) -> torch.Tensor:
+        """The offsets [heads, tokens, head_dim] of so many tokens, from one mean [heads, head_dim]."""
+        rope, mean = self.ropes[layer], mean[:, None].expand(-1, tokens, -1)
+        return mean if rope is None else rope.turn(mean, self._middles(tokens))
+
+    def _middles(self, tokens):
+        return torch.arange(tokens) // self.span * self.span + (self.span - 1) // 2
 
 
 @dataclasses.dataclass(frozen=True)

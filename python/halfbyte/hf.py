@@ -33,9 +33,9 @@ class Int4Cache(DynamicCache):
     Recipe, or "auto": chosen from the config and, given `model`, from its weights; explain() says why. overrides: its
     fields, such as sink_tokens=0. layers: {layer: recipe or dict of fields} for layers that differ, -1 the last one,
     such as {0: "k8v4", -1: {"v_group": 32}}. drift_every: every so many tokens compare packed attention with raw on one
-    layer, and warn when they part (halfbyte.drift). calibration: a halfbyte.calibrate.Calibration, for recipes
-    with lambda and for offsets from data; without one, offsets are the mean K and V of the first prefill, and K's turns
-    with RoPE (halfbyte.rope says by which frequencies), except on Metal. Those of a calibration are fixed.
+    layer, and warn when they part (halfbyte.drift). Offsets are the mean K and V of the first prefill, and K's turns
+    with RoPE (halfbyte.rope says by which frequencies). calibration: a halfbyte.calibrate.Calibration, for recipes
+    with lambda or learned rotations; if it has offsets, they take the place of the prompt's.
 
     Full and sliding attention layers are packed; other kinds of layer are the library's own. A query sees packed values
     for the blocks of 16 tokens that were complete before its own block, raw ones from there on and for the first

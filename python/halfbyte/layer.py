@@ -98,9 +98,9 @@ class Int4Layer(CacheLayerMixin):
             self._calibrate(self.native, self.kv_heads, self.head_dim_k, self.head_dim_v)
 
     def rope(self, head_dim):
-        """The Rope that this layer's offset follows, or None: none wanted, a given one, or keys that do not turn."""
-        recipe = self.recipe
-        fixed = not recipe.offset or not recipe.offset_span or getattr(self.calibration, "offset_k", None)
+        """The Rope that this layer's offset follows, or None: none wanted, a fixed one, or keys that do not turn."""
+        recipe, given = self.recipe, self.calibration
+        fixed = not recipe.offset or not recipe.offset_span or (getattr(given, "offset_k", None) and not given.turns)
         return None if fixed else self._shared.rope(self, head_dim)
 
     def turns(self, head_dim):
@@ -272,7 +272,7 @@ class Int4Layer(CacheLayerMixin):
         self.seen = step.start
         short = step.length < OFFSET_TOKENS and not self.consistent
         try:
-            if module is not None and short and self.recipe.offset and self.calibration is None:
+            if module is not None and short and self.recipe.offset and not getattr(self.calibration, "offset_k", None):
                 span = self.recipe.offset_span if self._turns else 0
                 offset = bias_offset(module, self._shared, self.kv_heads, self.head_dim_k, span)
                 if offset is not None:

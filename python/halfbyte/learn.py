@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .calibrate import RECIPE_FIELDS, Calibration, fingerprint, hash_ids
+from .calibrate import RECIPE_FIELDS, Calibration, fingerprint, hash_ids, turning_offset
 from .codecs import extreme, join_groups, rotate, split_groups
 from .files import read_safetensors
 from .recipes import FIELDS, Recipe, get_recipe
@@ -59,8 +59,17 @@ class _Samples:
         groups = query[0].float().reshape(key.shape[1], -1, key.shape[-1])
         self.query_moment = self.query_moment + groups.mT @ groups
 
-    def of(self, which):
-        return torch.cat(self.parts[which], 1)
+    def mean(self, which, offset, layer):
+        """[heads, head_dim]; with a Turning `offset`, of vectors turned back."""
+        parts = self.parts[which] if offset is None else [offset.back(x, layer) for x in self.parts[which]]
+        return torch.cat(parts, 1).mean(1)
+
+    def less(self, mean, which, offset, layer):
+        """All vectors less their offset, [heads, vectors, head_dim]."""
+        parts = self.parts[which]
+        if offset is None:
+            return torch.cat(parts, 1) - mean[:, None]
+        return torch.cat([x - offset.forth(mean, layer, x.shape[1]) for x in parts], 1)
 
 
 def collect(model, ids, window: int, progress: bool) -> dict[int, _Samples]:
@@ -185,10 +194,20 @@ def learned_recipe(recipe: str | Recipe, plan: Plan) -> Recipe:
     return get_recipe(recipe, lambda_=True, rotation="dense")
 
 
-def learn(model, ids, recipe="default", plan: Plan | None = None, window: int = 2048, progress=True, resume=None):
-    """A Calibration for learned_recipe(recipe, plan): offsets, lambda, and R for both sides of every layer.
+def learn(
+    model,
+    ids,
+    recipe="default",
+    plan: Plan | None = None,
+    window: int = 2048,
+    progress=True,
+    resume=None,
+    offsets: bool = False,
+):
+    """A Calibration for learned_recipe(recipe, plan): lambda, and R for both sides of every layer.
 
     ids: token ids [tokens]. resume: a file that finished layers are kept in and found again; it is deleted at the end.
+    offsets: whether it gives offsets too, for what was learned; caches lose less with the mean of their own prompt.
     The same plan, text, dtype and thread count give the same result, interrupted or not.
     """
     from tqdm import tqdm
@@ -210,7 +229,8 @@ def learn(model, ids, recipe="default", plan: Plan | None = None, window: int = 
                 bar.update(plan.steps)
     bar.close()
     final = learned_recipe(recipe, plan)
-    parts = done.parts(sorted(samples), dense=final.rotation == "dense")
+    names = ["lambda", *["offset"] * offsets, *["rotation"] * (final.rotation == "dense")]
+    parts = done.parts(sorted(samples), names)
     calibration = Calibration(
         **parts,
         recipe={name: getattr(final, name) for name in RECIPE_FIELDS},
@@ -224,19 +244,19 @@ def learn(model, ids, recipe="default", plan: Plan | None = None, window: int = 
 
 
 def _learn_side(model, recipe, plan, layer, which, seen, tick):
-    x = seen.of(which)
-    heads, _, head_dim = x.shape
-    mean = x.mean(1) if recipe.offset else torch.zeros(heads, head_dim)
+    offset = turning_offset(model, recipe) if which == "k" else None
+    mean = seen.mean(which, offset, layer)
+    heads, head_dim = mean.shape
     base = Recipe(rotation=plan.base, seed=recipe.seed)
     matrix = rotate(torch.eye(head_dim), base, layer).mT  # B: rotate() turned the rows of the identity
-    z = (x - mean[:, None]) @ matrix.mT
+    z = seen.less(mean if recipe.offset else torch.zeros_like(mean), which, offset, layer) @ matrix.mT
     moment = None
     if plan.loss == "attention":
         moment = seen.query_moment if which == "k" else output_moments(model, layer, heads)
         moment = matrix @ moment @ matrix.mT
     bits, group = (recipe.k_bits, recipe.k_group) if which == "k" else (recipe.v_bits, recipe.v_group)
     learned, factors, losses = fit(plan, z, moment, bits, group, tick)
-    tensors = {"offset": x.mean(1), "lambda": factors}
+    tensors = {"offset": mean, "lambda": factors}
     if learned is not None:
         tensors["rotation"] = learned @ matrix
     return tensors, losses
@@ -268,8 +288,7 @@ class _Progress:
             save_file(self.tensors, str(partial), {"halfbyte-learning": kept})
             partial.replace(self.path)
 
-    def parts(self, layers, dense):
-        names = ("offset", "lambda", "rotation") if dense else ("offset", "lambda")
+    def parts(self, layers, names):
         return {
             f"{name}_{which}": [self.tensors[f"{layer}.{which}.{name}"].clone() for layer in layers]
             for name in names

@@ -57,8 +57,8 @@ def _ladder_lines():
     yield Line("lambda", alone, "about +5400 ppl", qwen)
     yield Line("g32 + lambda", get_recipe("paper-g32-lambda"), "+638.6 ppl", qwen)
     yield Line("g32 + fixed offset", get_recipe("paper-g32", offset=True, offset_span=0))
-    yield Line("g32 + offset of the calibration text + lambda", get_recipe("paper-g32-lambda", offset=True))
     yield Line("g32 + turning offset", get_recipe("paper-g32", offset=True))
+    yield Line("g32 + turning offset + lambda", get_recipe("paper-g32-lambda", offset=True))
     yield Line("g32 + turning offset + signed scales + search", get_recipe("g32", sink_tokens=0))
     yield Line("the same, first 16 tokens raw: `g32`", get_recipe("g32"))
     yield Line("the same, V one scale a vector: `default`", get_recipe("default"))
@@ -93,7 +93,7 @@ def _ablation_lines():
         ("without signed scales", get_recipe(default, signed_scale=False)),
         ("without groups: K one scale a vector", get_recipe(default, k_group=0)),
         ("V in groups of 32 as well: `g32`", get_recipe("g32")),
-        ("with lambda = 1/max, and its text's offset", get_recipe(default, lambda_=True)),
+        ("with lambda = 1/max", get_recipe(default, lambda_=True)),
     ):
         yield Line(name, recipe, seeds=SEEDS)
 
@@ -110,14 +110,15 @@ ALL_TABLES = (*TABLES, "offsets", "layers", "learned", "memory")
 
 def _offset_lines(model, calib_ids, progress):
     """Where the default's offset comes from: first tokens, a calibration, weights; and one that turns with RoPE."""
+    config = model.config.get_text_config(decoder=True)
     for tokens in (16, 64, 256, 2048):
         yield Line(f"fixed, mean of the first {tokens} tokens", Packed(get_recipe("default"), None, tokens))
     if calib_ids is not None:
-        found = calibrate(model, calib_ids, progress=progress, recipe="default")
-        yield Line("fixed, mean over a calibration text", Packed(get_recipe("default"), found))
+        for name, recipe in (("fixed", get_recipe("default", offset_span=0)), ("turning", get_recipe("default"))):
+            found = calibrate(model, calib_ids, progress=progress, recipe=recipe, offsets=True)
+            yield Line(f"{name}, mean over a calibration text", packed(recipe, config, found))
     k, v = Linear(4, 32), Side(Linear(4, 0), offset=0)
     yield Line("fixed, key bias averaged over RoPE; V none", Codec(Side(k, offset=_bias_offsets(model)), v))
-    config = model.config.get_text_config(decoder=True)
     for span in (64, 16, 1):
         yield Line(f"turning, every {span} tokens", Codec(Side(k, offset=turning(config, span)), Side(Linear(4, 0))))
 
@@ -146,6 +147,7 @@ def _learned_lines(model, calib_ids, steps, progress):
     """Learned lambda and rotations, on squared error as the paper has it, and on attention's."""
     smol = "SmolLM2-360M"
     yield Line("random signs: `g32`", get_recipe("g32"), "+0.223 ppl", smol), None
+    text_offset = "SRFT, Cayley, lambda, attention's loss, and the text's offset"
     for name, plan, known in (
         ("lambda", Plan("lambda", "mse"), "19.5 % -> +0.172 ppl"),
         ("SRFT, Cayley, lambda", Plan("cayley", "mse"), "50.3 % -> +0.153 ppl"),
@@ -153,11 +155,13 @@ def _learned_lines(model, calib_ids, steps, progress):
         ("no SRFT, Cayley, lambda", Plan("cayley", "mse", "identity"), "84.9 % -> +0.170 ppl"),
         ("lambda, attention's loss", Plan("lambda"), ""),
         ("SRFT, Cayley, lambda, attention's loss", Plan("cayley"), ""),
+        (text_offset, Plan("cayley"), ""),
     ):
         plan = dataclasses.replace(plan, steps=steps)
-        found = learn(model, calib_ids, "g32", plan, progress=progress)
+        found = learn(model, calib_ids, "g32", plan, progress=progress, offsets=name == text_offset)
         cut = statistics.fmean(1 - after / before for before, after in found.learned["losses"].values())
-        yield Line(name, Packed(learned_recipe("g32", plan), found), known, smol if known else ""), cut
+        codec = packed(learned_recipe("g32", plan), model.config.get_text_config(decoder=True), found)
+        yield Line(name, codec, known, smol if known else ""), cut
 
 
 def reproduce(

@@ -188,7 +188,7 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
         recipe, layers = _recipe(facts["recipe"]), facts["layers"]
         own = {int(index): _recipe(fields) for index, fields in facts["layer_recipes"].items()}
         calibrated = any(map(needs_calibration, [recipe, *own.values()]))
-        calibration = _calibration(layers, tensors) if calibrated else None
+        calibration = _calibration(layers, tensors, recipe) if calibrated else None
         cache = cache_class(
             config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], layers=own, **options
         )
@@ -241,21 +241,22 @@ def _check_model(facts, config, path, model):
         )
 
 
-def _calibration(layers, tensors):
+def _calibration(layers, tensors, recipe):
     """Lambda, rotations, and offsets if they were given: what the cache needs again after a reset."""
     parts = {f"{name}_{side}": f"{name}_{side}" for name in ("lambda", "rotation") for side in "kv"}
     parts |= {f"given_offset_{side}": f"offset_{side}" for side in "kv"}
-    if any(name.endswith(".frequencies") for name in tensors):  # an offset that turns is none of a calibration
-        tensors = {name: tensor for name, tensor in tensors.items() if "given_offset" not in name}
+    if not any(name.endswith(".given_offset_v") for name in tensors):  # K's alone is of its bias
+        parts.pop("given_offset_k")
     lists = {
         part: [tensors.get(f"layers.{index}.{name}") for index in range(len(layers))] for name, part in parts.items()
     }
-    empty = torch.empty(0)
+    empty, turns = torch.empty(0), any(name.endswith(".frequencies") for name in tensors)
     return Calibration(
         **{
             part: [empty if tensor is None else tensor for tensor in found] if any(t is not None for t in found) else []
             for part, found in lists.items()
-        }
+        },
+        recipe={"offset_span": recipe.offset_span if turns else 0},
     )
 
 

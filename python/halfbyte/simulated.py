@@ -20,18 +20,18 @@ LEVELS = tuple(x / 127 for x in (-127, -100, -80, -64, -49, -36, -24, -12, 0, 12
 SPAN = RECIPES["default"].offset_span
 
 
-def turning(config, span: int, tokens: int = OFFSET_TOKENS) -> Turning:
+def turning(config, span: int, tokens: int = OFFSET_TOKENS, given=None) -> Turning:
     """The offset of keys that turns with a model's RoPE; it does not where a layer has none, or one of unknown kind."""
     head_dim = head_size(config)
     kinds, _ = get_layer_types_and_kwargs(config)
-    return Turning([layer_rope(config, i, kind, head_dim) for i, kind in enumerate(kinds)], tokens, span)
+    return Turning([layer_rope(config, i, kind, head_dim) for i, kind in enumerate(kinds)], tokens, span, given)
 
 
 def packed(recipe, config, calibration=None, tokens: int = OFFSET_TOKENS) -> Packed:
-    """The Packed of a recipe for a model's config: as Int4Cache has it, offsets that are given do not turn."""
-    given = getattr(calibration, "offset_k", None)
-    turns = recipe.offset and recipe.offset_span and not given
-    return Packed(recipe, calibration, tokens, turning(config, recipe.offset_span, tokens) if turns else None)
+    """The Packed of a recipe for a model's config: as Int4Cache has it, given offsets turn if they were made to."""
+    given = getattr(calibration, "offset_k", None) or None
+    turns = recipe.offset and recipe.offset_span and (given is None or calibration.turns)
+    return Packed(recipe, calibration, tokens, turning(config, recipe.offset_span, tokens, given) if turns else None)
 
 
 def _simulated(k, v, span: int = SPAN):

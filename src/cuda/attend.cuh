@@ -175,27 +175,49 @@ __device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float hig
   rescale(r, keep0, keep1);
 }
 
-// q·mu of the thread's two columns in the span of a token; see turned_offset. products: [pairs][kTileRows][2].
-__device__ __forceinline__ float2 turned_offsets(const Turn& turn, const float* products, int token, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  const float2* waves = reinterpret_cast<const float2*>(turn.waves) + (size_t)(token / turn.span) * turn.pairs;
-  float2 sum = {0.0f, 0.0f};
-#pragma unroll 4
-  for (int i = g; i < turn.pairs; i += kSimd / 4) {
-    const float2 wave = waves[i];
-    const float4 product = reinterpret_cast<const float4*>(products + i * kTileRows * 2)[t];
-    sum.x += product.x * wave.x + product.y * wave.y, sum.y += product.z * wave.x + product.w * wave.y;
+// q·mu of a row tile's rows in the spans from `first` on, to turned [spans][kTileRows], by the whole block: each warp
+// takes four spans at a time. products: [pairs][kTileRows][2], see turn_products. Ends with a barrier.
+__device__ __forceinline__ void turn_offsets(const Turn& turn, const float* products, int first, int spans,
+                                             float* turned, int warps) {
+  constexpr int kAtOnce = kSimd / kTileRows;
+  const int lane = threadIdx.x % kSimd, row = lane % kTileRows, part = lane / kTileRows;
+  for (int span = threadIdx.x / kSimd * kAtOnce; span < spans; span += warps * kAtOnce) {
+    const float2* waves = reinterpret_cast<const float2*>(turn.waves) + (size_t)(first + span) * turn.pairs;
+    float sum[kAtOnce] = {};
+    for (int pair = part; pair < turn.pairs; pair += kSimd / kTileRows) {
+      const float2 product = reinterpret_cast<const float2*>(products)[pair * kTileRows + row];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const float2 wave = waves[min(i, spans - 1 - span) * turn.pairs + pair];
+        sum[i] += product.x * wave.x + product.y * wave.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      for (int mask = kTileRows; mask < kSimd; mask <<= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], mask);
+      if (part == i && span + i < spans) turned[(span + i) * kTileRows + row] = sum[i];
+    }
   }
-  for (int mask = 4; mask < kSimd; mask <<= 1) {
-    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, mask);
-    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, mask);
-  }
-  return sum;
+  __syncthreads();
 }
 
-// One tile of 32 tokens in shared memory joins the running softmax.
+// Makes `to` the end of the items from there on that attend_tile may take, and gives what it reads of turned offsets,
+// if there are any. They lie where the queries were and warps will merge, which has room for so many spans.
+__device__ __forceinline__ const float* turn_tiles(const AttendCall& call, float* work, int before, int& to, int end) {
+  const Turn& turn = call.buffers.turn;
+  const int from = to, floats = work_floats(call.shape.format, call.warps);
+  to = end;
+  if (!turn.waves) return nullptr;
+  to = min(end, from + (floats / kTileRows - 1) * turn.span / kTileTokens);
+  const int first = (before + from) * kTileTokens / turn.span, last = ((before + to) * kTileTokens - 1) / turn.span;
+  turn_offsets(turn, work + floats, first, last + 1 - first, work, call.warps);
+  return work - first * kTileRows;
+}
+
+// One tile of 32 tokens in shared memory joins the running softmax. turned: q·mu of the rows, [spans][kTileRows] from
+// the sequence's first span on, of which those of the tile exist; or null.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* products, int b,
+__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* turned, int b,
                                             int first_row, int token, const uint32_t q[D / 16][2],
                                             const Columns& columns, int lane, Running<D>& r) {
   const AttendShape& s = call.shape;
@@ -207,10 +229,11 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   float score[kTileBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
 #pragma unroll
   for (int i = 0; i < kTileBlocks; i++) {
-    if (call.buffers.turn.waves && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
-      const float2 turned = turned_offsets(call.buffers.turn, products, token + i * kBlockTokens, lane);
-      offset[0] = columns.offset[0] + turned.x * columns.log_base;
-      offset[1] = columns.offset[1] + turned.y * columns.log_base;
+    if (turned && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
+      const int span = (token + i * kBlockTokens) >> (call.buffers.turn.span == kBlockTokens ? 4 : 6);
+      const float2 own = reinterpret_cast<const float2*>(turned + span * kTileRows)[t];
+      offset[0] = columns.offset[0] + own.x * columns.log_base;
+      offset[1] = columns.offset[1] + own.y * columns.log_base;
     }
     score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
                                           lane, score[i]);
@@ -393,16 +416,20 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* work
     for (; ahead < call.stages - 1; ahead++) ask_for_tile(call, ring, lane);
     Running<D> running;
     clear(running);
-    for (; item < end; item += call.warps) {
-      ask_for_tile(call, ring, lane);
-      copy_async_wait(call.stages - 1);
-      __syncwarp();
-      const int token = (call.first_tile + item - segment * call.n_tiles) * kTileTokens;
-      attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes,
-                                                            work + work_floats(s.format, call.warps), b,
-                                                            tile * kTileRows, token, q, columns, lane, running);
-      __syncwarp();  // before the ring's slot is filled again
-      ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
+    const int before = call.first_tile - segment * call.n_tiles;  // tiles of the sequence before item 0's
+    for (int to = begin; to < end;) {
+      const float* turned = turn_tiles(call, work, before, to, end);
+      for (; item < to; item += call.warps) {
+        ask_for_tile(call, ring, lane);
+        copy_async_wait(call.stages - 1);
+        __syncwarp();
+        attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, turned, b,
+                                                              tile * kTileRows, (before + item) * kTileTokens, q,
+                                                              columns, lane, running);
+        __syncwarp();  // before the ring's slot is filled again
+        ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
+      }
+      if (turned) __syncthreads();  // before others write where offsets lie
     }
     close(running);
     merge_warps(running, work, call.warps, warp, lane);

@@ -60,6 +60,28 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// Waits until at most `pending` (1 … 7) groups of copies of this thread are under way.
+__device__ __forceinline__ void copy_async_wait(int pending) {
+  switch (pending) {
+    case 1:
+      return copy_async_wait<1>();
+    case 2:
+      return copy_async_wait<2>();
+    case 3:
+      return copy_async_wait<3>();
+    case 4:
+      return copy_async_wait<4>();
+    case 5:
+      return copy_async_wait<5>();
+    case 6:
+      return copy_async_wait<6>();
+    case 7:
+      return copy_async_wait<7>();
+    default:
+      return copy_async_wait<0>();
+  }
+}
+
 // Brings a line into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

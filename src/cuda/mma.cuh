@@ -1,4 +1,4 @@
-// What the tensor-core kernels build on instructions: codes to fp16 pairs, tanh, waiting for a number of copies.
+// What the tensor-core kernels build on instructions: codes to fp16 pairs, tanh.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -36,28 +36,6 @@ __device__ __forceinline__ void expand_bytes(uint32_t w, uint32_t& even, uint32_
 __device__ __forceinline__ float tanh_fast(float x) {
   const float power = exp2_fast(fminf(fmaxf(x, -20.0f), 20.0f) * 2.88539008177793f);  // e^2x
   return 1.0f - __fdividef(2.0f, power + 1.0f);
-}
-
-// Waits until at most `pending` (1 … 7) groups of copies of this thread are under way.
-__device__ __forceinline__ void copy_async_wait(int pending) {
-  switch (pending) {
-    case 1:
-      return copy_async_wait<1>();
-    case 2:
-      return copy_async_wait<2>();
-    case 3:
-      return copy_async_wait<3>();
-    case 4:
-      return copy_async_wait<4>();
-    case 5:
-      return copy_async_wait<5>();
-    case 6:
-      return copy_async_wait<6>();
-    case 7:
-      return copy_async_wait<7>();
-    default:
-      return copy_async_wait<0>();
-  }
 }
 
 }  // namespace halfbyte::gpu

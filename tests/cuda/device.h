@@ -72,8 +72,17 @@ struct Case {
   size_t prefix = 100;
   int queries = 1, window = 0;
   bool masked = false, with_sinks = false;
-  float softcap = 0.0f;
+  float softcap = 0.0f, sharpness = 1.0f;  // sharpness: of the scale
+  int pairs = 0;                           // channels that turn with RoPE, and K's offset with them
+  bool interleaved = false;
 };
+
+// RoPE's, in radians a token.
+inline std::vector<float> frequencies_of(const Case& c) {
+  std::vector<float> out(c.pairs);
+  for (int i = 0; i < c.pairs; i++) out[i] = std::pow(1e-4f, (float)i / (float)c.pairs);
+  return out;
+}
 
 class Random {
  public:
@@ -188,6 +197,9 @@ inline Layer make_layer(const Case& c) {
   if (c.recipe.lambda) {
     const std::vector<float> k = some_lambda(c, 1), v = some_lambda(c, 2);
     EXPECT_TRUE(layer.value().set_lambda(k.data(), v.data()).ok());
+  }
+  if (c.pairs) {
+    EXPECT_TRUE(layer.value().set_frequencies(frequencies_of(c).data(), c.pairs, c.interleaved).ok());
   }
   return std::move(layer.value());
 }

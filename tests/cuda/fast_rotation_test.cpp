@@ -26,8 +26,7 @@ TEST(CudaFastRotation, FollowsTheDefinitionThereAndBack) {
       for (float& value : x) value = normal(engine);
       const std::vector<float> poison(x.size(), NAN);
       const OnDevice<float> d_factors(factors), d_roots(roots), d_x(x), d_there(poison), d_back(poison);
-      expect_launched(
-          launch_fast_rotation(d, d_factors.get(), d_roots.get(), d_x.get(), d_there.get(), d_back.get()));
+      expect_launched(launch_fast_rotation(d, d_factors.get(), d_roots.get(), d_x.get(), d_there.get(), d_back.get()));
       const std::vector<float> there = d_there.values(), back = d_back.values();
       for (size_t v = 0; v < x.size(); v += d) {
         const std::vector<double> in(&x[v], &x[v] + d);

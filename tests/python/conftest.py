@@ -68,3 +68,17 @@ def shaders(monkeypatch):
     library = ShaderLibrary()
     pretend_mps(monkeypatch, library)
     return library
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The device of CUDA kernels from now on: a GPU where there is one, else the emulator's."""
+    import torch
+
+    from halfbyte import _cuda
+
+    if torch.cuda.is_available() and _cuda.why_not(0) is None:
+        return torch.device("cuda", 0)
+    from cuda_standin import pretend_cuda
+
+    return pretend_cuda(monkeypatch)

@@ -1,9 +1,10 @@
-"""A GpuLayer and a C++ Layer that are told the same: for tests that hold one against the other."""
+"""A GpuLayer and a C++ Layer that are told the same, and caches of CPU tensors that have GpuLayers, for tests."""
 
 import numpy as np
 import torch
 
 from halfbyte import _native, get_recipe, rooms
+from halfbyte import layer as packed
 from halfbyte.gpu_layer import GpuLayer
 
 KV_HEADS, HEADS = 2, 6
@@ -152,3 +153,23 @@ def assert_same_content(got, want):
     got, want = canonical(got), canonical(want)
     for name in want:
         assert np.array_equal(got[name], want[name]), name
+
+
+def pretend_gpu(monkeypatch, kernels, device, of=None):
+    """Caches of CPU tensors have these kernels from now on, where there are some for them; of: those of one config."""
+    make_room, make_layer = packed.make_room, packed.Int4Layer._make_room
+
+    def gpu_room(_, exact, parts=None, **config):
+        if kernels.why_not(device, config, exact):
+            return make_room(device, exact, parts, **config)
+        return GpuLayer(kernels, device, **config) if parts is None else GpuLayer.load(kernels, device, parts, **config)
+
+    def make(self, *args):
+        with monkeypatch.context() as patch:
+            if of is None or self._shared.config is of:
+                patch.setattr(packed, "make_room", gpu_room)
+            room = make_layer(self, *args)
+        self._on_cpu = not isinstance(room, GpuLayer)
+        return room
+
+    monkeypatch.setattr(packed.Int4Layer, "_make_room", make)

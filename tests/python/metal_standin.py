@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_walk import pretend_gpu
 from halfbyte.mps_kernels import source
 
 ROOT = Path(__file__).parents[2]
@@ -98,21 +99,7 @@ def bound(arg, cast):
 
 def pretend_mps(monkeypatch, shaders):
     """Layers of CPU tensors have Metal kernels from now on, with the stand-in behind them."""
-    from halfbyte import layer, mps_kernels
-    from halfbyte.gpu_layer import GpuLayer
-
-    make_room = layer.Int4Layer._make_room
-
-    def gpu_room(device, exact, parts=None, **config):
-        if parts is None:
-            return GpuLayer(mps_kernels.MetalKernels, device, **config)
-        return GpuLayer.load(mps_kernels.MetalKernels, device, parts, **config)
-
-    def make(self, *args):
-        room = make_room(self, *args)
-        self._on_cpu = False
-        return room
+    from halfbyte import mps_kernels
 
     monkeypatch.setattr(mps_kernels, "library", lambda: shaders)
-    monkeypatch.setattr(layer, "make_room", gpu_room)
-    monkeypatch.setattr(layer.Int4Layer, "_make_room", make)
+    pretend_gpu(monkeypatch, mps_kernels.MetalKernels, torch.device("cpu"))

@@ -1,21 +1,27 @@
 """Calibration: lambda and offsets against their definitions, the file they are kept in, and sampled text."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from halfbyte.calibrate import Calibration, calibrate, fingerprint, sample_text
 from halfbyte.codecs import rotate
 from halfbyte.recipes import get_recipe
+from halfbyte.rope import layer_rope
 from halfbyte.watch import watch_attention
+
+FIRST_PARTS = ("lambda_k", "lambda_v", "offset_k", "offset_v")
 
 
 @pytest.fixture(scope="module")
 def calibration(qwen, text):
-    return calibrate(qwen, text[0, :256], window=128, progress=False)
+    return calibrate(qwen, text[0, :256], window=128, progress=False, offsets=True)
 
 
 def states(model, ids, window):
-    """Per layer the keys and values of a plain cache, joined over windows: [kv_heads, tokens, head_dim]."""
+    """Per layer the keys and values of a plain cache: {"k", "v": [windows, kv_heads, tokens, head_dim]}."""
     from transformers import DynamicCache
 
     model.set_attn_implementation("sdpa")
@@ -27,24 +33,55 @@ def states(model, ids, window):
     layers = range(len(caches[0].layers))
     return [
         {
-            which: torch.cat([getattr(cache.layers[i], name)[0] for cache in caches], 1)
+            which: torch.stack([getattr(cache.layers[i], name)[0] for cache in caches])
             for which, name in (("k", "keys"), ("v", "values"))
         }
         for i in layers
     ]
 
 
-@pytest.mark.parametrize("name", ["paper-g32-lambda", "default"])
+@pytest.mark.parametrize("name", ["paper-g32-lambda", "fixed-offset", "default"])
 def test_lambda_and_offset_follow_their_definitions(qwen, text, name):
-    recipe = get_recipe(name)
-    found = calibrate(qwen, text[0, :256], window=128, progress=False, recipe=recipe)
-    for layer, seen in enumerate(states(qwen, text[0, :256], 128)):
+    recipe, span = get_recipe(name), get_recipe(name).offset_span
+    found = calibrate(qwen, text[0, :300], window=150, progress=False, recipe=recipe, offsets=True)
+    assert found.turns == (span > 0)
+    rope = layer_rope(qwen.config, 0, "full_attention", 128)
+    for layer, seen in enumerate(states(qwen, text[0, :300], 150)):
         for which, x in seen.items():
-            mean = x.mean(1)
-            centred = x - mean[:, None] if recipe.offset else x
-            expected = 1 / rotate(centred, recipe, layer).abs().amax(1).clamp_min(1e-6)
-            torch.testing.assert_close(getattr(found, f"offset_{which}")[layer], mean, rtol=1e-4, atol=1e-4)
+            mean = x.mean((0, 2))
+            offset = mean[None, :, None].expand_as(x)
+            if span and which == "k":
+                middle = torch.arange(150) // span * span + (span - 1) // 2
+                mean = rope.turn(x, -middle).mean((0, 2))
+                offset = rope.turn(mean[None, :, None].expand_as(x), middle)
+            centred = x - offset if recipe.offset else x
+            expected = 1 / rotate(centred, recipe, layer).abs().amax((0, 2)).clamp_min(1e-6)
+            torch.testing.assert_close(getattr(found, f"offset_{which}")[layer], mean, rtol=1e-4, atol=2e-4)
             torch.testing.assert_close(getattr(found, f"lambda_{which}")[layer], expected, rtol=1e-3, atol=0)
+
+
+def test_offsets_are_given_when_asked_for(qwen, text, tmp_path):
+    found = calibrate(qwen, text[0, :256], window=128, progress=False)
+    assert (found.offset_k, found.offset_v) == ([], [])
+    found.save(tmp_path / "calibration.safetensors")
+    back = Calibration.load(tmp_path / "calibration.safetensors", qwen)
+    assert (back.offset_k, len(back.lambda_k), back.turns) == ([], 4, True)
+
+
+def test_a_file_of_version_1_has_offsets_that_do_not_turn(qwen, text, tmp_path):
+    """Written as before offsets turned: no word of their span."""
+    found = calibrate(qwen, text[0, :256], progress=False, recipe="fixed-offset", offsets=True)
+    tensors = {f"layers.{i}.{part}": getattr(found, part)[i] for i in range(4) for part in FIRST_PARTS}
+    facts = {"recipe": {"rotation": "srft", "seed": 0, "offset": True}, "model": fingerprint(qwen)}
+    facts |= {"text_sha256": "", "tokens": 256, "seed": None, "learned": {}}
+    path = tmp_path / "calibration.safetensors"
+    save_file(tensors, path, {"format": "halfbyte-calibration", "version": "1", "facts": json.dumps(facts)})
+    back = Calibration.load(path, qwen)
+    assert not back.turns
+    back.check_recipe(get_recipe("fixed-offset"))
+    with pytest.raises(ValueError, match="made with offset_span=0, the recipe has 64"):
+        back.check_recipe(get_recipe("default"))
+    assert all(map(torch.equal, back.offset_k, found.offset_k))
 
 
 def test_rotation_keeps_lengths_and_its_inverse_undoes_it():
@@ -84,8 +121,6 @@ def test_dense_rotations_are_part_of_a_saved_calibration(calibration, qwen, tmp_
 
 
 def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path):
-    from safetensors.torch import save_file
-
     path = tmp_path / "calibration.safetensors"
     with pytest.raises(ValueError, match="no calibration file"):
         Calibration.load(path)
@@ -101,7 +136,7 @@ def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path)
     with pytest.raises(ValueError, match="not a halfbyte-calibration one"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "halfbyte-calibration", "version": "9"})
-    with pytest.raises(ValueError, match="format version '9'; takes '1'"):
+    with pytest.raises(ValueError, match="format version '9'; takes '1', '2'"):
         Calibration.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "halfbyte-calibration", "version": "1"})
     with pytest.raises(ValueError, match="halfbyte-calibration file is damaged"):

@@ -1,5 +1,9 @@
-"""Int4Cache with models on a CUDA device: against the same cache on the CPU, and through everything generate() does."""
+"""Int4Cache with models on a CUDA device: against the same cache on the CPU, and through everything generate() does.
 
+Without a GPU the kernels run in an emulator, on tensors in CPU memory.
+"""
+
+import contextlib
 import copy
 
 import pytest
@@ -8,7 +12,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conftest import load  # noqa: E402
+from gpu_walk import pretend_gpu  # noqa: E402
 from halfbyte import Int4Cache, _cuda, rooms  # noqa: E402
+from halfbyte.cuda_kernels import CudaKernels  # noqa: E402
 
 NO_GPU = not torch.cuda.is_available() or _cuda.why_not(0) is not None
 needs_gpu = pytest.mark.skipif(NO_GPU, reason="no CUDA device with libhalfbyte_cuda")
@@ -54,14 +60,19 @@ def test_the_reason_is_said_when_there_is_no_library(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module", params=["tiny-qwen", "tiny-gemma"])
-def pair(request):
+def models(request):
+    return load(request.param), load(request.param)
+
+
+@pytest.fixture
+def pair(models, cuda, monkeypatch):
     """(model on the CPU, the same on the GPU), float32."""
-    if NO_GPU:
-        pytest.skip("no CUDA device with libhalfbyte_cuda")
-    return load(request.param), load(request.param).cuda()
+    if cuda.type == "cpu":
+        pretend_gpu(monkeypatch, CudaKernels, cuda, of=models[1].config)
+    return models[0], models[1].to(cuda)
 
 
-def run(model, ids, cache, mask=None, steps=24):
+def run(model, ids, cache, mask=None, steps=17):
     """Logits of a prefill and of single tokens after it, on the CPU: [batch, 1 + steps, vocabulary]."""
     model.set_attn_implementation("halfbyte")
     device, logits = model.device, []
@@ -81,17 +92,15 @@ def distance(got, want):
 LOGITS = 0.03
 
 
-@needs_gpu
 @pytest.mark.parametrize("length", [30, 100, 600])
 def test_decodes_as_on_the_cpu(pair, text, length):
     on_cpu, on_gpu = pair
     caches = Int4Cache(on_cpu.config), Int4Cache(on_gpu.config)
     want, got = (run(model, text[:, :length], cache) for model, cache in zip(pair, caches, strict=True))
     assert distance(got, want) < LOGITS
-    assert all(type(layer.native).__name__ == "CudaLayer" for layer in caches[1].layers)
+    assert all(isinstance(layer.native.kernels, CudaKernels) for layer in caches[1].layers)
 
 
-@needs_gpu
 def test_left_padding(pair, text):
     ids = torch.cat([text[:, :90], text[:, 100:190]])
     mask = torch.ones_like(ids)
@@ -100,12 +109,11 @@ def test_left_padding(pair, text):
     assert distance(got, want) < LOGITS
 
 
-@needs_gpu
 def test_steps_of_several_tokens_crop_and_reorder(pair, text):
     results = []
     for model in pair:
         cache = Int4Cache(model.config)
-        run(model, text[:, :330], cache, steps=30)
+        run(model, text[:, :330], cache)
         cache.activate_past_recording()
         with torch.inference_mode():
             model(text[:, 330:350].to(model.device), past_key_values=cache)
@@ -120,7 +128,6 @@ def test_steps_of_several_tokens_crop_and_reorder(pair, text):
     assert distance(results[1], results[0]) < LOGITS
 
 
-@needs_gpu
 def test_saved_bytes_go_to_the_cpu_and_back(pair, text, tmp_path):
     on_cpu, on_gpu = pair
     cache = Int4Cache(on_gpu.config)
@@ -131,23 +138,21 @@ def test_saved_bytes_go_to_the_cpu_and_back(pair, text, tmp_path):
     assert (tmp_path / "gpu.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()
     back = Int4Cache.load(tmp_path / "cpu.safetensors", on_gpu.config)
     with torch.inference_mode():
-        logits = [on_gpu(text[:, 300:301].cuda(), past_key_values=each).logits for each in (cache, back)]
+        logits = [on_gpu(text[:, 300:301].to(on_gpu.device), past_key_values=each).logits for each in (cache, back)]
         want = on_cpu(text[:, 300:301], past_key_values=there).logits
     assert torch.equal(*logits)  # loaded in CPU memory, taken to the GPU by the first states
     assert distance(logits[0].cpu(), want) < LOGITS
 
 
-@needs_gpu
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
 def test_generate(pair, text, options):
     _, model = pair
     model.set_attn_implementation("halfbyte")
-    settings = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False} | options
-    out = model.generate(text[:, :120].cuda(), past_key_values=Int4Cache(model.config), **settings)
-    assert out.shape == (1, 160)
+    settings = {"max_new_tokens": 18, "min_new_tokens": 18, "do_sample": False} | options
+    out = model.generate(text[:, :120].to(model.device), past_key_values=Int4Cache(model.config), **settings)
+    assert out.shape == (1, 138)
 
 
-@needs_gpu
 @pytest.mark.parametrize("prefill", ["exact", "consistent"])
 def test_other_attention_and_prefill(pair, text, prefill):
     """Dense attention on unpacked tensors, and what the kernels do not do: the CPU serves it."""
@@ -165,27 +170,27 @@ def test_other_attention_and_prefill(pair, text, prefill):
     assert distance(results[1], results[0]) < 1e-2
 
 
-@needs_gpu
-def test_a_decoding_step_never_waits(pair, text):
-    """In sync-debug mode PyTorch raises where the host waits for the device; launches are counted as well."""
+@pytest.mark.parametrize("watched", [False, pytest.param(True, marks=needs_gpu)])
+def test_a_decoding_step_makes_two_launches_a_layer_and_never_waits(pair, text, watched):
+    """Watched, in sync-debug mode, PyTorch raises where the host waits for the device."""
     _, model = pair
     model.set_attn_implementation("halfbyte")
     cache = Int4Cache(model.config)
-    calls = []
+    calls, there = [], model.device
     with torch.inference_mode():
-        model(text[:, :300].cuda(), past_key_values=cache)
-        model(text[:, 300:301].cuda(), past_key_values=cache)
-        step = text[:, 301:334].cuda()
-        position = [torch.tensor([[at]], device="cuda") for at in range(301, 334)]
+        model(text[:, :300].to(there), past_key_values=cache)
+        model(text[:, 300:301].to(there), past_key_values=cache)
+        step = text[:, 301:318].to(there)
+        position = [torch.tensor([[at]], device=there) for at in range(301, 318)]
         for layer in cache.layers:
-            kernels = layer.native._kernels
+            kernels = layer.native.kernels
             kernels._launch = lambda name, call, launch=kernels._launch: (calls.append(name), launch(name, call))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for i in range(33):
+        with contextlib.ExitStack() as stack:
+            if watched:
+                torch.cuda.set_sync_debug_mode("error")
+                stack.callback(torch.cuda.set_sync_debug_mode, "default")
+            for i in range(17):
                 model(step[:, i : i + 1], past_key_values=cache, position_ids=position[i])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     layers = len(cache.layers)
-    assert calls.count("attend") == calls.count("copy") == 33 * layers
-    assert calls.count("encode") == 2 * layers  # a block of 16 is packed in a launch of its own
+    assert calls.count("attend") == calls.count("copy") == 17 * layers
+    assert calls.count("encode") == layers  # a block of 16 is packed in a launch of its own

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 import halfbyte.layer  # noqa: E402
 from halfbyte import Int4Cache, _native  # noqa: E402
+from halfbyte.calibrate import Calibration  # noqa: E402
 from halfbyte.offset import bias_offset  # noqa: E402
 
 EIGHT = {"k_bits": 8, "v_bits": 8, "v_group": 32}
@@ -445,10 +446,8 @@ def test_layers_of_other_kinds_are_the_librarys(text):
 
 
 def test_calibrated_offsets_are_used(qwen, text):
-    from types import SimpleNamespace
-
     zeros = [torch.zeros(2, 128) for _ in range(4)]
-    calibration = SimpleNamespace(offset_k=zeros, offset_v=zeros, lambda_k=None, lambda_v=None)
+    calibration = Calibration(offset_k=zeros, offset_v=zeros)
     held = []
     for options in ({"calibration": calibration}, {"offset": False}, {}):
         cache = Int4Cache(qwen.config, **options)
@@ -456,7 +455,7 @@ def test_calibrated_offsets_are_used(qwen, text):
         held.append(cache.layers[1].keys)
     torch.testing.assert_close(held[0], held[1], rtol=0, atol=1e-6)
     assert not torch.allclose(held[0], held[2], rtol=0, atol=1e-2)
-    short = SimpleNamespace(offset_k=zeros[:1], offset_v=zeros, lambda_k=None, lambda_v=None)
+    short = Calibration(offset_k=zeros[:1], offset_v=zeros)
     with pytest.raises(ValueError, match="calibration"):
         forward(qwen, text[:, :2], Int4Cache(qwen.config, calibration=short))
 

@@ -73,7 +73,7 @@ def test_auto_sees_the_planted_biases_and_says_so(qwen, gemma):
     explained = Int4Cache(qwen.config, "auto", model=qwen).explain().splitlines()
     assert len(explained) == 3
     assert "key biases reach" in explained[2]
-    assert "4.50 bits a value" in explained[0]
+    assert "4.31 bits a value" in explained[0]  # what turns takes them off
     assert Int4Cache(gemma.config, "auto", model=gemma).recipe.v_group == 0
     assert "RoPE base 1,000,000" in explained[2]
     for cache, reason in (
@@ -86,6 +86,14 @@ def test_auto_sees_the_planted_biases_and_says_so(qwen, gemma):
         assert reason in cache.explain()
     assert "the first 16 tokens raw" in Int4Cache(qwen.config).explain().splitlines()[1]
     assert "no tokens raw" in Int4Cache(qwen.config, "no-sinks").explain().splitlines()[1]
+
+
+def test_auto_pays_for_biases_that_no_offset_follows(qwen):
+    config = copy.deepcopy(qwen.config)
+    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}  # changes with the length
+    explained = Int4Cache(config, "auto", model=qwen).explain()
+    assert "4.50 bits a value" in explained
+    assert "no offset follows RoPE here" in explained
 
 
 def test_the_listing_says_what_has_kernels(qwen):

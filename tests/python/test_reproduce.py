@@ -47,13 +47,13 @@ def test_every_ingredient_is_worth_something(tables):
         assert (rows[line]["kl_sd"] > 0) == (line != "without rotation")  # which has no signs to draw
     assert kl["V in groups of 32 as well: `g32`"] < kl["default"]
     assert kl["offset turning every 16 tokens"] < kl["default"] < 0.009
-    assert kl["with lambda = 1/max, and its text's offset"] > 0.8 * kl["default"]  # nothing left for it to do
+    assert kl["with lambda = 1/max"] > 0.8 * kl["default"]  # nothing left for it to do
     assert rows["without groups: K one scale a vector"]["bits"] < rows["default"]["bits"]
 
 
 def test_offsets_from_everywhere_do_their_work(tables):
     kl = {line: row["kl"] for line, row in tables["offsets"].items()}
-    assert len(kl) == 9
+    assert len(kl) == 10
     assert kl["fixed, mean of the first 256 tokens"] == pytest.approx(tables["ablation"]["offset fixed"]["kl"], rel=0.3)
     assert max(kl.values()) < 0.1 * tables["ablation"]["without offset"]["kl"]
     assert kl["turning, every 1 tokens"] == min(kl.values())
@@ -81,7 +81,7 @@ def test_memory_grows_into_its_ratio(qwen, text):
 
 def test_learning_has_its_table(qwen, text):
     rows = reproduce(qwen, text[0], ["learned"], 1, 128, calib_ids=text[0, 128:], steps=1, progress=False)
-    assert [row["paper"] != "" for row in rows] == [True] * 5 + [False] * 2
+    assert [row["paper"] != "" for row in rows] == [True] * 5 + [False] * 3
     assert all(row["error_cut"] >= 0 for row in rows[1:])
 
 

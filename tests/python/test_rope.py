@@ -18,6 +18,7 @@ from architectures import ARCHITECTURES, built  # noqa: E402
 from halfbyte import Int4Cache, Int4StaticCache  # noqa: E402
 from halfbyte.calibrate import calibrate  # noqa: E402
 from halfbyte.offset import bias_offset  # noqa: E402
+from halfbyte.recipes import get_recipe  # noqa: E402
 from halfbyte.rope import Rope, layer_rope, pairs_side_by_side  # noqa: E402
 
 # Whose tokens differ though they are all the same: convolutions, recurrent states, a sink that takes attention away.
@@ -113,15 +114,34 @@ def test_layers_are_told(model, text, make):
             cache.reset()
 
 
-def test_given_offsets_do_not_turn(qwen, text):
-    given = calibrate(qwen, text, progress=False)
+@pytest.mark.parametrize(("recipe", "turning"), [("fixed-offset", 0), ("default", 64)])
+def test_given_offsets_turn_if_they_were_made_to(qwen, text, recipe, turning):
+    given = calibrate(qwen, text, progress=False, recipe=recipe, offsets=True)
     cache = Int4Cache(qwen.config, calibration=given)
     qwen.set_attn_implementation("halfbyte")
     with torch.no_grad():
         qwen(text[:, :80], past_key_values=cache)
     frequencies, offset = told(cache)
-    assert frequencies.size == 0
+    assert frequencies.size == turning
     torch.testing.assert_close(torch.from_numpy(offset).view(2, 128), given.offset_k[0])
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_a_saved_cache_keeps_what_its_calibration_gave(qwen, text, offsets, tmp_path):
+    recipe = get_recipe("default", lambda_=True)
+    given = calibrate(qwen, text, progress=False, recipe=recipe, offsets=offsets)
+    qwen.set_attn_implementation("halfbyte")
+    caches = [Int4Cache(qwen.config, recipe, calibration=given)]
+    with torch.no_grad():
+        qwen(text[:, :9], past_key_values=caches[0])  # too short for a mean of its own
+        caches[0].save(tmp_path / "cache")
+        caches.append(Int4Cache.load(tmp_path / "cache", qwen.config))
+        for cache in caches:
+            cache.reset()
+            qwen(text[:, 30:110], past_key_values=cache)
+    first, second = (told(cache) for cache in caches)
+    assert (first[0].size, (first[0] == second[0]).all(), (first[1] == second[1]).all()) == (64, True, True)
+    assert torch.equal(torch.from_numpy(first[1]).view(2, 128), given.offset_k[0]) if offsets else True
 
 
 def test_a_key_bias_is_averaged_around_the_middle_of_a_span(qwen, text):

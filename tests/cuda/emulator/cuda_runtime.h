@@ -6,8 +6,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <source_location>
-
 #include "cuda_runtime_api.h"
 #include "emulator.h"
 
@@ -36,7 +34,14 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 namespace emulated {
 
-using Where = std::source_location;
+// The caller's place, as a default argument.
+struct Where {
+  const char* file;
+  int line;
+  static constexpr Where current(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
 
 // A mutation: whether the word at this place is the one that does nothing.
 bool is_left_out(const Where& where);
@@ -61,10 +66,10 @@ template <class T>
 T exchange(T value, unsigned lane, unsigned (*words)(unsigned, unsigned, int), const Where& where) {
   if (is_left_out(where)) return value;
   if constexpr (sizeof(T) == 8) {
-    const uint64_t bits = as<uint64_t>(value), low = words((unsigned)bits, lane, (int)where.line());
-    return as<T>(low | (uint64_t)words((unsigned)(bits >> 32), lane, (int)where.line()) << 32);
+    const uint64_t bits = as<uint64_t>(value), low = words((unsigned)bits, lane, where.line);
+    return as<T>(low | (uint64_t)words((unsigned)(bits >> 32), lane, where.line) << 32);
   } else {
-    return as<T>(words(as<unsigned>(value), lane, (int)where.line()));
+    return as<T>(words(as<unsigned>(value), lane, where.line));
   }
 }
 
@@ -80,10 +85,10 @@ unsigned any_of_warp(unsigned value, int line);
 #define gridDim emulated::blocks()
 
 inline void __syncthreads(emulated::Where where = emulated::Where::current()) {
-  if (!emulated::is_left_out(where)) emulator::barrier((int)where.line());
+  if (!emulated::is_left_out(where)) emulator::barrier(where.line);
 }
 inline void __syncwarp(emulated::Where where = emulated::Where::current()) {
-  if (!emulated::is_left_out(where)) emulator::simd_barrier((int)where.line());
+  if (!emulated::is_left_out(where)) emulator::simd_barrier(where.line);
 }
 inline void __threadfence() { emulator::fence(); }
 
@@ -97,10 +102,10 @@ T __shfl_xor_sync(unsigned, T value, unsigned mask, emulated::Where where = emul
   return emulated::exchange(value, mask, emulator::shuffle_xor, where);
 }
 inline bool __any_sync(unsigned, bool value, emulated::Where where = emulated::Where::current()) {
-  return emulated::is_left_out(where) ? value : emulated::any_of_warp(value, (int)where.line()) != 0;
+  return emulated::is_left_out(where) ? value : emulated::any_of_warp(value, where.line) != 0;
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned value, emulated::Where where = emulated::Where::current()) {
-  return emulated::is_left_out(where) ? value : emulated::largest_of_warp(value, (int)where.line());
+  return emulated::is_left_out(where) ? value : emulated::largest_of_warp(value, where.line);
 }
 // Signed ones by the order of unsigned ones: the sign bit turned.
 inline int __reduce_max_sync(unsigned, int value, emulated::Where where = emulated::Where::current()) {

@@ -1,2 +1,96 @@
-// What only an emulator can be asked: other devices, orders of threads, and that it notices what is wrong.
-#include <gtest/gtest.h>
+// What only an emulator can be asked: other devices, whose work is split in other ways, and to notice what is wrong.
+#include "attend_case.h"
+#include "encode_case.h"
+#include "settings.h"
+
+namespace halfbyte {
+namespace {
+
+class Emulated : public testing::Test {
+ protected:
+  void TearDown() override { halfbyte_emulator_device(132, 227 << 10); }
+};
+
+// Two sequences of two KV heads are four segments of ten tiles. 36 KB hold the rings of two warps, so that a segment is
+// worth splitting: among few multiprocessors, blocks take whole segments or cross from one into the next, with equal
+// shares and unequal ones; among many, several blocks share one.
+TEST_F(Emulated, EverySplitOfTheWorkGivesTheSame) {
+  for (int shared_kilobytes : {36, 227})
+    for (int processors : {1, 2, 3, 4, 7, 8, 40})
+      for (int kind = 0; kind < 2; kind++) {
+        halfbyte_emulator_device(processors, shared_kilobytes << 10);
+        Case c;
+        c.batch = 2, c.prefix = 330, c.queries = kind ? 3 : 1, c.heads = kind ? 10 : 4, c.window = kind ? 200 : 0;
+        EXPECT_LT(attend_distance(c, (unsigned)processors, false), tolerance(c.dtype, false))
+            << processors << " multiprocessors with " << shared_kilobytes << " KB, kind " << kind;
+      }
+}
+
+// Two warps of head size 64 have room for the turned offsets of 226 blocks.
+TEST_F(Emulated, OffsetsThatTurnComeInSeveralPieces) {
+  halfbyte_emulator_device(1, 24 << 10);
+  Case c;
+  c.head_dim = 64, c.heads = 2, c.prefix = 4000, c.pairs = 32, c.recipe.offset_span = 16;
+  EXPECT_LT(attend_distance(c, 3, false), tolerance(c.dtype, false));
+}
+
+TEST_F(Emulated, PartsOfThePortableKernelMerge) {
+  for (int processors : {1, 2, 3}) {
+    halfbyte_emulator_device(processors, 227 << 10);
+    Case c;
+    c.batch = 2, c.prefix = 700;
+    EXPECT_LT(attend_distance(c, (unsigned)processors, true), tolerance(c.dtype, true)) << processors;
+  }
+}
+
+TEST_F(Emulated, EveryOrderOfThreadsGivesTheSame) {
+  Case c;
+  c.prefix = 330, c.batch = 2, c.heads = 6;
+  halfbyte_emulator_device(8, 36 << 10);
+  for (int schedule = 0; schedule < 12; schedule++) {
+    halfbyte_emulator_schedule(schedule);
+    EXPECT_LT(attend_distance(c, 1, false), tolerance(c.dtype, false)) << schedule;
+  }
+  halfbyte_emulator_schedule(-1);
+}
+
+// What check.py runs while a word of the kernels does nothing: little, and all of them, in several orders of threads.
+class Mutations : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    halfbyte_emulator_device(8, 36 << 10);
+    halfbyte_emulator_schedule(GetParam());
+  }
+  void TearDown() override {
+    halfbyte_emulator_device(132, 227 << 10);
+    halfbyte_emulator_schedule(-1);
+  }
+};
+
+TEST_P(Mutations, Attend) {
+  for (bool portable : {false, true})
+    for (int kind = 0; kind < 4; kind++) {
+      Case c;
+      if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
+      c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
+      if (kind == 0) c.sharpness = 8.0f, c.pairs = 40;
+      if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
+      ASSERT_LT(attend_distance(c, 7, portable), tolerance(c.dtype, portable)) << kind;
+    }
+}
+
+TEST_P(Mutations, Encode) {
+  for (Dtype dtype : {Dtype::float16, Dtype::bfloat16})
+    for (bool portable : {false, true}) {
+      Case c;
+      c.head_dim = 64, c.dtype = dtype, c.prefix = 65;
+      const Difference difference = encode_difference(c, 5, portable);
+      ASSERT_LT(difference.codes, 2e-3) << portable;
+      ASSERT_LT(difference.scales, 1e-2) << portable;
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Orders, Mutations, testing::Values(0, 1, 2, 3));
+
+}  // namespace
+}  // namespace halfbyte

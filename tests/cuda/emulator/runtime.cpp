@@ -17,7 +17,7 @@ int multiprocessors = 132, shared_limit = kMostSharedBytes;
 int fixed_schedule = -1;
 unsigned launches;
 std::string left_out_file;
-unsigned left_out_line;
+int left_out_line;
 std::string last_error;
 
 struct Copies {
@@ -35,13 +35,13 @@ void halfbyte_emulator_device(int processors, int shared_bytes) {
   multiprocessors = processors, shared_limit = shared_bytes;
 }
 void halfbyte_emulator_schedule(int schedule) { fixed_schedule = schedule; }
-void halfbyte_emulator_leave_out(const char* file, int line) { left_out_file = file, left_out_line = (unsigned)line; }
+void halfbyte_emulator_leave_out(const char* file, int line) { left_out_file = file, left_out_line = line; }
 
 cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount        ? multiprocessors
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? multiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? shared_limit
                                                                   : 9;  // compute capability 9.x
   return cudaSuccess;
@@ -61,8 +61,8 @@ const char* cudaGetErrorString(cudaError_t error) { return error ? last_error.c_
 namespace emulated {
 
 bool is_left_out(const Where& where) {
-  if (where.line() != left_out_line) return false;
-  const std::string_view file = where.file_name();
+  if (where.line != left_out_line) return false;
+  const std::string_view file = where.file;
   return file.ends_with(left_out_file);
 }
 
@@ -86,7 +86,8 @@ int run(int blocks, int threads, size_t shared_bytes, const std::function<void()
 }
 
 void start_copy(Copy copy, int line) {
-  if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16) emulator::refuse("an asynchronous copy that is not aligned", line);
+  if (((uintptr_t)copy.to | (uintptr_t)copy.from) % 16)
+    emulator::refuse("an asynchronous copy that is not aligned", line);
   own_copies().pending.push_back({copy, own_copies().groups});
 }
 
@@ -135,8 +136,7 @@ void multiply(void* const* brought, int) {
 
 void transpose(void* const* brought, int) {
   uint16_t m[8][8];
-  for (int lane = 0; lane < kLanes; lane++)
-    memcpy(&m[lane / 4][lane % 4 * 2], brought[lane], 4);
+  for (int lane = 0; lane < kLanes; lane++) memcpy(&m[lane / 4][lane % 4 * 2], brought[lane], 4);
   for (int lane = 0; lane < kLanes; lane++) {
     const uint16_t column[2] = {m[lane % 4 * 2][lane / 4], m[lane % 4 * 2 + 1][lane / 4]};
     memcpy(brought[lane], column, 4);

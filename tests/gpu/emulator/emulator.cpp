@@ -88,10 +88,10 @@ int self;
 const std::function<void(unsigned, unsigned)>* kernel;
 int skipped_line;
 bool skipped_by_odd_only;
-std::deque<Worker> workers;  // a context can not be moved
+std::deque<Worker> workers;                         // a context can not be moved
 std::vector<std::unique_ptr<float[]>> used_memory;  // of the launch's groups that are done
 const Launch* launched;
-char start_tag, end_tag;                            // of a launch
+char start_tag, end_tag;  // of a launch
 
 #if defined(EMULATOR_ADDRESS)
 const void* host_stack;
@@ -226,12 +226,9 @@ bool resolve_simd(Group& g, int first, int lanes) {
   return true;
 }
 
-// All threads wait or are done: lets those go on that may. False: the group is done, or wrong.
+// All threads wait at barriers or are done: lets them go on. False: the group is done, or wrong.
 bool resolve(Group& g) {
   const int n = (int)g.fibers.size();
-  bool moved = false;
-  for (int first = 0; first < n; first += kLanes) moved |= resolve_simd(g, first, std::min(kLanes, n - first));
-  if (moved || !g.error.empty()) return g.error.empty();
   int at_barrier = 0;
   for (const Fiber& fiber : g.fibers) at_barrier += fiber.state == State::at_barrier;
   if (!at_barrier) return false;
@@ -255,6 +252,22 @@ std::vector<int> numbers(int n) {
   return out;
 }
 
+// Runs threads [first, first + n), whole simdgroups, until all of them wait at a barrier or are done.
+void run_part(Group& g, int first, int n, const Launch& launch, std::mt19937& random) {
+  std::vector<int> order = numbers(n);
+  bool moved = true;
+  while (moved && g.error.empty()) {
+    if (launch.schedule > 1) arrange(order, launch.schedule, random);
+    for (int i = 0; i < n; i++) {
+      const int thread = first + (launch.schedule == 1 ? n - 1 - i : order[i]);
+      if (g.fibers[thread].state == State::ready) run_thread(g, thread);
+    }
+    moved = false;
+    for (int simd = first; simd < first + n; simd += kLanes)
+      moved |= resolve_simd(g, simd, std::min(kLanes, first + n - simd));
+  }
+}
+
 std::string run_group(const Launch& launch, unsigned index, std::mt19937& random) {
   Group g;
   g.index = index;
@@ -262,13 +275,14 @@ std::string run_group(const Launch& launch, unsigned index, std::mt19937& random
   start(g, launch.threads);
   g.shared_floats = launch.shared_bytes / (int)sizeof(float);
   if (g.shared_floats) allocate_shared(g);
-  std::vector<int> order = numbers(launch.threads);
-  if (launch.schedule == 1) arrange(order, 1, random);
+  // Simdgroups go from barrier to barrier one after the other, as far apart as they can get, or all in step.
+  const int each = launch.schedule < 2 || launch.schedule % 2 == 0 ? kLanes : launch.threads;
+  std::vector<int> parts = numbers((launch.threads + each - 1) / each);
+  if (launch.schedule == 1) arrange(parts, 1, random);
   do {
-    if (launch.schedule > 1) arrange(order, launch.schedule, random);
-    for (int thread : order)
-      if (g.fibers[thread].state == State::ready) run_thread(g, thread);
-  } while (resolve(g));
+    if (launch.schedule > 1) arrange(parts, launch.schedule, random);
+    for (int part : parts) run_part(g, part * each, std::min(each, launch.threads - part * each), launch, random);
+  } while (g.error.empty() && resolve(g));
   if (g.wrong_shared_line && g.error.empty())
     g.error = failure("threadgroup memory of another size, or too much of it", 0, g.wrong_shared_line);
 #if defined(EMULATOR_THREAD)  // memory used again would be taken for a race

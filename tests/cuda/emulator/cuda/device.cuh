@@ -37,14 +37,14 @@ using emulated::Where;
 
 inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where where = Where::current()) {
   const uint32_t b[2] = {b0, b1};
-  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, false, (int)where.line());
+  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, false, where.line);
 }
 inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where where = Where::current()) {
   const uint32_t b[2] = {b0, b1};
-  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, true, (int)where.line());
+  if (!emulated::is_left_out(where)) emulated::mma(c, a, b, true, where.line);
 }
 inline uint32_t transpose_8x8(uint32_t x, Where where = Where::current()) {
-  return emulated::is_left_out(where) ? x : emulated::transpose_8x8(x, (int)where.line());
+  return emulated::is_left_out(where) ? x : emulated::transpose_8x8(x, where.line);
 }
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
@@ -53,14 +53,13 @@ inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & m
 inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 
 inline void copy_async_16(void* shared, const void* global, Where where = Where::current()) {
-  emulated::start_copy({shared, global}, (int)where.line());
+  emulated::start_copy({shared, global}, where.line);
   memset(shared, 0xff, 16);
 }
 inline void copy_async_commit() { emulated::end_group(); }
-template <int Pending>
-void copy_async_wait(Where where = Where::current()) {
+inline void copy_async_wait(int pending, Where where = Where::current()) {
   emulated::Copy copy;
-  while (!emulated::is_left_out(where) && emulated::finish_copy(Pending, copy)) memcpy(copy.to, copy.from, 16);
+  while (!emulated::is_left_out(where) && emulated::finish_copy(pending, copy)) memcpy(copy.to, copy.from, 16);
 }
 inline void prefetch(const void*) {}
 

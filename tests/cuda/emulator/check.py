@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Mutations of the CUDA kernels: PROGRAM's tests must fail where any one of these words does nothing.
+
+usage: check.py PROGRAM SOURCE_FOLDER
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Barriers, exchanges, products and waits, by the line that says them.
+WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
+FILES = ("cuda/attend.cuh", "cuda/encode.cuh", "cuda/work.cuh", "gpu/attend.h", "gpu/rotate.h", "gpu/element.h")
+TESTS = "*Mutations*:CudaFastRotation.*"
+# What no run here can notice, by its line or the one before it, and why.
+UNSEEN = {
+    # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
+    "columns, lane, running);",
+    "space.weights[row * kRawTokens + lane] = p;",
+    # Thread blocks run one after the other: none can see that another has arrived too early.
+    "__threadfence();",
+    # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.
+    "rotated[at] *= in.inverse_lambda_k[(int64_t)head * d + at / kTileRows];",
+    # Has the threads of a warp take one branch; each would be right alone.
+    "columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));",
+    "columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));",
+    # CUDA's attention knows no fast rotation.
+    "FastRotation<D, 1>::forward(in.rotation_k, VectorSpace{rotated + row, 0, kTileRows}, lane);",
+    "FastRotation<D, 1>::back(in.rotation_v, VectorSpace{space.y + row, 0, kTileRows}, tid % kSimd);",
+    # Later barriers come before anything that would go wrong.
+    "call.warps * kSimd);",
+    "space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];",
+}
+
+
+def places(sources: Path) -> list[tuple[str, int, str]]:
+    """(file, line, text) of each word that a run can notice; definitions and comments are none."""
+    found = []
+    for name in FILES:
+        before = ""
+        for number, line in enumerate((sources / name).read_text(encoding="utf-8").splitlines(), 1):
+            code = line.split("//")[0].strip()
+            is_use = re.search(WORDS, code) and not re.match(r"(?:#|template|__device__|gpu_fn|constexpr)", code)
+            if is_use and not {before, code} & UNSEEN:
+                found.append((name, number, code))
+            before = code
+    return found
+
+
+def survives(program: str, place: tuple[str, int, str] | None) -> bool:
+    environment = {**os.environ}
+    if place:
+        environment["HALFBYTE_LEAVE_OUT"] = f"{place[0]}:{place[1]}"
+    command = [program, f"--gtest_filter={TESTS}", "--gtest_fail_fast"]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
+    return done.returncode == 0 and "[  PASSED  ] 0 tests" not in done.stdout
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    program, found = sys.argv[1], places(Path(sys.argv[2]))
+    if not survives(program, None):
+        sys.exit("error: the tests fail as the kernels are")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda place: survives(program, place), found))
+    alive = [place for place, lives in zip(found, results, strict=True) if lives]
+    if alive:
+        sys.exit("error: not noticed:\n" + "\n".join(f"{name}:{line}: {code}" for name, line, code in alive))
+    print(f"{len(found)} barriers, exchanges, products and waits: tests fail without each")
+
+
+if __name__ == "__main__":
+    main()
