@@ -92,7 +92,7 @@ def distance(got, want):
 LOGITS = 0.03
 
 
-@pytest.mark.parametrize("length", [30, 100, 600])
+@pytest.mark.parametrize("length", [30, 100, pytest.param(600, marks=needs_gpu)])
 def test_decodes_as_on_the_cpu(pair, text, length):
     on_cpu, on_gpu = pair
     caches = Int4Cache(on_cpu.config), Int4Cache(on_gpu.config)
@@ -113,7 +113,7 @@ def test_steps_of_several_tokens_crop_and_reorder(pair, text):
     results = []
     for model in pair:
         cache = Int4Cache(model.config)
-        run(model, text[:, :330], cache)
+        run(model, text[:, 200:330], cache, steps=6)
         cache.activate_past_recording()
         with torch.inference_mode():
             model(text[:, 330:350].to(model.device), past_key_values=cache)
@@ -148,9 +148,10 @@ def test_saved_bytes_go_to_the_cpu_and_back(pair, text, tmp_path):
 def test_generate(pair, text, options):
     _, model = pair
     model.set_attn_implementation("halfbyte")
-    settings = {"max_new_tokens": 18, "min_new_tokens": 18, "do_sample": False} | options
-    out = model.generate(text[:, :120].to(model.device), past_key_values=Int4Cache(model.config), **settings)
-    assert out.shape == (1, 138)
+    tokens = 40 if model.device.type == "cuda" else 10
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False} | options
+    out = model.generate(text[:, :90].to(model.device), past_key_values=Int4Cache(model.config), **settings)
+    assert out.shape == (1, 90 + tokens)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "consistent"])
