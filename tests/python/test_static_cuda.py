@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-import emulated_cuda  # noqa: E402
 from conftest import load  # noqa: E402
+from gpu_walk import pretend_gpu  # noqa: E402
 from halfbyte import Int4Cache, Int4StaticCache, _cuda, cuda_step, get_recipe  # noqa: E402
 from halfbyte.cuda_kernels import CudaKernels  # noqa: E402
 from halfbyte.gpu_layer import GpuLayer  # noqa: E402
@@ -24,16 +24,16 @@ needs_gpu = pytest.mark.skipif(NO_GPU, reason="no CUDA device with libhalfbyte_c
 KV_HEADS, HEADS, CAPACITY = 2, 4, 320
 
 
-@pytest.fixture(scope="module", params=["emulated", "cuda"])
-def device(request):
-    """Where layers live: this processor with the kernels' sources on it, or a GPU."""
-    if request.param == "cuda":
-        if NO_GPU:
-            pytest.skip("no CUDA device with libhalfbyte_cuda")
-        yield torch.device("cuda", 0)
+@pytest.fixture
+def device(cuda):
+    """Where layers live: a GPU, or a small emulated one, whose thread blocks are few and narrow."""
+    if cuda.type == "cuda":
+        yield cuda
         return
-    with emulated_cuda.pretend():
-        yield emulated_cuda.DEVICE
+    library = _cuda.load()
+    library.halfbyte_emulator_device(2, 100 << 10)
+    yield cuda
+    library.halfbyte_emulator_device(132, 227 << 10)
 
 
 class Pair:
@@ -289,10 +289,16 @@ def test_what_a_step_does_not_take_is_refused(device):
 
 
 @pytest.fixture(scope="module", params=["tiny-qwen", "tiny-gemma"])
-def model(request, device):
-    model = load(request.param).to("cpu" if device == emulated_cuda.DEVICE else device)
-    model.set_attn_implementation("halfbyte")
-    return model
+def loaded(request):
+    return load(request.param)
+
+
+@pytest.fixture
+def model(loaded, device, monkeypatch):
+    if device.type == "cpu":
+        pretend_gpu(monkeypatch, CudaKernels, device)
+    loaded.set_attn_implementation("halfbyte")
+    return loaded.to(device)
 
 
 @torch.no_grad()
