@@ -99,6 +99,7 @@ class StepPlan:
     def offset_pieces(self, offsets):
         return self._pieces(self.offset_shapes, offsets)
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be changed outside of it
     def make_storage(self):
         """(state, pages, raw, offsets) of an empty layer."""
         flat = {"device": self.device}

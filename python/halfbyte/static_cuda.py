@@ -157,9 +157,9 @@ class StaticRoom:
         slots = self._slots(packed_end, length)
         layer._tail = layer._raw_room(layer._tail[0].shape[2])
         for side, name in enumerate("kv"):
-            if layer._sinks is not None:
-                layer._sinks[side].copy_(held[f"sinks_{name}"])
             layer._tail[side][:, :, : slots.numel()] = held[f"tail_{name}"][:, :, slots]
+        if layer._sinks is not None:
+            layer._sinks = tuple(held[f"sinks_{name}"].clone() for name in "kv")
         if self.plan.has_offset and layer._offset is None and packed_end > layer.sink:
             mu = self.plan.offset_pieces(self.offsets)
             layer._set_offsets([mu[f"mu_{name}"].clone() for name in "kv"])
