@@ -33,6 +33,6 @@ bench generate-batch generate --model qwen2.5-1.5b --batch 32 --prefix 16384 --r
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
-      --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*' | tail -n 3
+      --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*:*CudaStep*' | tail -n 3
   done
 fi

@@ -117,8 +117,7 @@ __device__ void turn_spans(const AppendSide& side, const Turn& turn, int row, Pa
   const int64_t to = (int64_t)row * side.offset.span_count * d;
   for (int at = threadIdx.x; at < count * d; at += blockDim.x) {
     const Partner partner = partner_of(turn, at % d);
-    side.offset.span_offset[to + at] =
-        turned(turn, partner, first + at / d, mu[at % d], mu[partner.channel], 1.0f);
+    side.offset.span_offset[to + at] = turned(turn, partner, first + at / d, mu[at % d], mu[partner.channel], 1.0f);
   }
   __syncthreads();
   rotate_offsets(side, side.offset.span_offset + to, side.offset.span_rotated + to, count);

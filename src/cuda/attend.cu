@@ -116,9 +116,7 @@ __global__ void __launch_bounds__(256) finish_step_kernel(const __grid_constant_
   finish_segment<Wide>(step_call(launched, call_memory), memory);
 }
 
-int most_splits(const AttendShape& s) {
-  return (4 * multiprocessors() + segments_of(s) - 1) / segments_of(s);
-}
+int most_splits(const AttendShape& s) { return (4 * multiprocessors() + segments_of(s) - 1) / segments_of(s); }
 
 int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const AttendShape& s = base.shape;
@@ -246,8 +244,8 @@ int attend_step(const HalfbyteCudaAttend& a) {
   AttendStep step{call_of(a), rule_of(a.at), multiprocessors()};
   const AttendShape& s = step.call.shape;
   if (!plan(step.call, a, a.at.capacity, sizeof step.call)) return attend_portable_step(step.call, step.rule, a.stream);
-  return launch(kernels_for(s.format, s.dtype).step, std::max(segments_of(s), step.processors),
-                step.call.warps * kSimd, shared_bytes(step.call), a.stream, step);
+  return launch(kernels_for(s.format, s.dtype).step, std::max(segments_of(s), step.processors), step.call.warps * kSimd,
+                shared_bytes(step.call), a.stream, step);
 }
 
 }  // namespace

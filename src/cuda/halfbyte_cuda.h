@@ -60,16 +60,14 @@ typedef struct {
   int64_t first, begin, end, are_sinks;
 } HalfbyteCudaRaw;
 
-/* A layer whose length is in device memory, for steps of one token a sequence that a CUDA graph can repeat: append, then
- * encode, then attend, which may be repeated, all with the same arguments in every step. All counts of those calls follow
- * from the cells:
- *   0  tokens before the step; encode moves it on        4  1: the offsets hold a mean, or need none
- *   1  tokens with those of the step; written by append  5  set to 1 by a value that can not be coded
- *   2  tokens of the step: 1, or 0 if there is no room   6  set to 1 by a step for which there is no room
- *   3  packed_end at some earlier length of this sequence
- * The raw token at position p lies in slot p of the sinks or slot p % tail_slots of the tail, with tail_slots a multiple
- * of 16, at least 32 more than raw_window and warm_up. A page table may name pages in turn, with a window at least
- * ceil((window - 1) / 64) + 1 of them. */
+/* A layer whose length is in device memory, for steps of one token a sequence that a CUDA graph can repeat: append,
+ * then encode, then attend, which may be repeated, all with the same arguments in every step. All counts of those calls
+ * follow from the cells: 0  tokens before the step; encode moves it on        4  1: the offsets hold a mean, or need
+ * none 1  tokens with those of the step; written by append  5  set to 1 by a value that can not be coded 2  tokens of
+ * the step: 1, or 0 if there is no room   6  set to 1 by a step for which there is no room 3  packed_end at some
+ * earlier length of this sequence The raw token at position p lies in slot p of the sinks or slot p % tail_slots of the
+ * tail, with tail_slots a multiple of 16, at least 32 more than raw_window and warm_up. A page table may name pages in
+ * turn, with a window at least ceil((window - 1) / 64) + 1 of them. */
 enum { HALFBYTE_CUDA_CELLS = 8 };
 typedef struct {
   int64_t* cells; /* null: the numbers in the call count */
@@ -96,8 +94,8 @@ typedef struct {
   int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
   int64_t device;    /* that holds all of this, as in the other calls */
   void* stream;
-  /* With cells: queries 1, raw [0] the sinks' slots (data null if there are none) and raw [1] the tail's, from position 0
-   * on, and a mask has columns for the whole capacity, from position 0 on. */
+  /* With cells: queries 1, raw [0] the sinks' slots (data null if there are none) and raw [1] the tail's, from position
+   * 0 on, and a mask has columns for the whole capacity, from position 0 on. */
   HalfbyteCudaLength at;
 } HalfbyteCudaAttend;
 

@@ -20,8 +20,8 @@ struct LengthRule {
 };
 
 inline LengthRule rule_of(const HalfbyteCudaLength& at) {
-  return {at.cells,           (int)at.capacity,   (int)at.tail_slots,    (int)at.sink_tokens,
-          (int)at.raw_window, (int)at.warm_up, (int)at.sliding_window};
+  return {at.cells,           (int)at.capacity, (int)at.tail_slots,    (int)at.sink_tokens,
+          (int)at.raw_window, (int)at.warm_up,  (int)at.sliding_window};
 }
 
 // Tokens from the sinks to here are packed when there are `length` tokens. packed_from: how many were when the caller

@@ -86,7 +86,7 @@ TEST(CudaDecode, GivesBackWhatTheReferenceDoes) {
     const HalfbyteCudaDecode call{described,
                                   k_tables.get(false),
                                   v_tables.get(false),
-                                  {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0},
+                                  {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0, nullptr},
                                   c.batch,
                                   0,
                                   (int64_t)parts.packed_end,
