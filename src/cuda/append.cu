@@ -85,7 +85,7 @@ __device__ void rotate_offsets(const AppendSide& side, const float* mu, float* r
   }
 }
 
-// The weighted mean of the first `total` tokens, all raw, K turned back to position 0. Ends with a barrier.
+// The weighted mean of the first `total` tokens, all raw, K turned back to position 0; a barrier comes after it.
 __device__ void take_mean(const AppendCall& call, const AppendSide& side, const Turn& turn, int b, int head,
                           int total) {
   const float* weights = call.weights + (int64_t)b * call.weight_stride;
@@ -107,7 +107,6 @@ __device__ void take_mean(const AppendCall& call, const AppendSide& side, const 
   }
   __syncthreads();
   rotate_offsets(side, side.offset.offset + row, side.offset.rotated + row, 1);
-  __syncthreads();
 }
 
 // The offset as the spans of these tokens have it.

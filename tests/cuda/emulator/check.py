@@ -21,6 +21,7 @@ UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
     "columns, lane, running);",
     "space.weights[row * kRawTokens + lane] = p;",
+    "memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__threadfence();",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.
