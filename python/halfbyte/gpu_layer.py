@@ -30,7 +30,7 @@ class GpuLayer:
         self.window, self.sink = self.config["sliding_window"], self.recipe.sink_tokens
         self.kernels = kernels(device, **self.config)
         self._past_recorded = False
-        self._given = [None, None]  # offsets of K and V [kv_heads, head_dim] from a calibration, on the CPU
+        self._take_given([None, None])
         self._factors = [(None, None)] * 2  # (lambda, 1 / lambda) of K and V [kv_heads, head_dim], if there are any
         self._dense = [None, None]  # a dense recipe's rotations, on the CPU
         self._turn = None  # how the offset of K follows RoPE
@@ -73,12 +73,6 @@ class GpuLayer:
     def _bind(self):
         """Tells the kernels of new pages, offsets or another batch."""
         self.kernels.bind(self.batch, self._pages, self._offset, self._factors, self._turn, self._warm_up)
-
-    @property
-    def _warm_up(self):
-        """Tokens that stay raw until their mean is the offset."""
-        wanted = self.recipe.offset and any(mu is None for mu in self._given)
-        return self.recipe.offset_tokens if wanted else 0
 
     def _raw_start(self, position):
         """As Layer::State::raw_start."""
@@ -366,7 +360,12 @@ class GpuLayer:
 
     def set_offset(self, k, v):
         """[kv_heads, head_dim] each."""
-        self._given = self._accepted("offset", (k, v), [(self.kv_heads, dim) for dim in self.dims], self._given)
+        self._take_given(self._accepted("offset", (k, v), [(self.kv_heads, dim) for dim in self.dims], self._given))
+
+    def _take_given(self, pair):
+        """Offsets of K and V, on the CPU, None for one that the tokens give."""
+        self._given, wanted = pair, self.recipe.offset and any(mu is None for mu in pair)
+        self._warm_up = self.recipe.offset_tokens if wanted else 0  # tokens that stay raw until their mean is there
 
     def set_frequencies(self, frequencies, pairs, interleaved=False):
         """[pairs]: how the offset of K turns, as of a Rope."""

@@ -1,5 +1,6 @@
 // Launches attention: the tensor-core kernel where the geometry has one, the portable bodies elsewhere.
 #include "cuda/attend.cuh"
+#include "gpu/attend_packed.h"
 
 #include <algorithm>
 
@@ -8,7 +9,7 @@
 namespace halfbyte::gpu {
 namespace {
 
-// ---- The portable way: one simdgroup a row, then one thread block a tile of rows for the merge
+// ---- The portable way: a thread block some tokens of a tile of rows, then one a tile for the merge
 
 struct PortableCall {
   AttendCall base;
@@ -18,35 +19,13 @@ struct PortableCall {
 
 constexpr int kSmallestSplit = 128;  // tokens
 
-HALFBYTE_INLINE int prepare_floats(const PageFormat& f) { return kTileRows * (f.k.head_dim + f.k.padded_dim + 2); }
-
-size_t portable_bytes(const AttendCall& base) {
-  return (prepare_floats(base.shape.format) + product_floats(base.buffers.turn)) * 4;
-}
-size_t finish_bytes(const AttendShape& s) {
-  return finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4;
-}
-
-template <bool Wide>
+template <int Spans>
 __device__ __forceinline__ void attend_split(const PortableCall& call, float* memory) {
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
-  const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
-  float* rotated = memory + kTileRows * s.format.k.head_dim;
-  float* largest = rotated + kTileRows * s.format.k.padded_dim;
-  prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x,
-                        blockDim.x);
-  float* products = memory + prepare_floats(s.format);
-  if (call.base.buffers.turn.waves)
-    turn_products(s, call.base.buffers, b, head, memory, products, largest + kTileRows, threadIdx.x, blockDim.x);
-  const int slot = threadIdx.x / kSimd, row = min(tile * kTileRows + slot, rows_of(s) - 1);
-  const int blocks = (call.end + kBlockTokens - 1) / kBlockTokens - call.begin / kBlockTokens;
-  const int first = call.begin / kBlockTokens;
-  const int begin = (first + (int)((long long)blocks * split / call.splits)) * kBlockTokens;
-  const int end = (first + (int)((long long)blocks * (split + 1) / call.splits)) * kBlockTokens;
-  attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end), rotated + slot,
-                    largest[kTileRows + slot], call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s),
-                    slot, threadIdx.x % kSimd, products + 2 * slot);
+  attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
+                          segment % tiles, part_of({call.begin, call.end}, split, call.splits), memory,
+                          call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), threadIdx.x);
 }
 
 template <bool Wide>
@@ -59,16 +38,14 @@ __device__ __forceinline__ void finish_segment(const PortableCall& call, float* 
                blockDim.x);
 }
 
-template <bool Wide>
-__global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
-  float* memory = shared_memory<float>();
-  attend_split<Wide>(call, memory);
+template <int Spans>
+__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
+  attend_split<Spans>(call, shared_memory<float>());
 }
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  float* memory = shared_memory<float>();
-  finish_segment<Wide>(call, memory);
+  finish_segment<Wide>(call, shared_memory<float>());
 }
 
 HALFBYTE_INLINE int segments_of(const AttendShape& s) { return s.batch * s.kv_heads * row_tiles(s); }
@@ -100,46 +77,72 @@ __device__ __forceinline__ const PortableCall& step_call(const PortableStep& lau
   return call;
 }
 
-template <bool Wide>
-__global__ void __launch_bounds__(kTileRows* kSimd)
-    portable_step_kernel(const __grid_constant__ PortableStep launched) {
-  float* memory = shared_memory<float>();
+template <int Spans>
+__global__ void __launch_bounds__(kAttendThreads) portable_step_kernel(const __grid_constant__ PortableStep launched) {
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
   const PortableCall& call = step_call(launched, call_memory);
-  if ((int)blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Wide>(call, memory);
+  if ((int)blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Spans>(call, shared_memory<float>());
 }
 
 template <bool Wide>
 __global__ void __launch_bounds__(256) finish_step_kernel(const __grid_constant__ PortableStep launched) {
-  float* memory = shared_memory<float>();
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
-  finish_segment<Wide>(step_call(launched, call_memory), memory);
+  finish_segment<Wide>(step_call(launched, call_memory), shared_memory<float>());
 }
 
 int most_splits(const AttendShape& s) { return (4 * multiprocessors() + segments_of(s) - 1) / segments_of(s); }
+
+int widest(const PageFormat& f) { return std::max(f.k.padded_dim, f.v.padded_dim); }
+
+size_t portable_bytes(const AttendCall& base) {
+  const PageFormat& f = base.shape.format;
+  return attend_floats(f.k.head_dim, widest(f), base.buffers.turn.waves ? base.buffers.turn.pairs : 0) * 4;
+}
+
+size_t finish_bytes(const AttendShape& s) {
+  return finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4;
+}
+
+// For lengths that the call names, and for those in device memory.
+struct PortableKernels {
+  void (*call)(PortableCall);
+  void (*step)(PortableStep);
+};
+
+template <int Spans>
+PortableKernels portable_kernels() {
+  return {portable_kernel<Spans>, portable_step_kernel<Spans>};
+}
+
+// For heads of up to so many channels, padded.
+PortableKernels portable_kernels_for(int padded) {
+  return padded <= 64    ? portable_kernels<2>()
+         : padded <= 128 ? portable_kernels<4>()
+         : padded <= 256 ? portable_kernels<8>()
+                         : portable_kernels<kMaxHeadDim / kSpan>();
+}
 
 int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const AttendShape& s = base.shape;
   const int segments = segments_of(s);
   const PortableCall call{base, begin, end, splits_of(begin, end, most_splits(s))};
-  const bool wide = s.dtype == kFloat32;
   if (call.splits)
-    if (int error = launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits,
-                           kTileRows * kSimd, portable_bytes(base), stream, call))
+    if (int error = launch(portable_kernels_for(widest(s.format)).call, segments * call.splits, kAttendThreads,
+                           portable_bytes(base), stream, call))
       return error;
-  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_bytes(s), stream, call);
+  return launch(s.dtype == kFloat32 ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_bytes(s),
+                stream, call);
 }
 
 int attend_portable_step(const AttendCall& base, const LengthRule& rule, void* stream) {
   const AttendShape& s = base.shape;
   const int segments = segments_of(s);
   const PortableStep step{{base, 0, 0, 0}, rule, most_splits(s)};
-  const bool wide = s.dtype == kFloat32;
-  if (int error = launch(wide ? portable_step_kernel<true> : portable_step_kernel<false>, segments * step.most_splits,
-                         kTileRows * kSimd, portable_bytes(base), stream, step))
+  if (int error = launch(portable_kernels_for(widest(s.format)).step, segments * step.most_splits, kAttendThreads,
+                         portable_bytes(base), stream, step))
     return error;
-  return launch(wide ? finish_step_kernel<true> : finish_step_kernel<false>, segments, 256, finish_bytes(s), stream,
-                step);
+  return launch(s.dtype == kFloat32 ? finish_step_kernel<true> : finish_step_kernel<false>, segments, 256,
+                finish_bytes(s), stream, step);
 }
 
 // ---- The tensor-core way

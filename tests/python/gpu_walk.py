@@ -11,11 +11,10 @@ KV_HEADS, HEADS = 2, 6
 STEPS = (1, 1, 1, 1, 2, 5, 17, 40, 90)
 COUNTS = ("length", "first", "visible", "batch", "packed_tokens", "has_offset")
 # Of (attention, unpacked values), relative to the whole. The C++ Layer computes `exact` here, so that what is left are
-# orders of sums, roundings of outputs, and codes that fall to the other side of a tie; CUDA's kernels attend in fp16.
+# orders of sums, roundings of outputs and, on tensor cores, of factors, and codes that fall to the other side of a tie.
 PLAIN = 1e-5, 1e-5
-METAL = {"float32": (3e-3, 0.02), "float16": (4e-3, 0.02), "bfloat16": (1e-2, 0.02)}
-CUDA = 0.03, 0.03
-CODES_DIFFER = 2e-3  # share of bytes on Metal, which computes in float32 throughout as the C++ Layer does
+CODED = {"float32": (3e-3, 0.02), "float16": (4e-3, 0.02), "bfloat16": (1e-2, 0.02)}
+CODES_DIFFER = 2e-3  # share of bytes, in an emulator
 
 
 def relative(got, want):
@@ -41,8 +40,8 @@ class Walk:
         self.dtype, self.recipe = getattr(torch, dtype), get_recipe(recipe, **fields)
         self.config = {"kv_heads": KV_HEADS, "head_dim_k": dim, "head_dim_v": dim, "dtype": dtype}
         self.config |= {"recipe": self.recipe, "layer_index": 0, "sliding_window": window}
-        self.is_plain, self.is_metal = self.recipe.k_bits == 32, kernels.__name__ == "MetalKernels"
-        self.limits = PLAIN if self.is_plain else METAL[dtype] if self.is_metal else CUDA
+        self.is_plain = self.recipe.k_bits == 32
+        self.limits = PLAIN if self.is_plain else CODED[dtype]
         self.theirs = _native.Layer(**self.config)
         self.ours = GpuLayer(kernels, self.device, **self.config)
         if pairs:  # odd seeds have pairs side by side
@@ -91,7 +90,8 @@ class Walk:
         assert differing <= (set() if self.is_plain else {"pages", "offset_k", "offset_v"})
         for name in differing & {"offset_k", "offset_v"}:
             assert np.abs(ours[name] - theirs[name]).max() < 1e-3
-        if "pages" in differing and self.is_metal and self.recipe.scale_bits == 16:  # float32 differs in its last bit
+        # Scales in float32 differ in their last bit.
+        if "pages" in differing and self.device.type == "cpu" and self.recipe.scale_bits == 16:
             assert np.mean(ours["pages"] != theirs["pages"]) < CODES_DIFFER
 
     def check(self, queries=1, **options):
@@ -131,8 +131,10 @@ class Walk:
         elif kind == 10:
             before = self.ours
             self.ours = before.copy()
+            self.append(1)
             saved = self.ours.save()
-            before.append(*self.there(self.tensor(KV_HEADS, 33), self.tensor(KV_HEADS, 33)))
+            tokens = int(self.random.choice([1, 33]))  # beside the others, or packed
+            before.append(*self.there(self.tensor(KV_HEADS, tokens), self.tensor(KV_HEADS, tokens)))
             assert_same_content(self.ours.save(), saved)  # what the other writes is its own
         else:
             self.both("record_past", bool(self.random.integers(2)))

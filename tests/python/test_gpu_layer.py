@@ -82,6 +82,21 @@ def test_a_first_prefill_packs_no_more_than_its_window(kernels):
 
 
 @plain
+def test_a_crop_brings_back_raw_what_the_newest_step_packed(kernels):
+    walk = Walk(kernels, "passthrough", sink_tokens=16)
+    walk.both("record_past", True)
+    walk.append(45)
+    for length in (50, 60, 41):
+        walk.append(30)  # 45 … 74: packs, and may be taken back raw
+        walk.both("crop", length)
+        walk.append(2)
+        walk.check(2)
+    walk.both("crop", 0)
+    walk.append(20)
+    walk.check()
+
+
+@plain
 def test_what_does_not_fit_is_refused(kernels):
     walk = Walk(kernels, "passthrough")
     walk.append(20)
@@ -172,6 +187,7 @@ def test_works_on_the_second_gpu_while_the_first_is_current():
 )
 def test_random_lives_on_metal(shaders, recipe, dtype, options):
     walk = Walk(MetalKernels, recipe, 64, dtype, batch=1, **options)
+    walk.append(50)
     for _ in range(12):
         walk.step((1, 1, 1, 2, 15, 17))
 
@@ -205,8 +221,20 @@ def test_padding_is_left_out_of_the_offset(walk, first, pairs):
         assert np.abs(ours - theirs).max() < 1e-4
 
 
+def test_padding_that_is_cropped_away_is_forgotten(walk):
+    walk = walk("no-sinks", pairs=20)
+    counted = torch.ones(2, 7, dtype=torch.uint8)
+    counted[1, 4:] = 0
+    walk.append(7, counted)
+    walk.both("crop", 3)
+    walk.compare()
+    walk.append(3)
+    walk.append(30)
+    walk.compare()
+
+
 def test_an_offset_given_for_k_turns_and_is_kept(walk):
-    walk = walk(pairs=32)
+    walk = walk("turning", pairs=32)
     mu = torch.randn(KV_HEADS, walk.dim, generator=walk.torch_random)
     walk.both("set_offset", mu.data_ptr(), 0)
     walk.append(40)
@@ -215,6 +243,8 @@ def test_an_offset_given_for_k_turns_and_is_kept(walk):
     walk.both("crop", 9)
     walk.append(30)
     walk.check(30)
+    walk.append(170)  # past the spans whose offsets were computed ahead
+    walk.check()
     for name, arguments in (("set_offset", (mu.data_ptr(), 0)), ("set_frequencies", (0, 0))):
         with pytest.raises(ValueError, match="after tokens were packed"):
             getattr(walk.ours, name)(*arguments)
