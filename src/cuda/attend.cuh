@@ -6,7 +6,7 @@
 // 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
 #pragma once
 
-#include "cuda/work.cuh"
+#include "cuda/length.cuh"
 
 namespace halfbyte::gpu {
 
@@ -382,9 +382,9 @@ __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int 
   }
 }
 
+// This thread block's part of a call: its tiles, and whatever segments it is the last one to work on.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
-  float* work = shared_memory<float>();
+__device__ __forceinline__ void attend_items(const AttendCall& call, float* work) {
   __shared__ int arrived;
   const AttendShape& s = call.shape;
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
@@ -449,6 +449,39 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
     }
     begin = end;
   }
+}
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+  float* work = shared_memory<float>();
+  attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
+}
+
+// ---- The same for a length in device memory
+
+struct AttendStep {
+  AttendCall call;  // without the counts; raw: sinks, if there can be any, and the tail's slots
+  LengthRule rule;
+  int processors;
+};
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1)
+    attend_step_kernel(const __grid_constant__ AttendStep launched) {
+  float* work = shared_memory<float>();
+  __shared__ uint64_t memory[sizeof(AttendCall) / 8];
+  AttendCall& call = copy_call(launched.call, memory);
+  if (threadIdx.x == 0) take_length(call, launched.rule, launched.processors);
+  __syncthreads();
+  if ((int)blockIdx.x >= call.blocks) return;
+  if (call.n_tiles) {
+    attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
+    return;
+  }
+  const AttendShape& s = call.shape;  // nothing is packed yet: a block a segment
+  const int tiles = row_tiles(s), head = blockIdx.x / tiles % s.kv_heads, b = blockIdx.x / tiles / s.kv_heads;
+  finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, nullptr, 0, b, head, blockIdx.x % tiles, work,
+                             threadIdx.x, call.warps * kSimd);
 }
 
 }  // namespace halfbyte::gpu

@@ -14,8 +14,12 @@ from pathlib import Path
 # Barriers, exchanges, products and waits, by the line that says them.
 WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
 FILES = (
+    "cuda/append.cu",
+    "cuda/attend.cu",
     "cuda/attend.cuh",
+    "cuda/encode.cu",
     "cuda/encode.cuh",
+    "cuda/length.cuh",
     "cuda/work.cuh",
     "gpu/attend.h",
     "gpu/attend_packed.h",
@@ -28,6 +32,7 @@ UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
     "columns, lane, running);",
     "space.weights[row * kRawTokens + lane] = p;",
+    "memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__threadfence();",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.

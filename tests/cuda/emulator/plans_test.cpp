@@ -2,6 +2,7 @@
 #include "attend_case.h"
 #include "encode_case.h"
 #include "settings.h"
+#include "step_case.h"
 
 namespace halfbyte {
 namespace {
@@ -89,6 +90,15 @@ TEST_P(Mutations, Encode) {
       ASSERT_LT(difference.codes, 2e-3) << portable;
       ASSERT_LT(difference.scales, 1e-2) << portable;
     }
+}
+
+// The step that packs a block, and those around it.
+TEST_P(Mutations, Step) {
+  for (bool portable : {false, true}) {
+    Case c;
+    c.prefix = 30, c.pairs = 32, c.heads = 6, c.head_dim = 64;
+    ASSERT_LT(step_distance(c, 5, 4, portable), tolerance(c.dtype, portable) + 2e-3) << portable;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Orders, Mutations, testing::Values(0, 1, 2, 3));
