@@ -15,7 +15,7 @@ python="${PYTHON:-python3}"
 export LD_LIBRARY_PATH="$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" HALFBYTE_CUDA_LIBRARY="$build/libhalfbyte_cuda.so"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 "$build/halfbyte_cuda_tests" --gtest_brief=1
-"$python" -m pytest -q tests/python/test_gpu_layer.py tests/python/test_cuda.py
+"$python" -m pytest -q tests/python/test_gpu_layer.py tests/python/test_cuda.py tests/python/test_static_cuda.py
 
 bench() {  # NAME ARGUMENTS…
   "$python" -m halfbyte.cli bench "${@:2}" --backend cuda ${JSON:+--json "$JSON/cuda-$1.json"}
@@ -26,13 +26,13 @@ bench attend-32 attend --batch 32 --geometry qwen,llama8b,gemma,smollm2 --tokens
 bench attend-g32 attend --batch 32 --recipe g32 --tokens 32768 --quiet
 for head_dim in 64 128 256; do bench "encode-$head_dim" encode --head-dim "$head_dim"; done
 for model in qwen2.5-1.5b gemma-3-1b; do
-  bench "generate-$model" generate --model "$model" --prefix 256,4096,16384 --rounds 3 --quiet
+  bench "generate-$model" generate --model "$model" --prefix 256,4096,16384 --rounds 3 --static --quiet
 done
 bench generate-batch generate --model qwen2.5-1.5b --batch 32 --prefix 16384 --rounds 3 --quiet
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
-      --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*' | tail -n 3
+      --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*:*CudaStep*' | tail -n 3
   done
 fi

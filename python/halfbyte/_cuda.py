@@ -23,11 +23,16 @@ LayerDescription = _structure(
 View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
 Tables = _structure(
     "Tables",
-    ("rotation transposed fragments offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
+    ("rotation transposed fragments fast offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
     ("offset_span offset_first offset_count", _INT),
 )
 Turn = _structure("Turn", ("waves", _ADDRESS), ("span pairs interleaved", _INT))
-Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT))
+Pages = _structure("Pages", ("table", _ADDRESS), ("table_stride first_page", _INT), ("pool", _ADDRESS))
+Length = _structure(
+    "Length",
+    ("cells", _ADDRESS),
+    ("capacity tail_slots sink_tokens raw_window warm_up sliding_window", _INT),
+)
 Raw = _structure("Raw", ("k v", View), ("first begin end are_sinks", _INT))
 Attend = _structure(
     "Attend",
@@ -47,6 +52,7 @@ Attend = _structure(
     ("space arrivals", _ADDRESS),
     ("portable device", _INT),
     ("stream", _ADDRESS),
+    ("at", Length),
 )
 Encode = _structure(
     "Encode",
@@ -58,6 +64,24 @@ Encode = _structure(
     ("limit", _DOUBLE),
     ("bad", _ADDRESS),
     ("portable device", _INT),
+    ("stream", _ADDRESS),
+    ("at", Length),
+)
+Offset = _structure(
+    "Offset",
+    ("transposed offset rotated_offset span_offset span_rotated_offset", _ADDRESS),
+    ("span_count is_mean", _INT),
+)
+Append = _structure(
+    "Append",
+    ("layer", LayerDescription),
+    ("at", Length),
+    ("batch", _INT),
+    ("k v k_sinks v_sinks k_tail v_tail", View),
+    ("k_offset v_offset", Offset),
+    ("turn", Turn),
+    ("weights", _ADDRESS),
+    ("weight_stride device", _INT),
     ("stream", _ADDRESS),
 )
 Copy = _structure(
@@ -128,14 +152,15 @@ def bind(path):
     """The library at `path` with its functions typed."""
     library = ctypes.CDLL(str(path))
     pointer = ctypes.POINTER
-    for name, structure in (("attend", Attend), ("encode", Encode), ("copy", Copy), ("decode", Decode)):
-        getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(structure)]
+    for structure in (Append, Attend, Copy, Decode, Encode):
+        getattr(library, f"halfbyte_cuda_{structure.__name__.lower()}").argtypes = [pointer(structure)]
     library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
     library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
-    library.halfbyte_cuda_fragment_bytes.argtypes = [pointer(LayerDescription), _INT]
-    for name in ("attend_space", "page_bytes", "fragment_bytes"):
+    for name in ("fragment_bytes", "fast_bytes"):
+        getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(LayerDescription), _INT]
+    for name in ("attend_space", "page_bytes", "fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").restype = _INT
-    for name, addresses in (("rotation", 1), ("fragments", 2)):
+    for name, addresses in (("rotation", 1), ("fast", 1), ("fragments", 2)):
         function = getattr(library, f"halfbyte_cuda_{name}")
         function.argtypes, function.restype = [pointer(LayerDescription), _INT, *[_ADDRESS] * addresses], None
     library.halfbyte_cuda_probe.argtypes = [_INT]

@@ -126,8 +126,9 @@ class _Inference(torch.autograd.Function):
 class Pending:
     """What `Int4StaticCache.update` returns for K and V: new states that attention appends when it runs."""
 
-    def __init__(self, state, key, value):
-        self.state = state  # the layer's, as it was before these
+    def __init__(self, layer, state, key, value):
+        self.layer = layer
+        self.state = state  # of a layer in CPU memory, as it was before these
         self.key = key  # [batch, kv_heads, new tokens, head_dim_k]
         self.value = value
         self.appended = False

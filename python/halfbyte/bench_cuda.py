@@ -187,16 +187,22 @@ def random_model(name: str):
         return AutoModelForCausalLM.from_config(kind(**shape), dtype=torch.bfloat16).eval()
 
 
+COMPILED = "static", "int4_static"
+
+
 def _make_cache(arm, model, room, recipe):
     from transformers import DynamicCache, StaticCache
 
     from .hf import Int4Cache
+    from .static import Int4StaticCache
 
-    if arm == "int4":
-        return Int4Cache(model.config, recipe=recipe)
-    return (
-        StaticCache(config=model.config, max_cache_len=room) if arm == "static" else DynamicCache(config=model.config)
-    )
+    config = model.config
+    return {
+        "dynamic": lambda: DynamicCache(config=config),
+        "int4": lambda: Int4Cache(config, recipe),
+        "static": lambda: StaticCache(config=config, max_cache_len=room),
+        "int4_static": lambda: Int4StaticCache(config, room, recipe),
+    }[arm]()
 
 
 class Arm:
@@ -204,7 +210,7 @@ class Arm:
 
     def __init__(self, name, model, prompt, room, recipe):
         self.name, self.model = name, model
-        self.implementation = "halfbyte" if name == "int4" else "sdpa"
+        self.implementation = "halfbyte" if name.startswith("int4") else "sdpa"
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -216,7 +222,7 @@ class Arm:
         torch.cuda.synchronize()
         self.prefill_ms = (time.perf_counter() - start) * 1e3
         self.peak_bytes = torch.cuda.max_memory_allocated() - before
-        if name == "static":
+        if name in COMPILED:
             self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
         self.ms_per_token = []
 
@@ -257,7 +263,8 @@ def bench_generate(
 
     Greedy decoding after a prompt of random tokens, bfloat16, eager: DynamicCache ("dynamic") and Int4Cache ("int4"),
     without cuDNN's attention, which would plan anew for every length and be slower than flash attention;
-    "static" is StaticCache with torch.compile(mode="reduce-overhead"). Peak memory counts from before the prefill,
+    "static" is StaticCache and "int4_static" Int4StaticCache, both with torch.compile(mode="reduce-overhead"), which
+    compiles in the first round and whose ratio is to the other. Peak memory counts from before the prefill,
     without the weights, and is that of the prefill. Medians over rounds of new_tokens tokens, for which the arms take
     turns.
     """
@@ -276,6 +283,7 @@ def bench_generate(
         for prefix in tqdm(prefixes, "bench generate", disable=not progress, leave=False):
             prompt = torch.randint(vocabulary, (batch, prefix), generator=generator).cuda()
             row = {"model": name, "batch": batch, "prefix": prefix}
+            torch.compiler.reset()  # each prefix has a capacity of its own
             room = prefix + (rounds + 1) * new_tokens + 2
             running = [Arm(arm, model, prompt, room, recipe) for arm in arms]
             for _ in range(rounds + 1):
@@ -286,8 +294,9 @@ def bench_generate(
                 row |= {f"{arm.name}_ms_per_token": ms, f"{arm.name}_tokens_per_s": batch / ms * 1e3}
                 row |= {f"{arm.name}_prefill_ms": arm.prefill_ms, f"{arm.name}_peak_gb": arm.peak_bytes * 1e-9}
                 row |= {f"{arm.name}_cache_gb": _held(arm.cache) * 1e-9}
-            if {"dynamic", "int4"} <= set(arms):
-                seconds = {arm.name: arm.ms_per_token[1:] for arm in running}
-                row |= ratio(seconds, "int4", "dynamic")
+            seconds = {arm.name: arm.ms_per_token[1:] for arm in running}
+            for over, under in (("int4", "dynamic"), ("int4_static", "static")):
+                if {over, under} <= set(arms):
+                    row |= ratio(seconds, over, under)
             rows.append(row)
     return rows

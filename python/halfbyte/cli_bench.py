@@ -217,7 +217,9 @@ def generate(
     recipe: Annotated[str, typer.Option(help="What packs the cache.")] = "default",
     backend: Annotated[str | None, typer.Option(help="cuda: on a GPU; takes models qwen2.5-1.5b, gemma-3-1b.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences, with --backend cuda.", min=1)] = 1,
-    static: Annotated[bool, typer.Option("--static", help="With --backend cuda: StaticCache, compiled, too.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="With --backend cuda: StaticCache and Int4StaticCache, compiled, too.")
+    ] = False,
     json_file: JsonFile = None,
     plot: PlotFile = None,
     seed: Seed = 0,
@@ -242,7 +244,7 @@ def generate(
             raise ValueError(f"backend: got {backend!r}; bench generate takes cuda, or none for the CPU")
         from . import bench_cuda
 
-        arms = ("dynamic", "int4", "static") if static else ("dynamic", "int4")
+        arms = ("dynamic", "int4", *(bench_cuda.COMPILED if static else ()))
         rows = bench_cuda.bench_generate(model, prefixes, new_tokens, rounds, recipe, batch, arms, seed, not quiet)
         report(
             f"generate, {model}, batch {batch}, recipe {recipe}", rows, json_file, {"seed": seed}, "One GPU; medians."

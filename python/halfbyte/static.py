@@ -1,5 +1,7 @@
-"""Int4StaticCache: a fixed capacity, lengths in tensors, and one custom operator, for torch.compile."""
+"""Int4StaticCache: a fixed capacity, lengths in tensors, and custom operators, for torch.compile and CUDA graphs."""
 
+import contextlib
+import functools
 import itertools
 import weakref
 from types import SimpleNamespace
@@ -8,18 +10,41 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 
 from .attention import Pending, States, Step, attend, check_options
+from .cuda_kernels import CudaKernels
+from .cuda_step import step, tokens_seen
 from .hf import Int4Cache
 from .layer import Int4Layer
+from .static_cuda import StaticRoom
 
 _layers = weakref.WeakValueDictionary()  # number -> layer: what the operator's `state` tensor names
 _numbers = itertools.count()
 
 
+def _no_kernels(device):
+    return (
+        f"Int4StaticCache: key_states on {device}: takes CPU tensors, or CUDA tensors where there are kernels "
+        "(see `halfbyte doctor`) for the recipe; Int4Cache works anywhere"
+    )
+
+
+def _on_host(method):
+    """Of a layer on CUDA: runs where the GpuLayer has the content, and tells the device of what it changed."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        with self.editing():
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
 class Int4StaticLayer(Int4Layer):
     """An Int4Layer for up to `max_cache_len` tokens whose pages are allocated when the first states arrive.
 
-    `state`: int64 [2] = (number of this layer, tokens seen); `update` advances it, so that traced code never reads the
-    layer itself. A step names the state it starts from: run again, it takes the layer back to there first.
+    On the CPU, `state`: int64 [2] = (number of this layer, tokens seen); `update` advances it, so that traced code
+    never reads the layer itself. A step names the state it starts from: run again, it takes the layer back to there
+    first. On CUDA, `room` has the storage of steps of one token, whose kernels find and move on the length on the
+    device; anything else waits for the device and is done as by any Int4Layer.
     """
 
     is_compileable = True
@@ -28,14 +53,20 @@ class Int4StaticLayer(Int4Layer):
         self.max_cache_len = max_cache_len
         self.number = next(_numbers)
         self.state = torch.tensor([self.number, 0])
+        self.room = None  # a StaticRoom, on CUDA
+        self.fresh = True  # no token has come
         super().__init__(*args, **kwargs)
         _layers[self.number] = self
 
     def _clear(self):
+        self.fresh = True
         if getattr(self, "native", None) is None:
             super()._clear()
         else:  # keeps the pages for the next sequences
-            self.native.reset()
+            if self.room is None:
+                self.native.reset()
+            else:
+                self.room.reset()
             self._staged, self._assigned = None, {}
             self.seen = 0
         self._write_length()
@@ -45,7 +76,71 @@ class Int4StaticLayer(Int4Layer):
 
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
-        self.native.reserve(key_states.shape[0], self.max_cache_len)
+        if self._on_cpu:
+            self.native.reserve(key_states.shape[0], self.max_cache_len)
+
+    def _set_batch(self, batch):
+        super()._set_batch(batch)
+        if not self._on_cpu:
+            self._open_room(batch)
+
+    def _move(self, device):
+        self.look()
+        super()._move(device)
+        self.room = None
+        self._write_length()
+        if not self._on_cpu:
+            self._open_room(self.batch)
+
+    def _open_room(self, batch):
+        if self.room is not None:
+            self.room.fit(batch)
+            return
+        if not isinstance(getattr(self.native, "kernels", None), CudaKernels):
+            raise NotImplementedError(_no_kernels(self.device))
+        self.room = StaticRoom(self.native, self.max_cache_len, batch)
+        self.fresh = self.seen == 0
+
+    # ------------------------------------------------------------------------------------------------ host and device
+
+    def look(self):
+        """Brings what the host knows of a layer on CUDA to where its steps have come; waits for the device."""
+        if self.room is not None and not self.room.edited:
+            self.seen = self.room.look()
+            self.fresh = self.seen == 0
+
+    @contextlib.contextmanager
+    def editing(self):
+        """See _on_host."""
+        if self.room is None:
+            yield
+            return
+        self.look()
+        with self.room.editing():
+            try:
+                yield
+            finally:
+                self.fresh = self.seen == 0
+
+    crop = _on_host(Int4Layer.crop)
+    _select = _on_host(Int4Layer._select)
+    _set = _on_host(Int4Layer._set)
+
+    def _settle(self):
+        self.look()
+        super()._settle()
+
+    def _get(self, name):
+        self.look()
+        return super()._get(name)
+
+    def activate_past_recording(self):
+        with self.editing():
+            super().activate_past_recording()
+
+    @property
+    def nbytes(self):
+        return super().nbytes if self.room is None else self.room.nbytes
 
     def restore(self, facts, dtype, parts):
         super().restore(facts, dtype, parts)
@@ -54,9 +149,12 @@ class Int4StaticLayer(Int4Layer):
         self.native.reserve(self.batch, self.max_cache_len - self.seen)
         self._write_length()
 
+    @_on_host
     def forget(self, remove):
         super().forget(remove)
         self._write_length()
+
+    # ------------------------------------------------------------------------------------------------ steps
 
     def append_and_attend(self, query, key, value, mask, length, causal, scaling, softcap, sinks, append):
         """What the operator does, on values: [batch, queries, heads, head_dim_v]."""
@@ -97,17 +195,38 @@ class Int4StaticLayer(Int4Layer):
         """Returns handles for attention, which appends the states: nothing is stored before it runs."""
         if self._shared.config._attn_implementation != "halfbyte":
             raise ValueError('Int4StaticCache: takes a model with set_attn_implementation("halfbyte")')
-        if not self.is_initialized:
-            if not key_states.is_cpu:
-                raise NotImplementedError(
-                    f"Int4StaticCache: key_states on {key_states.device}: takes CPU tensors; Int4Cache works there"
-                )
+        if not self.is_initialized or key_states.device != self.device:
+            if key_states.device.type not in ("cpu", "cuda"):
+                raise NotImplementedError(_no_kernels(key_states.device))
             self._admit(key_states, value_states)
-        pending = Pending(self.state.clone(), key_states, value_states)
+        if self.room is not None:
+            pending = Pending(self, None, key_states, value_states)
+            return pending, pending
+        pending = Pending(self, self.state.clone(), key_states, value_states)
         self.state[1] += key_states.shape[2]
         return pending, pending
 
+    def attend_on_cuda(self, query, key, value, mask, causal, scaling, softcap, sinks, append):
+        """[batch, queries, heads, head_dim_v]; a step of one token by the device alone, others by way of the host."""
+        compiling = torch.compiler.is_compiling()
+        if query.shape[2] == key.shape[2] == 1 and (compiling or not self.fresh):
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            storage, plan = self.room.storage, self.room.plan.key
+            return step(query, key, value, mask, sinks, *storage, plan, scaling, softcap or 0.0, append)
+        if compiling:
+            raise NotImplementedError(
+                f"Int4StaticCache on CUDA: a compiled step has {key.shape[2]} tokens, takes one; run prefills eagerly"
+            )
+        if append and self._shared.layers[0] is self:
+            for layer in self._shared.layers:  # they have to agree on the length
+                layer.look()
+        with self.editing():
+            arguments = query, key, value, mask, self.seen, causal, scaling, softcap, sinks, append
+            return self.append_and_attend(*arguments)
+
     def get_seq_length(self):
+        if self.room is not None:
+            return tokens_seen(self.room.state)
         return self.state[1] if self.is_initialized else 0
 
     def get_max_length(self):
@@ -117,7 +236,11 @@ class Int4StaticLayer(Int4Layer):
         return self.max_cache_len, 0
 
     def copy(self, shared):
+        self.look()
         other = super().copy(shared)
+        if self.room is not None:
+            other.room = None
+            other._open_room(other.batch)
         other.number = next(_numbers)
         other.state = torch.tensor([other.number, self.seen])
         _layers[other.number] = other
@@ -193,5 +316,8 @@ def attend_pending(module, query, pending, mask, scaling=None, is_causal=None, s
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     append = not pending.appended
     pending.appended = True
+    if pending.layer.room is not None:
+        options = mask, causal, scaling, softcap, s_aux, append
+        return pending.layer.attend_on_cuda(query, pending.key, pending.value, *options), None
     arguments = query, pending.key, pending.value, mask, pending.state, causal, scaling, softcap, s_aux, append
     return append_and_attend(*arguments), None

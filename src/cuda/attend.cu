@@ -20,8 +20,7 @@ struct PortableCall {
 constexpr int kSmallestSplit = 128;  // tokens
 
 template <int Spans>
-__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
-  float* memory = shared_memory<float>();
+__device__ __forceinline__ void attend_split(const PortableCall& call, float* memory) {
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
   attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
@@ -29,17 +28,8 @@ __global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_c
                           call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), threadIdx.x);
 }
 
-// For heads of up to so many channels, padded.
-auto portable_kernel_for(int padded) {
-  return padded <= 64    ? portable_kernel<2>
-         : padded <= 128 ? portable_kernel<4>
-         : padded <= 256 ? portable_kernel<8>
-                         : portable_kernel<kMaxHeadDim / kSpan>;
-}
-
 template <bool Wide>
-__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  float* memory = shared_memory<float>();
+__device__ __forceinline__ void finish_segment(const PortableCall& call, float* memory) {
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x;
   finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,
@@ -48,72 +38,164 @@ __global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ Por
                blockDim.x);
 }
 
-int most_splits(const AttendShape& s) {
-  const int segments = s.batch * s.kv_heads * row_tiles(s);
-  return (4 * multiprocessors() + segments - 1) / segments;
+template <int Spans>
+__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
+  attend_split<Spans>(call, shared_memory<float>());
 }
 
-int splits_of(const AttendShape& s, int begin, int end) {
-  return std::max(1, std::min(most_splits(s), (end - begin) / kSmallestSplit));
+template <bool Wide>
+__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
+  finish_segment<Wide>(call, shared_memory<float>());
+}
+
+HALFBYTE_INLINE int segments_of(const AttendShape& s) { return s.batch * s.kv_heads * row_tiles(s); }
+
+// most: splits, whatever the tokens.
+HALFBYTE_INLINE int splits_of(int begin, int end, int most) {
+  return begin < end ? max(1, min(most, (end - begin) / kSmallestSplit)) : 0;
+}
+
+// The same for a length in device memory.
+struct PortableStep {
+  PortableCall call;
+  LengthRule rule;
+  int most_splits;
+};
+
+HALFBYTE_INLINE void take_length(PortableCall& call, const LengthRule& rule, int most_splits) {
+  const bool masked = call.base.buffers.mask != nullptr;
+  take_counts(call.base.shape, rule, masked);
+  call.base.n_raw = take_raw(call.base.raw, call.base.shape, rule);
+  packed_range(call.base.shape, masked, call.begin, call.end);
+  call.splits = splits_of(call.begin, call.end, most_splits);
+}
+
+__device__ __forceinline__ const PortableCall& step_call(const PortableStep& launched, uint64_t* memory) {
+  PortableCall& call = copy_call(launched.call, memory);
+  if (threadIdx.x == 0) take_length(call, launched.rule, launched.most_splits);
+  __syncthreads();
+  return call;
+}
+
+template <int Spans>
+__global__ void __launch_bounds__(kAttendThreads) portable_step_kernel(const __grid_constant__ PortableStep launched) {
+  __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
+  const PortableCall& call = step_call(launched, call_memory);
+  if ((int)blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Spans>(call, shared_memory<float>());
+}
+
+template <bool Wide>
+__global__ void __launch_bounds__(256) finish_step_kernel(const __grid_constant__ PortableStep launched) {
+  __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
+  finish_segment<Wide>(step_call(launched, call_memory), shared_memory<float>());
+}
+
+int most_splits(const AttendShape& s) { return (4 * multiprocessors() + segments_of(s) - 1) / segments_of(s); }
+
+int widest(const PageFormat& f) { return std::max(f.k.padded_dim, f.v.padded_dim); }
+
+size_t portable_bytes(const AttendCall& base) {
+  const PageFormat& f = base.shape.format;
+  return attend_floats(f.k.head_dim, widest(f), base.buffers.turn.waves ? base.buffers.turn.pairs : 0) * 4;
+}
+
+size_t finish_bytes(const AttendShape& s) {
+  return finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4;
+}
+
+// For lengths that the call names, and for those in device memory.
+struct PortableKernels {
+  void (*call)(PortableCall);
+  void (*step)(PortableStep);
+};
+
+template <int Spans>
+PortableKernels portable_kernels() {
+  return {portable_kernel<Spans>, portable_step_kernel<Spans>};
+}
+
+// For heads of up to so many channels, padded.
+PortableKernels portable_kernels_for(int padded) {
+  return padded <= 64    ? portable_kernels<2>()
+         : padded <= 128 ? portable_kernels<4>()
+         : padded <= 256 ? portable_kernels<8>()
+                         : portable_kernels<kMaxHeadDim / kSpan>();
 }
 
 int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const AttendShape& s = base.shape;
-  const int segments = s.batch * s.kv_heads * row_tiles(s);
-  PortableCall call{base, begin, end, begin < end ? splits_of(s, begin, end) : 0};
-  const int padded = std::max(s.format.k.padded_dim, s.format.v.padded_dim);
-  const int pairs = base.buffers.turn.waves ? base.buffers.turn.pairs : 0;
+  const int segments = segments_of(s);
+  const PortableCall call{base, begin, end, splits_of(begin, end, most_splits(s))};
   if (call.splits)
-    if (int error = launch(portable_kernel_for(padded), segments * call.splits, kAttendThreads,
-                           attend_floats(s.format.k.head_dim, padded, pairs) * 4, stream, call))
+    if (int error = launch(portable_kernels_for(widest(s.format)).call, segments * call.splits, kAttendThreads,
+                           portable_bytes(base), stream, call))
       return error;
-  return launch(s.dtype == kFloat32 ? finish_kernel<true> : finish_kernel<false>, segments, 256,
-                finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4, stream, call);
+  return launch(s.dtype == kFloat32 ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_bytes(s),
+                stream, call);
+}
+
+int attend_portable_step(const AttendCall& base, const LengthRule& rule, void* stream) {
+  const AttendShape& s = base.shape;
+  const int segments = segments_of(s);
+  const PortableStep step{{base, 0, 0, 0}, rule, most_splits(s)};
+  if (int error = launch(portable_kernels_for(widest(s.format)).step, segments * step.most_splits, kAttendThreads,
+                         portable_bytes(base), stream, step))
+    return error;
+  return launch(s.dtype == kFloat32 ? finish_step_kernel<true> : finish_step_kernel<false>, segments, 256,
+                finish_bytes(s), stream, step);
 }
 
 // ---- The tensor-core way
 
-using AttendKernel = void (*)(AttendCall);
+// For lengths that the call names, and for those in device memory; null where there is none.
+struct AttendKernels {
+  void (*call)(AttendCall) = nullptr;
+  void (*step)(AttendStep) = nullptr;
+};
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+AttendKernels kernels() {
+  return {attend_kernel<D, KBits, VBits, KGroups, VGroups, Scale>,
+          attend_step_kernel<D, KBits, VBits, KGroups, VGroups, Scale>};
+}
 
 // The kinds that recipes use; what is not here goes the portable way.
 template <int D>
-AttendKernel kernel_for(const PageFormat& f, Groups k, Groups v) {
+AttendKernels kernels_for(const PageFormat& f, Groups k, Groups v) {
   const bool wide = f.k.scale_bytes == 4;
   if (k == kHalves || v == kHalves)
-    return k == v && f.k.bits == 4 && f.v.bits == 4 && !wide ? attend_kernel<D, 4, 4, kHalves, kHalves, __half>
-                                                             : nullptr;
-  if (f.v.bits == 8) return nullptr;
-  if (f.k.bits == 8) return v == kWhole && !wide ? attend_kernel<D, 8, 4, kSpans, kWhole, __half> : nullptr;
-  if (wide)
-    return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, float> : attend_kernel<D, 4, 4, kSpans, kSpans, float>;
-  return v == kWhole ? attend_kernel<D, 4, 4, kSpans, kWhole, __half> : attend_kernel<D, 4, 4, kSpans, kSpans, __half>;
+    return k == v && f.k.bits == 4 && f.v.bits == 4 && !wide ? kernels<D, 4, 4, kHalves, kHalves, __half>()
+                                                             : AttendKernels();
+  if (f.v.bits == 8) return {};
+  if (f.k.bits == 8) return v == kWhole && !wide ? kernels<D, 8, 4, kSpans, kWhole, __half>() : AttendKernels();
+  if (wide) return v == kWhole ? kernels<D, 4, 4, kSpans, kWhole, float>() : kernels<D, 4, 4, kSpans, kSpans, float>();
+  return v == kWhole ? kernels<D, 4, 4, kSpans, kWhole, __half>() : kernels<D, 4, 4, kSpans, kSpans, __half>();
 }
 
 Groups groups_of(const SideFormat& f) { return f.n_groups == 1 ? kWhole : f.group < kSpan ? kHalves : kSpans; }
 
-// Null where there is no kernel.
-AttendKernel kernel_for(const PageFormat& f, int dtype) {
-  if (f.k.head_dim != f.v.head_dim || dtype == kFloat32) return nullptr;
+AttendKernels kernels_for(const PageFormat& f, int dtype) {
+  if (f.k.head_dim != f.v.head_dim || dtype == kFloat32) return {};
   switch (f.k.head_dim) {
     case 64:
-      return kernel_for<64>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+      return kernels_for<64>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
     case 128:
-      return kernel_for<128>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+      return kernels_for<128>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
     case 256:
-      return kernel_for<256>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
+      return kernels_for<256>(f, groups_of(f.k) == kWhole ? kSpans : groups_of(f.k), groups_of(f.v));
     default:
-      return nullptr;
+      return {};
   }
 }
 
 // A span's group is span >> shift, where groups are whole spans.
 int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 * kSpan; }
 
-// Sets warps and stages to what fits in shared memory; false if two stages do not.
-bool plan_memory(AttendCall& call) {
+// Sets warps and stages to what fits in shared memory beside `other` bytes; false if two stages do not.
+bool plan_memory(AttendCall& call, size_t other) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - ring_start(call) * 4;
+    const int room = shared_memory_limit() - 64 - (int)other - ring_start(call) * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -136,9 +218,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.rotation_k = table_of(a.k), in.rotation_v = table_of(a.v);
   in.offset_k = a.k.offset, in.offset_v = a.v.offset;
   in.inverse_lambda_k = a.k.inverse_lambda, in.inverse_lambda_v = a.v.inverse_lambda;
-  const int pairs = (int)a.turn.pairs;
-  if (a.k.offset && a.turn.waves)
-    in.turn = {a.turn.waves, (int)a.turn.span, pairs, a.turn.interleaved ? 2 : 1, a.turn.interleaved ? 1 : pairs};
+  if (a.k.offset) in.turn = turn_of(a.turn);
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
   for (int i = 0; i < call.n_raw; i++) {
@@ -149,45 +229,30 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   return call;
 }
 
-// Packed tokens that any query sees: queries come in order of position, so the first and the last bound them.
-void packed_range(const AttendShape& s, bool masked, int& begin, int& end) {
-  begin = std::max(sight_of(s, 0, masked).lo, s.sink_tokens);
-  end = 0;
-  for (int query = 0; query < s.queries; query++) end = std::max(end, sight_of(s, query * s.group, masked).packed_end);
-}
-
-// Tiles that take as long as preparing the queries of one more segment and finishing it.
-constexpr int kSegmentTiles = 100;
-constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
-
-// Whole segments to blocks, or equal parts of one segment, unless that leaves too many multiprocessors idle: then
-// blocks cross from one segment into the next.
-void split_work(AttendCall& call, int all) {
-  const int segments = all / call.n_tiles, processors = multiprocessors();
-  const int most = std::max(1, call.n_tiles / (call.warps * kFewestTiles));
-  call.splits = std::max(1, std::min(most, processors / segments));
-  call.blocks = segments * call.splits;
-  const int rounds = (call.blocks + processors - 1) / processors;
-  if (rounds * (call.n_tiles / call.splits + kSegmentTiles) <= all / processors + 2 * kSegmentTiles ||
-      call.splits == most)
-    return;
-  call.splits = 0;
-  call.blocks = std::min(processors, (all + call.warps - 1) / call.warps);
-  call.share = all / call.blocks, call.larger = all % call.blocks;
-}
-
-// Completes the call; false if it is one for the portable kernels.
-bool plan(AttendCall& call, const HalfbyteCudaAttend& a, int& begin, int& end) {
-  packed_range(call.shape, a.mask != nullptr, begin, end);
-  if (a.portable || begin >= end || !kernel_for(call.shape.format, call.shape.dtype) || !plan_memory(call))
-    return false;
-  call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
+// Completes what does not depend on the tokens, of which there are at most so many; false if the call is one for the
+// portable kernels. other: bytes of shared memory that the kernel has beside its work space.
+bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_t other) {
   const AttendShape& s = call.shape;
-  const long long all = (long long)s.batch * s.kv_heads * row_tiles(s) * call.n_tiles;
-  if (all >= 1 << 30) return false;  // items are counted in 32 bits
+  if (a.portable || !kernels_for(s.format, s.dtype).call || !plan_memory(call, other)) return false;
+  if (segments_of(s) * ((tokens + kTileTokens - 1) / kTileTokens + 1) >= 1 << 30) return false;  // counted in 32 bits
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
-  split_work(call, (int)all);
+  if (const int d = fast_dim(s.format.k.head_dim)) {
+    call.buffers.rotation_k = fast_table_of(a.layer, a.k, d);
+    call.buffers.rotation_v = fast_table_of(a.layer, a.v, d);
+  }
   return true;
+}
+
+size_t shared_bytes(const AttendCall& call) {
+  return ring_start(call) * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
+}
+
+int attend_step(const HalfbyteCudaAttend& a) {
+  AttendStep step{call_of(a), rule_of(a.at), multiprocessors()};
+  const AttendShape& s = step.call.shape;
+  if (!plan(step.call, a, a.at.capacity, sizeof step.call)) return attend_portable_step(step.call, step.rule, a.stream);
+  return launch(kernels_for(s.format, s.dtype).step, std::max(segments_of(s), step.processors), step.call.warps * kSimd,
+                shared_bytes(step.call), a.stream, step);
 }
 
 }  // namespace
@@ -198,18 +263,22 @@ using namespace halfbyte::gpu;
 
 extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   const OnDevice device(a->device);
+  if (a->at.cells) return attend_step(*a);
   AttendCall call = call_of(*a);
+  const AttendShape& s = call.shape;
   int begin, end;
-  if (!plan(call, *a, begin, end)) return attend_portable(call, begin, end, a->stream);
-  const PageFormat& f = call.shape.format;
-  const size_t bytes = ring_start(call) * 4 + (size_t)call.warps * call.stages * stage_bytes(f);
-  return launch(kernel_for(f, call.shape.dtype), call.blocks, call.warps * kSimd, bytes, a->stream, call);
+  packed_range(s, a->mask != nullptr, begin, end);
+  if (begin >= end || !plan(call, *a, end - begin, 0)) return attend_portable(call, begin, end, a->stream);
+  call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
+  split_work(call, segments_of(s) * call.n_tiles, multiprocessors());
+  return launch(kernels_for(s.format, s.dtype).call, call.blocks, call.warps * kSimd, shared_bytes(call), a->stream,
+                call);
 }
 
 extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
   const OnDevice device(a->device);
   const AttendShape s = call_of(*a).shape;
-  const int64_t segments = (int64_t)s.batch * s.kv_heads * row_tiles(s);
+  const int64_t segments = segments_of(s);
   // The tensor-core way: a slot a segment, and one a thread block, of which there are as many or a round of them.
   const int64_t fast = 2 * segments + multiprocessors(), portable = segments * most_splits(s);
   return std::max(fast, portable) * partial_floats(s) * 4;

@@ -6,7 +6,7 @@
 // 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
 #pragma once
 
-#include "cuda/work.cuh"
+#include "cuda/length.cuh"
 
 namespace halfbyte::gpu {
 
@@ -335,8 +335,8 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int b, int 
   float* rotated = work + kTileRows * s.format.k.head_dim;
   float* largest = rotated + kTileRows * D;
   float* offset = largest + kTileRows;
-  prepare_queries<false>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
-                         call.warps * kSimd);
+  prepare_queries<false, fast_dim(D)>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
+                                      call.warps * kSimd);
   const int g = lane / 4, t = lane % 4;
   const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
 #pragma unroll
@@ -382,9 +382,9 @@ __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int 
   }
 }
 
+// This thread block's part of a call: its tiles, and whatever segments it is the last one to work on.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
-  float* work = shared_memory<float>();
+__device__ __forceinline__ void attend_items(const AttendCall& call, float* work) {
   __shared__ int arrived;
   const AttendShape& s = call.shape;
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
@@ -443,12 +443,45 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const _
     if (arrived == sharers.n - 1) {
       __threadfence();
       if (threadIdx.x == 0) call.arrivals[segment] = 0;
-      finish<false>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work, threadIdx.x,
-                    call.warps * kSimd);
+      finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work,
+                                 threadIdx.x, call.warps * kSimd);
       __syncthreads();
     }
     begin = end;
   }
+}
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1) attend_kernel(const __grid_constant__ AttendCall call) {
+  float* work = shared_memory<float>();
+  attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
+}
+
+// ---- The same for a length in device memory
+
+struct AttendStep {
+  AttendCall call;  // without the counts; raw: sinks, if there can be any, and the tail's slots
+  LengthRule rule;
+  int processors;
+};
+
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__global__ void __launch_bounds__(max_warps(D) * kSimd, 1)
+    attend_step_kernel(const __grid_constant__ AttendStep launched) {
+  float* work = shared_memory<float>();
+  __shared__ uint64_t memory[sizeof(AttendCall) / 8];
+  AttendCall& call = copy_call(launched.call, memory);
+  if (threadIdx.x == 0) take_length(call, launched.rule, launched.processors);
+  __syncthreads();
+  if ((int)blockIdx.x >= call.blocks) return;
+  if (call.n_tiles) {
+    attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
+    return;
+  }
+  const AttendShape& s = call.shape;  // nothing is packed yet: a block a segment
+  const int tiles = row_tiles(s), head = blockIdx.x / tiles % s.kv_heads, b = blockIdx.x / tiles / s.kv_heads;
+  finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, nullptr, 0, b, head, blockIdx.x % tiles, work,
+                             threadIdx.x, call.warps * kSimd);
 }
 
 }  // namespace halfbyte::gpu

@@ -2,9 +2,12 @@
 #include "cuda/encode.cuh"
 
 #include <algorithm>
+#include <cmath>
+#include <numbers>
 #include <vector>
 
 #include "cuda/layer.h"
+#include "cuda/length.cuh"
 #include "gpu/decode.h"
 #include "numbers.h"
 #include "rotation.h"
@@ -19,11 +22,13 @@ __device__ int first_vector(int head_dim) {
   return (blockIdx.x / 2 * kSimds + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
+// D: of both sides, which rotates by its fast transform, or 0.
+template <int D>
 __global__ void __launch_bounds__(kSimds* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
   __shared__ float memory[kSimds * kSimdFloats];
   const bool is_k = blockIdx.x % 2 == 0;
   const PageFormat& f = call.shape.format;
-  encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
+  encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
                     first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
                     call.bad, threadIdx.x % kSimd);
 }
@@ -100,21 +105,119 @@ uint32_t limit_bits(float limit, int dtype) {
 int term_count(int64_t dtype) { return dtype == kBfloat16 ? kTerms<__nv_bfloat16> : kTerms<__half>; }
 
 template <class T>
+size_t fragment_bytes(int d) {
+  return fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
+}
+
+// Thread blocks of the tensor-core kernels for so many blocks of 16 tokens.
+int fast_blocks(int blocks, size_t bytes) {
+  const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
+  return 2 * std::min((blocks + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
+}
+
+template <class T>
 int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
-  const size_t bytes = fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
-  const int warps = call.shape.range.batch * call.shape.range.kv_heads * call.shape.range.tokens / kBlockTokens;
-  const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
-  const int sides = std::min((warps + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
-  return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>, 2 * sides, kEncodeWarps * kSimd, bytes, stream,
-                call);
+  const TokenRange& range = call.shape.range;
+  return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>,
+                fast_blocks(range.batch * range.kv_heads * range.tokens / kBlockTokens, fragment_bytes<T>(d)),
+                kEncodeWarps * kSimd, fragment_bytes<T>(d), stream, call);
+}
+
+using EncodeKernel = void (*)(EncodeCall);
+
+EncodeKernel portable_kernel(const EncodeCall& call) {
+  if (!call.side[0].rotation.factors) return portable_encode_kernel<0>;
+  switch (call.shape.format.k.head_dim) {
+    case 64:
+      return portable_encode_kernel<64>;
+    case 128:
+      return portable_encode_kernel<128>;
+    default:
+      return portable_encode_kernel<256>;
+  }
+}
+
+// Whether both sides have the fast transform that a kernel for their head size takes.
+bool has_fast_transform(const HalfbyteCudaEncode& a) {
+  const int64_t d = a.layer.head_dim_k;
+  return (d == 64 || d == 128 || d == 256) && a.layer.head_dim_v == d && a.k_tables.fast && a.v_tables.fast;
 }
 
 int encode_portable(EncodeCall call, int first_token, int tokens, void* stream) {
   if (tokens <= 0) return 0;
   call.shape.range.first_token = first_token, call.shape.range.tokens = tokens;
-  return launch(portable_encode_kernel, portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
+  return launch(portable_kernel(call), portable_blocks(call.shape.range, call.shape.format), kSimds * kSimd, 0, stream,
                 call);
+}
+
+// ---- What a step packs whose length is in device memory: a block of 16 tokens, rarely several or a single token
+
+struct EncodeStep {
+  EncodeCall call;  // without the range
+  LengthRule rule;
+};
+
+constexpr size_t kPortableBytes = kSimds * kSimdFloats * 4;  // of shared memory
+
+__device__ __forceinline__ void take_range(EncodeCall& call, const LengthRule& rule, Packing packing) {
+  call.shape.range.first_token = packing.begin, call.shape.range.tokens = packing.end - packing.begin;
+  call.shape.data_first = tail_round(rule, packing.begin);
+  OffsetSpans& spans = call.side[0].spans;
+  if (spans.span) spans.first = packing.begin / spans.span;
+}
+
+// Vector by vector, with as many thread blocks as there are.
+__device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* memory) {
+  const bool is_k = blockIdx.x % 2 == 0;
+  const SideFormat& f = is_k ? call.shape.format.k : call.shape.format.v;
+  const TokenRange& range = call.shape.range;
+  const int step = gridDim.x / 2 * kSimds * (kSimd / lanes_of(f.head_dim));
+  for (int first = first_vector(f.head_dim); first < range.batch * range.kv_heads * range.tokens; first += step) {
+    encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
+                      memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);
+    __syncwarp();  // before the memory is filled again
+  }
+}
+
+// D 0: whole blocks too go vector by vector. Cell 0 is read by no kernel of this launch.
+template <class T, int D>
+__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_step_kernel(const __grid_constant__ EncodeStep step) {
+  uint4* fragments = shared_memory<uint4>();
+  __shared__ uint64_t memory[sizeof(EncodeCall) / 8];
+  int64_t* cells = step.rule.cells;
+  if (blockIdx.x == 0 && threadIdx.x == 0) cells[kSeenCell] = cells[kLengthCell];
+  const Packing packing =
+      packing_of(step.rule, (int)cells[kPackedFromCell], (int)cells[kLengthCell], (int)cells[kNewCell]);
+  if (packing.begin >= packing.end) return;
+  EncodeCall& call = copy_call(step.call, memory);
+  if (threadIdx.x == 0) take_range(call, step.rule, packing);
+  __syncthreads();
+  if constexpr (D > 0)
+    if (packing.begin % kBlockTokens == 0 && packing.end % kBlockTokens == 0) {
+      encode_whole_blocks<T, D>(call, fragments);
+      return;
+    }
+  encode_in_turn(call, reinterpret_cast<float*>(fragments));
+}
+
+template <class T>
+int encode_step_with(const EncodeStep& step, void* stream) {
+  const int d = step.call.shape.format.k.head_dim;
+  const TokenRange& range = step.call.shape.range;
+  const size_t bytes = std::max(fragment_bytes<T>(d), kPortableBytes);
+  return launch(d == 64 ? encode_step_kernel<T, 64> : encode_step_kernel<T, 128>,
+                fast_blocks(range.batch * range.kv_heads, bytes), kEncodeWarps * kSimd, bytes, stream, step);
+}
+
+int encode_step(EncodeStep step, bool fast, void* stream) {
+  EncodeShape& s = step.call.shape;
+  if (fast)
+    return s.dtype == kBfloat16 ? encode_step_with<__nv_bfloat16>(step, stream)
+                                : encode_step_with<__half>(step, stream);
+  s.range.tokens = kBlockTokens;
+  return launch(encode_step_kernel<__half, 0>, portable_blocks(s.range, s.format), kSimds * kSimd, kPortableBytes,
+                stream, step);
 }
 
 template <class T>
@@ -146,6 +249,21 @@ void write_fragments(const float* r, int d, bool is_k, ushort* out) {
           }
 }
 
+EncodeCall call_of(const HalfbyteCudaEncode& a) {
+  EncodeCall call{};
+  EncodeShape& s = call.shape;
+  s.format = page_format(a.layer);
+  s.range = {(int)a.batch, (int)a.layer.kv_heads, 0, 0}, s.dtype = (int)a.layer.dtype;
+  s.data_first = (int)a.data_first, s.limit = (float)a.limit;
+  call.side[0] = side_of(s.format.k, a.k, a.k_tables), call.side[1] = side_of(s.format.v, a.v, a.v_tables);
+  call.fragments[0] = static_cast<const uint4*>(a.k_tables.fragments);
+  call.fragments[1] = static_cast<const uint4*>(a.v_tables.fragments);
+  call.rotated_offset[0] = a.k_tables.rotated_offset, call.rotated_offset[1] = a.v_tables.rotated_offset;
+  call.pages = pages_of(a.pages), call.bad = a.bad;
+  call.limit_bits = limit_bits(s.limit, s.dtype);
+  return call;
+}
+
 }  // namespace
 }  // namespace halfbyte::gpu
 
@@ -154,20 +272,16 @@ using namespace halfbyte::gpu;
 
 extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   const OnDevice device(a->device);
-  EncodeCall call{};
+  EncodeCall call = call_of(*a);
   EncodeShape& s = call.shape;
-  s.format = page_format(a->layer);
-  s.range = {(int)a->batch, (int)a->layer.kv_heads, 0, 0}, s.dtype = (int)a->layer.dtype;
-  s.data_first = (int)a->data_first, s.limit = (float)a->limit;
-  call.side[0] = side_of(s.format.k, a->k, a->k_tables), call.side[1] = side_of(s.format.v, a->v, a->v_tables);
-  call.fragments[0] = static_cast<const uint4*>(a->k_tables.fragments);
-  call.fragments[1] = static_cast<const uint4*>(a->v_tables.fragments);
-  call.rotated_offset[0] = a->k_tables.rotated_offset, call.rotated_offset[1] = a->v_tables.rotated_offset;
-  call.pages = pages_of(a->pages), call.bad = a->bad;
-  call.limit_bits = limit_bits(s.limit, s.dtype);
-  const int begin = (int)a->first_token, end = begin + (int)a->tokens;
   const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
                     s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v);
+  if (a->at.cells) return encode_step({call, rule_of(a->at)}, fast, a->stream);
+  if (has_fast_transform(*a)) {
+    call.side[0].rotation = fast_table_of(a->layer, a->k_tables, s.format.k.head_dim);
+    call.side[1].rotation = fast_table_of(a->layer, a->v_tables, s.format.v.head_dim);
+  }
+  const int begin = (int)a->first_token, end = begin + (int)a->tokens;
   // Whole blocks have kernels of their own; what is before and after them goes vector by vector.
   const int from = std::min(end, (begin + kBlockTokens - 1) / kBlockTokens * kBlockTokens);
   const int to = fast ? std::max(from, end / kBlockTokens * kBlockTokens) : from;
@@ -223,6 +337,25 @@ extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t i
       rotation_matrix(make_rotation((Rotation)layer->rotation, (int)(is_v ? layer->head_dim_v : layer->head_dim_k),
                                     (uint64_t)layer->seed, (int)layer->layer_index));
   std::copy(r.begin(), r.end(), rotation);
+}
+
+extern "C" int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
+  const int64_t d = is_v ? layer->head_dim_v : layer->head_dim_k;
+  if ((d != 64 && d != 128 && d != 256) || layer->rotation == (int64_t)Rotation::identity ||
+      layer->rotation == (int64_t)Rotation::dense)
+    return 0;
+  return (layer->rotation == (int64_t)Rotation::srft ? 3 * d : d) * (int64_t)sizeof(float);
+}
+
+extern "C" void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v, float* fast) {
+  const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
+  const auto kind = (Rotation)layer->rotation;
+  const RotationPlan plan = make_rotation(kind, d, (uint64_t)layer->seed, (int)layer->layer_index);
+  for (float sign : plan.signs) *fast++ = (float)(sign / std::sqrt((kind == Rotation::srft ? 2.0 : 1.0) * d));
+  for (int k = 0; k < d && kind == Rotation::srft; k++) {
+    const double angle = -2.0 * std::numbers::pi * k / d;
+    *fast++ = (float)std::cos(angle), *fast++ = (float)std::sin(angle);
+  }
 }
 
 extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,

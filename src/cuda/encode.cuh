@@ -278,8 +278,7 @@ __device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint
 
 // Even thread blocks take K, odd ones V; R's fragments lie in shared memory.
 template <class T, int D>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __grid_constant__ EncodeCall call) {
-  uint4* fragments = shared_memory<uint4>();
+__device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, uint4* fragments) {
   const bool is_k = blockIdx.x % 2 == 0;
   const int n = (int)fragment_index(D, kTerms<T>, 0, 0, 0, 0);
   for (int i = threadIdx.x; i < n; i += blockDim.x) fragments[i] = call.fragments[is_k ? 0 : 1][i];
@@ -289,6 +288,12 @@ __global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __
     encode_blocks<T, true, D>(call, fragments, first, step);
   else
     encode_blocks<T, false, D>(call, fragments, first, step);
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __grid_constant__ EncodeCall call) {
+  uint4* fragments = shared_memory<uint4>();
+  encode_whole_blocks<T, D>(call, fragments);
 }
 
 }  // namespace halfbyte::gpu

@@ -31,6 +31,7 @@ typedef struct {
   const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
   const float* transposed;     /* [d][d] */
   const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const float* fast;           /* halfbyte_cuda_fast, or null */
   const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
   const float* rotated_offset; /* R mu, alike */
   const float* lambda;         /* [kv_heads][d] */
@@ -46,10 +47,12 @@ typedef struct {
   int64_t span, pairs, interleaved;
 } HalfbyteCudaTurn;
 
-/* table[b][i]: address of the page that holds tokens 64 * (first_page + i) onwards of sequence b. */
+/* table[b][i]: where the page lies that holds tokens 64 * (first_page + i) onwards of sequence b: bytes from pool, that
+ * is, an address where pool is null. */
 typedef struct {
   const int64_t* table;
   int64_t table_stride, first_page;
+  const void* pool;
 } HalfbyteCudaPages;
 
 /* Tokens of K and V as they came, at positions [begin, end); `first` is the position at the views' start. */
@@ -57,6 +60,20 @@ typedef struct {
   HalfbyteCudaView k, v;
   int64_t first, begin, end, are_sinks;
 } HalfbyteCudaRaw;
+
+/* A layer whose length is in device memory, for steps of one token a sequence that a CUDA graph can repeat: append,
+ * then encode, then attend, which may be repeated, all with the same arguments in every step. All counts of those calls
+ * follow from the cells: 0  tokens before the step; encode moves it on        4  1: the offsets hold a mean, or need
+ * none 1  tokens with those of the step; written by append  5  set to 1 by a value that can not be coded 2  tokens of
+ * the step: 1, or 0 if there is no room   6  set to 1 by a step for which there is no room 3  packed_end at some
+ * earlier length of this sequence The raw token at position p lies in slot p of the sinks or slot p % tail_slots of the
+ * tail, with tail_slots a multiple of 16, at least 32 more than raw_window and warm_up. A page table may name pages in
+ * turn, with a window at least ceil((window - 1) / 64) + 1 of them. */
+enum { HALFBYTE_CUDA_CELLS = 8 };
+typedef struct {
+  int64_t* cells; /* null: the numbers in the call count */
+  int64_t capacity, tail_slots, sink_tokens, raw_window, warm_up, sliding_window;
+} HalfbyteCudaLength;
 
 /* See AttendArgs in halfbyte.hpp, and Layer::State for the counts. kept: raw values exist from this position on. */
 typedef struct {
@@ -78,6 +95,9 @@ typedef struct {
   int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
   int64_t device;    /* that holds all of this, as in the other calls */
   void* stream;
+  /* With cells: queries 1, raw [0] the sinks' slots (data null if there are none) and raw [1] the tail's, from position
+   * 0 on, and a mask has columns for the whole capacity, from position 0 on. */
+  HalfbyteCudaLength at;
 } HalfbyteCudaAttend;
 
 /* Packs tokens [first_token, first_token + tokens) of every sequence. k and v start at position data_first. */
@@ -91,7 +111,35 @@ typedef struct {
   int32_t* bad; /* of the device, or of the host where the device can write to it */
   int64_t portable, device;
   void* stream;
+  /* With cells: k and v are the tail's slots, first_token, tokens, data_first and offset_first follow from the length,
+   * and bad should be cell 5. */
+  HalfbyteCudaLength at;
 } HalfbyteCudaEncode;
+
+/* The offsets of one side in a layer whose length is in device memory: where the mean of the first tokens goes, and,
+ * where it turns, what it is in the spans of the tokens that a step packs. */
+typedef struct {
+  const float* transposed; /* of the rotation, or null */
+  float* offset;           /* [batch][kv_heads][d] or null; R mu alike */
+  float* rotated_offset;
+  float* span_offset; /* [batch][kv_heads][span_count][d] or null; R mu alike */
+  float* span_rotated_offset;
+  int64_t span_count; /* at least ceil(tail_slots / span) + 1 */
+  int64_t is_mean;    /* 0: given, and there already */
+} HalfbyteCudaOffset;
+
+/* Takes a token of each sequence in: raw to its slot, the first length cells, and the offsets of a step that packs. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaLength at;
+  int64_t batch;
+  HalfbyteCudaView k, v, k_sinks, v_sinks, k_tail, v_tail;
+  HalfbyteCudaOffset k_offset, v_offset;
+  HalfbyteCudaTurn turn;
+  const float* weights; /* [batch][weight_stride]: what a token counts for in the mean, 0 or 1; later ones count 1 */
+  int64_t weight_stride, device;
+  void* stream;
+} HalfbyteCudaAppend;
 
 /* Copies K and V [batch, kv_heads, tokens, head_dim] of any strides: raw tokens to where a cache keeps them. */
 typedef struct {
@@ -116,17 +164,21 @@ typedef struct {
 
 int halfbyte_cuda_attend(const HalfbyteCudaAttend* call);
 int halfbyte_cuda_encode(const HalfbyteCudaEncode* call);
+int halfbyte_cuda_append(const HalfbyteCudaAppend* call);
 int halfbyte_cuda_copy(const HalfbyteCudaCopy* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
 
 /* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens; of one KV head's part
- * of a page; of a side's fragments, 0 if it has none. */
+ * of a page; of a side's fragments and of what its fast transform reads, 0 if it has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
+int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 
-/* Fill host memory: R as [d][d] of a rotation that is not dense, and any R as the encoding kernel reads it. */
+/* Fill host memory: R as [d][d] of a rotation that is not dense, what its fast transform reads (factors of the
+ * channels, then roots of srft), and any R as the encoding kernel reads it. */
 void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation);
+void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v, float* fast);
 void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation, void* fragments);
 
 /* 0 if device `device` can run these kernels, else a CUDA error number. */

@@ -1,7 +1,7 @@
 // The C interface's descriptions as the structures of the kernels; host only.
 #pragma once
 
-#include "gpu/rotate.h"
+#include "gpu/attend.h"
 
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
@@ -23,13 +23,25 @@ inline Strides3 strides_of(const HalfbyteCudaView& view) {
 }
 inline uchar* bytes_of(const void* data) { return static_cast<uchar*>(const_cast<void*>(data)); }
 
-// Table entries are addresses, that is, offsets from null.
 inline Pages pages_of(const HalfbyteCudaPages& pages) {
-  return {nullptr, pages.table, (int)pages.table_stride, (int)pages.first_page};
+  return {bytes_of(pages.pool), pages.table, (int)pages.table_stride, (int)pages.first_page};
 }
 
 inline RotationTable table_of(const HalfbyteCudaTables& tables) {
   return {tables.rotation, tables.transposed, nullptr, nullptr};
+}
+
+// For kernels that know the head size d: the fast transform, if there is one.
+inline RotationTable fast_table_of(const HalfbyteCudaLayer& layer, const HalfbyteCudaTables& tables, int d) {
+  if (!tables.fast) return table_of(tables);
+  return {nullptr, nullptr, tables.fast, layer.rotation == (int64_t)Rotation::srft ? tables.fast + d : nullptr};
+}
+
+// Without waves it does not turn.
+inline Turn turn_of(const HalfbyteCudaTurn& turn) {
+  const int pairs = (int)turn.pairs;
+  if (!turn.waves) return {};
+  return {turn.waves, (int)turn.span, pairs, turn.interleaved ? 2 : 1, turn.interleaved ? 1 : pairs};
 }
 
 // Launches go to one device of several while this lives.

@@ -10,6 +10,9 @@ constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two bloc
 constexpr int kTileBlocks = kTileTokens / kBlockTokens;
 // Warps of a thread block: as many as registers hold.
 HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
+// The head size if its queries and outputs rotate by the fast transform, else 0: a smaller R is at most 64 KB, and
+// twice the warps leave threads half the registers, which the transform's passes would spill.
+HALFBYTE_INLINE constexpr int fast_dim(int head_dim) { return head_dim > 128 ? head_dim : 0; }
 constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
 
@@ -45,6 +48,33 @@ HALFBYTE_INLINE int ring_start(const AttendCall& call) {
 }
 HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
   return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
+}
+
+// Packed tokens that any query sees: queries come in order of position, so the first and the last bound them.
+HALFBYTE_INLINE void packed_range(const AttendShape& s, bool masked, int& begin, int& end) {
+  begin = max(sight_of(s, 0, masked).lo, s.sink_tokens);
+  end = 0;
+  for (int query = 0; query < s.queries; query++) end = max(end, sight_of(s, query * s.group, masked).packed_end);
+}
+
+// Tiles that take as long as preparing the queries of one more segment and finishing it.
+constexpr int kSegmentTiles = 100;
+constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
+
+// Whole segments to blocks, or equal parts of one segment, unless that leaves too many multiprocessors idle: then
+// blocks cross from one segment into the next. all: tiles of all segments.
+HALFBYTE_INLINE void split_work(AttendCall& call, int all, int processors) {
+  const int segments = all / call.n_tiles;
+  const int most = max(1, call.n_tiles / (call.warps * kFewestTiles));
+  call.splits = max(1, min(most, processors / segments));
+  call.blocks = segments * call.splits;
+  const int rounds = (call.blocks + processors - 1) / processors;
+  if (rounds * (call.n_tiles / call.splits + kSegmentTiles) <= all / processors + 2 * kSegmentTiles ||
+      call.splits == most)
+    return;
+  call.splits = 0;
+  call.blocks = min(processors, (all + call.warps - 1) / call.warps);
+  call.share = all / call.blocks, call.larger = all % call.blocks;
 }
 
 // First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.

@@ -67,7 +67,8 @@ HALFBYTE_INLINE int row_tiles(gpu_local const AttendShape& s) { return (rows_of(
 HALFBYTE_INLINE int partial_floats(gpu_local const AttendShape& s) { return kTileRows * (s.format.v.padded_dim + 2); }
 
 // First token that a query at `position` sees raw when raw values still exist, as Layer::State::raw_start.
-HALFBYTE_INLINE int raw_start(gpu_local const AttendShape& s, int position) {
+template <class Rule>
+HALFBYTE_INLINE int raw_start(gpu_local const Rule& s, int position) {
   if (position < s.warm_up) return s.sink_tokens;
   const int block = position / kBlockTokens * kBlockTokens - s.raw_window;
   return block > s.sink_tokens ? block : s.sink_tokens;

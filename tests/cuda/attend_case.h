@@ -67,7 +67,7 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const bool identity = c.recipe.rotation == Rotation::identity;
   HalfbyteCudaAttend a{};
   a.layer = described, a.k = k_tables.get(identity), a.v = v_tables.get(identity);
-  a.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), (int64_t)parts.pages_dropped};
+  a.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), (int64_t)parts.pages_dropped, nullptr};
   a.batch = c.batch, a.heads = c.heads, a.queries = c.queries, a.causal = 1, a.scale = args.scale,
   a.softcap = c.softcap;
   a.length = (int64_t)parts.length, a.first = (int64_t)parts.first, a.sliding_window = c.window;

@@ -133,6 +133,7 @@ struct Tables {
         rotation(matrix),
         rotation_t(transposed(matrix, d)),
         fragments(make_fragments(layer, is_v, matrix)),
+        fast(make_fast(layer, is_v)),
         offset(mu),
         rotated(rotate(matrix, mu, d)),
         factors(lambda),
@@ -147,6 +148,11 @@ struct Tables {
     std::vector<uint8_t> bytes(halfbyte_cuda_fragment_bytes(&layer, is_v));
     if (!bytes.empty()) halfbyte_cuda_fragments(&layer, is_v, m.data(), bytes.data());
     return bytes;
+  }
+  static std::vector<float> make_fast(const HalfbyteCudaLayer& layer, bool is_v) {
+    std::vector<float> out(halfbyte_cuda_fast_bytes(&layer, is_v) / sizeof(float));
+    if (!out.empty()) halfbyte_cuda_fast(&layer, is_v, out.data());
+    return out;
   }
   static std::vector<float> rotate(const std::vector<float>& m, const std::vector<float>& x, int d) {
     std::vector<float> y(x.size());
@@ -167,6 +173,7 @@ struct Tables {
     return {identity ? nullptr : rotation.get(),
             identity ? nullptr : rotation_t.get(),
             fragments.get(),
+            fast.get(),
             offset.get(),
             rotated.get(),
             factors.get(),
@@ -179,7 +186,7 @@ struct Tables {
   std::vector<float> matrix;
   OnDevice<float> rotation, rotation_t;
   OnDevice<uint8_t> fragments;
-  OnDevice<float> offset, rotated, factors, inverse;
+  OnDevice<float> fast, offset, rotated, factors, inverse;
 };
 
 inline std::vector<float> some_lambda(const Case& c, unsigned seed) {

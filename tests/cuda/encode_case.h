@@ -34,7 +34,7 @@ inline Difference encode_difference(const Case& c, unsigned seed, bool portable)
   const bool identity = c.recipe.rotation == Rotation::identity;
   HalfbyteCudaEncode e{};
   e.layer = described, e.k_tables = k_tables.get(identity), e.v_tables = v_tables.get(identity);
-  e.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0};
+  e.pages = {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0, nullptr};
   e.batch = c.batch, e.k = device_view(d_k.get(), c, c.kv_heads, tokens),
   e.v = device_view(d_v.get(), c, c.kv_heads, tokens);
   e.limit = 1e4, e.bad = bad.get(), e.portable = portable;

@@ -50,7 +50,7 @@ TEST(CudaEncode, FlagsWhatCanNotBeCoded) {
       const OnDevice<int32_t> bad(std::vector<int32_t>(1, 0));
       HalfbyteCudaEncode e{};
       e.layer = described, e.k_tables = tables.get(false), e.v_tables = v_tables.get(false);
-      e.pages = {table.get(), 1, 0}, e.batch = 1, e.tokens = 16, e.limit = 1e4, e.bad = bad.get(),
+      e.pages = {table.get(), 1, 0, nullptr}, e.batch = 1, e.tokens = 16, e.limit = 1e4, e.bad = bad.get(),
       e.portable = portable;
       e.k = e.v = device_view(data.get(), c, c.kv_heads, 16);
       expect_launched(halfbyte_cuda_encode(&e));
@@ -86,7 +86,7 @@ TEST(CudaDecode, GivesBackWhatTheReferenceDoes) {
     const HalfbyteCudaDecode call{described,
                                   k_tables.get(false),
                                   v_tables.get(false),
-                                  {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0},
+                                  {table.get(), (int64_t)(parts.page_table.size() / c.batch), 0, nullptr},
                                   c.batch,
                                   0,
                                   (int64_t)parts.packed_end,

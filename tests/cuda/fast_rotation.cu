@@ -1,5 +1,4 @@
-// The transforms of src/gpu/rotate.h alone, as Metal's kernels use them: CUDA's own kernels know no head size when they
-// are compiled, and take the matrix.
+// The transforms of src/gpu/rotate.h alone, in more head sizes than CUDA's own kernels use them.
 #include "fast_rotation.h"
 
 #include "cuda/device.cuh"

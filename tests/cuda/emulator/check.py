@@ -14,8 +14,12 @@ from pathlib import Path
 # Barriers, exchanges, products and waits, by the line that says them.
 WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
 FILES = (
+    "cuda/append.cu",
+    "cuda/attend.cu",
     "cuda/attend.cuh",
+    "cuda/encode.cu",
     "cuda/encode.cuh",
+    "cuda/length.cuh",
     "cuda/work.cuh",
     "gpu/attend.h",
     "gpu/attend_packed.h",
@@ -28,6 +32,7 @@ UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
     "columns, lane, running);",
     "space.weights[row * kRawTokens + lane] = p;",
+    "memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__threadfence();",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.
@@ -35,9 +40,6 @@ UNSEEN = {
     # Has the threads of a warp take one branch; each would be right alone.
     "columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));",
     "columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));",
-    # CUDA's attention knows no fast rotation.
-    "FastRotation<D, 1>::forward(in.rotation_k, VectorSpace{rotated + row, 0, kTileRows}, lane);",
-    "FastRotation<D, 1>::back(in.rotation_v, VectorSpace{space.y + row, 0, kTileRows}, tid % kSimd);",
     # Later barriers come before anything that would go wrong.
     "call.warps * kSimd);",
     "space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];",

@@ -121,6 +121,7 @@ inline float __uint_as_float(unsigned bits) { return emulated::as<float>(bits); 
 inline unsigned __float_as_uint(float x) { return emulated::as<unsigned>(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 
 // Byte i of the result is the one of y:x that digit i of the selector names.

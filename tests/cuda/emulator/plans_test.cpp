@@ -2,6 +2,7 @@
 #include "attend_case.h"
 #include "encode_case.h"
 #include "settings.h"
+#include "step_case.h"
 
 namespace halfbyte {
 namespace {
@@ -69,11 +70,12 @@ class Mutations : public testing::TestWithParam<int> {
 
 TEST_P(Mutations, Attend) {
   for (bool portable : {false, true})
-    for (int kind = 0; kind < 4; kind++) {
+    for (int kind = 0; kind < 5; kind++) {
       Case c;
       if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
       c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
-      if (kind == 0) c.sharpness = 8.0f, c.pairs = 40;
+      if (kind == 0) c.sharpness = 4.0f, c.pairs = 40;
+      if (kind == 4) c.head_dim = 256, halfbyte_emulator_device(8, 227 << 10);  // the fast transform
       if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
       ASSERT_LT(attend_distance(c, 7, portable), tolerance(c.dtype, portable)) << kind;
     }
@@ -88,6 +90,15 @@ TEST_P(Mutations, Encode) {
       ASSERT_LT(difference.codes, 2e-3) << portable;
       ASSERT_LT(difference.scales, 1e-2) << portable;
     }
+}
+
+// The step that packs a block, and those around it.
+TEST_P(Mutations, Step) {
+  for (bool portable : {false, true}) {
+    Case c;
+    c.prefix = 30, c.pairs = 32, c.heads = 6, c.head_dim = 64;
+    ASSERT_LT(step_distance(c, 5, 4, portable), tolerance(c.dtype, portable) + 2e-3) << portable;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Orders, Mutations, testing::Values(0, 1, 2, 3));
