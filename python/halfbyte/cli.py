@@ -393,10 +393,14 @@ def doctor_of_mac(model, prefixes, json_file, seed, progress) -> None:
     print_table(f"kernels against the definition, seed {seed}", checks)
     encode = doctor_mps.bench_encode("mps", progress=progress)
     print_table(f"packing {doctor_mps.BENCH_VECTORS:,} vectors", encode, "paper: arXiv 2605.05699, on an M1 of 8 cores")
+    attend = doctor_mps.bench_attend("mps", progress=progress)
+    note = "predicted: docs/metal.md, for an M1 of 8 cores"
+    print_table(f"attention, one query over {doctor_mps.ATTENDED_TOKENS:,} packed tokens", attend, note)
     generate = doctor_mps.bench_generate("mps", model, prefixes, seed=seed, progress=progress)
     print_table("generate, float16", [row for row in generate if "error" not in row] or generate)
     if json_file is not None:
-        doctor_mps.write_result(json_file, facts, checks, encode, generate)
+        benches = {"encode": encode, "attend": attend, "generate": generate}
+        doctor_mps.write_result(json_file, facts, checks, benches)
         print(f"\nwrote {json_file}: please send it in with an issue")
     if not all(row["ok"] for row in checks):
         raise typer.Exit(1)

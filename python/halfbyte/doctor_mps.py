@@ -1,4 +1,4 @@
-"""`halfbyte doctor --device mps`: every Metal kernel against the CPU's definition, then the source paper's two benches.
+"""`halfbyte doctor --device mps`: every Metal kernel against the CPU's definition, then benches of three kinds.
 
 Meant for owners of Macs: one command whose file holds all there is to know. Not yet run on Apple hardware; the checks
 themselves run in the tests, on an emulator of the kernels.
@@ -19,10 +19,14 @@ from .doctor import TAIL_TOKENS, _judge, _relative_error, check_generate
 from .recipes import get_recipe
 from .results import command_line, memory_bytes, version_of, write_json
 
-SCHEMA = "halfbyte-mps-result/1"
+SCHEMA = "halfbyte-mps-result/2"
 BENCH_VECTORS = 262_144
 PAPER_PREFIXES = (256, 1024, 2048, 4096)
-RECIPES = ("default", "g16", "k8v4", "paper-per-token", "paper-g32-lambda")
+RECIPES = ("default", "turning-g32", "g16", "k8v4", "paper-per-token", "paper-g32-lambda")
+TURNING = ("default", "turning-g32")  # whose offset of K turns here, by 64 and by 16 tokens; the others' is fixed
+CHECKED_TOKENS = (*TAIL_TOKENS, 700)  # several parts of the packed tokens, of several pages each
+GROUPS = tuple(range(1, 13))  # query heads a KV head: parts of a tile of 8 rows, a whole one, more than one
+ATTENDED_TOKENS = 16_384
 # Codes may differ where float32 falls on the other side of a rounding boundary than double: the paper saw 99.997 %.
 CODES_EQUAL = 0.999
 # The scale search compares sums of squares: where two candidates are within rounding, the whole group takes another.
@@ -34,7 +38,7 @@ def device_facts() -> list[dict]:
     """Rows {what, value}: chip, GPU cores, system, versions and the text of the kernels."""
     import torch
 
-    from .mps_kernels import source
+    from .metal import source
 
     cores = getattr(torch._C, "_mps_get_core_count", None)
     facts = {
@@ -75,18 +79,29 @@ def _layers(head_dim, recipe_name, device, seed):
             layer.set_lambda(*(x.data_ptr() for x in factors))
         if config["recipe"].offset:  # given, so that both code the same differences
             layer.set_offset(*(x.data_ptr() for x in offsets))
+        if recipe_name in TURNING:
+            _turn(layer, head_dim, bool(seed % 2))
     return pair
+
+
+def _turn(layer, head_dim, interleaved):
+    """Gives a layer the frequencies of RoPE."""
+    import torch
+
+    frequencies = 10_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+    layer.set_frequencies(frequencies.data_ptr(), head_dim // 2, interleaved)
 
 
 def _strides(x):
     return x.stride()[:3]
 
 
-def check_kernels(head_dim, recipe_name, device, tokens=TAIL_TOKENS, seed=0) -> dict[str, float]:
+def check_kernels(head_dim, recipe_name, device, tokens=CHECKED_TOKENS, seed=0, groups=GROUPS) -> dict[str, float]:
     """{"packing", "codes that differ", "attention"}: the worst over numbers of tokens, on fresh random input.
 
     packing: unpacked K and V against the CPU's. codes that differ: the share of their bytes that are not equal.
-    attention: of 1 and of 3 queries over what the device unpacks, against softmax in double.
+    attention: of 1 and of 3 queries, with each of so many query heads a KV head, over what the device unpacks, against
+    softmax in double.
     """
     import torch
 
@@ -109,7 +124,7 @@ def check_kernels(head_dim, recipe_name, device, tokens=TAIL_TOKENS, seed=0) -> 
         if codes[0].size:
             worst["codes that differ"] = max(worst["codes that differ"], float(np.mean(codes[0] != codes[1])))
         for queries in (1, 3):
-            error = _attention_error(layer, got, (key, value), queries, device, generator)
+            error = _attention_error(layer, got, (key, value), queries, groups, device, generator)
             worst["attention"] = max(worst["attention"], error)
     return worst
 
@@ -120,7 +135,7 @@ def _codes_of(pages, layer):
     return pages.reshape(-1, each)[:, : 64 * layer.kernels.padded * sum(layer.kernels.bits) // 8]
 
 
-def _attention_error(layer, unpacked, raw, queries, device, generator):
+def _attention_error(layer, unpacked, raw, queries, groups, device, generator):
     """Attention of the newest `queries` of the three tokens added last; the layer must have got them at once."""
     import torch
 
@@ -130,12 +145,14 @@ def _attention_error(layer, unpacked, raw, queries, device, generator):
         new = [x[:, :, -1:] for x in raw]
         layer.append(*(x.to(device) for x in new))
         unpacked = [x.cpu() for x in layer.unpack(layer.length, torch.float32)]
-    query = torch.randn(1, 6, queries, layer.dims[0], generator=generator)
-    out = torch.full((1, queries, 6, layer.dims[1]), float("nan"), device=device)
-    chunk = [x[:, :, -queries:].to(device) for x in raw]
-    layer.attend(query.to(device), out, layer.dims[0] ** -0.5, chunk, None, 0.0, None)
-    want = [_plain(query[:, :, i], unpacked, raw, layer.length - queries + i) for i in range(queries)]
-    return _relative_error(out.cpu().numpy(), torch.stack(want, dim=1).numpy())
+    chunk, worst = [x[:, :, -queries:].to(device) for x in raw], 0.0
+    for group in groups:
+        query = torch.randn(1, 2 * group, queries, layer.dims[0], generator=generator)
+        out = torch.full((1, queries, 2 * group, layer.dims[1]), float("nan"), device=device)
+        layer.attend(query.to(device), out, layer.dims[0] ** -0.5, chunk, None, 0.0, None)
+        want = [_plain(query[:, :, i], unpacked, raw, layer.length - queries + i) for i in range(queries)]
+        worst = max(worst, _relative_error(out.cpu().numpy(), torch.stack(want, dim=1).numpy()))
+    return worst
 
 
 def _plain(query, unpacked, raw, position):
@@ -154,11 +171,13 @@ def _plain(query, unpacked, raw, position):
     return (scores.softmax(2) * value).sum(2)
 
 
-def check_device(device, head_dims=None, recipes=RECIPES, tokens=TAIL_TOKENS, seed=0, progress=True) -> list[dict]:
+def check_device(
+    device, head_dims=None, recipes=RECIPES, tokens=CHECKED_TOKENS, groups=GROUPS, seed=0, progress=True
+) -> list[dict]:
     """Rows {check, ok, detail, seconds} for every kernel, then for generate."""
     from tqdm import tqdm
 
-    from .mps_kernels import HEAD_DIMS
+    from .metal import HEAD_DIMS
 
     limits = {"packing": ROUND_TRIP_TOLERANCE, "codes that differ": 1 - CODES_EQUAL, "attention": ATTEND_TOLERANCE}
     cells, rows = [(d, r) for d in head_dims or HEAD_DIMS for r in recipes], []
@@ -167,7 +186,7 @@ def check_device(device, head_dims=None, recipes=RECIPES, tokens=TAIL_TOKENS, se
 
         def measure(what, head_dim=head_dim, recipe=recipe, found=found):
             if not found:
-                found.update(check_kernels(head_dim, recipe, device, tokens, seed))
+                found.update(check_kernels(head_dim, recipe, device, tokens, seed, groups))
             return found[what]
 
         rows += [
@@ -239,6 +258,51 @@ def _encode_seconds(recipe, head_dim, device, vectors, repeats):
     return seconds[1:]
 
 
+def bench_attend(device, tokens=ATTENDED_TOKENS, repeats=7, calls=10, progress=True) -> list[dict]:
+    """Rows: ns a token of a KV head, of one query over packed tokens, for each geometry, beside predictions for an M1.
+
+    calls: queued at once. predicted_fp16_m1_ns is what reading fp16 takes at best; see metal_model.
+    """
+    from tqdm import tqdm
+
+    rows, recipe = [], get_recipe("default")
+    for geometry in tqdm(metal_model.GEOMETRIES.values(), desc="bench attend", disable=not progress, leave=False):
+        seconds = _attend_seconds(geometry, recipe, device, tokens, repeats, calls)
+        ns = [x * 1e9 / (tokens * geometry.kv_heads) for x in seconds]
+        works = {"": metal_model.attend(geometry, recipe), "_fp16": metal_model.attend_fp16(geometry)}
+        rows.append(
+            {"geometry": geometry.name, "tokens": tokens, "ns_per_token": min(ns), "median_ns": statistics.median(ns)}
+            | {f"predicted{kind}_m1_ns": work.ns(metal_model.CHIPS[0])[1] for kind, work in works.items()}
+            | {"seconds": seconds}
+        )
+    return rows
+
+
+def _attend_seconds(geometry, recipe, device, tokens, repeats, calls):
+    """Seconds of an attention call, packed tokens and merge, averaged over `calls` of them."""
+    import torch
+
+    from .gpu_layer import GpuLayer
+    from .mps_kernels import MetalKernels
+
+    heads, d = geometry.kv_heads, geometry.head_dim
+    sizes = {"kv_heads": heads, "head_dim_k": d, "head_dim_v": d, "dtype": "float16"}
+    layer = GpuLayer(MetalKernels, torch.device(device), **sizes, recipe=recipe)
+    _turn(layer, d, False)
+    key, query = torch.randn(1, heads, tokens, d), torch.randn(1, geometry.heads, 1, d)
+    key, query = (x.to(device, torch.float16) for x in (key, query))
+    layer.append(key, key)
+    out, seconds = torch.empty(1, 1, geometry.heads, d, dtype=torch.float16, device=device), []
+    for _ in range(repeats + 1):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            layer.attend(query, out, d**-0.5, None, None, 0.0, None)
+        _synchronize(device)
+        seconds.append((time.perf_counter() - start) / calls)
+    return seconds[1:]
+
+
 def bench_generate(
     device, model, prefixes=PAPER_PREFIXES, new_tokens=32, rounds=3, seed=0, progress=True
 ) -> list[dict]:
@@ -271,6 +335,7 @@ def bench_generate(
     return rows
 
 
-def write_result(path, facts, checks, encode, generate) -> None:
-    """The file to send in: what the machine is, what was checked, what was measured."""
-    write_json(path, encode + generate, command_line(), schema=SCHEMA, device=facts, checks=checks)
+def write_result(path, facts, checks, benches) -> None:
+    """The file to send in, as docs/metal.md describes it. benches: {"encode", "attend", "generate"}: rows."""
+    rows = [{"bench": name} | row for name, rows in benches.items() for row in rows]
+    write_json(path, rows, command_line(), schema=SCHEMA, device=facts, checks=checks)

@@ -18,7 +18,7 @@ SHUFFLE_BYTES_PER_CYCLE = 256  # of a core
 CORE_THREADGROUP_BYTES = 60 << 10
 CORE_REGISTER_BYTES = 208 << 10
 CORE_THREADS = 3072
-REGISTERS = 64  # 32-bit ones a thread, assumed: only the compiler knows
+REGISTERS = 64  # 32-bit ones a thread where a kernel does not say, assumed: only the compiler knows
 STREAMED = 0.94  # share of the stated bandwidth that a stream gets: clpeak reads 386 of the M3 Max's 409.6 GB/s
 
 
@@ -60,6 +60,7 @@ class Work(NamedTuple):
     shuffle_bytes: float = 0.0
     threads: int = 128  # of a threadgroup
     threadgroup_memory: int = 0  # bytes
+    registers: int = REGISTERS
 
     def limits_ns(self, chip: Chip) -> dict[str, float]:
         """Nanoseconds that each part of the chip needs for it when nothing else holds that part up."""
@@ -79,7 +80,7 @@ class Work(NamedTuple):
     @property
     def threads_per_core(self) -> int:
         """Threads that a core can hold of it, as far as that can be known without the compiler."""
-        room = CORE_REGISTER_BYTES // (4 * REGISTERS * self.threads)
+        room = CORE_REGISTER_BYTES // (4 * self.registers * self.threads)
         if self.threadgroup_memory:
             room = min(room, CORE_THREADGROUP_BYTES // self.threadgroup_memory)
         return min(room, CORE_THREADS // self.threads) * self.threads
@@ -147,20 +148,38 @@ def encode(d: int, recipe, element_bytes: int = 2) -> Work:
 
 
 def attend(geometry, recipe) -> Work:
-    """One token of one KV head for one new query token, as attend_packed_row in src/gpu/attend.h.
+    """One token of one KV head for one new query token, as src/gpu/attend_packed.h.
 
-    Every query head unpacks every code for itself: about 16 operations for its place, its nibble, its scale and its
-    product.
+    A simdgroup has 4 or 8 rows (query heads). Each code is unpacked once for them: shift, mask, exponent, zero and
+    scale; its products follow, those with rows that are not there included. Scores are summed over the lanes that share
+    a token, halving what is left; weights go to all lanes one by one. The softmax is taken as 20 operations a row.
     """
-    d, group = geometry.head_dim, geometry.group
+    d = geometry.head_dim
+    spans = math.ceil(d / 32)
+    rows = 8 if spans <= 4 and geometry.group > 4 else 4
+    times = math.ceil(geometry.group / rows)  # that codes are unpacked
+    lanes = 16 if spans <= 2 else 32  # that share a token's K, four neighbouring channels each
+    quads = math.ceil(8 * spans / lanes)
+    channels = 4 * lanes * quads + 32 * spans  # of K and V, with lanes that have none
+    sums = (lanes - 1) * rows  # additions and shuffles, each of one lane
+    rescaled = rows * 32 * spans / 16
+    turned = d * rows / recipe.offset_span if recipe.offset and recipe.offset_span else 0  # d / 2 pairs, two products
+    broadcast = 32 * rows * (1 + 1 / 16) + 2 * math.log2(32 / rows)  # weights, factors of a block, and its maxima
     return Work(
         device_bytes=2 * d * bits_per_value(recipe, d) / 8,
-        threadgroup_bytes=4 * d * group,
-        operations=group * (2 * d * 16 + 12),
-        shuffle_bytes=4 * 32 * group * (12 / 16 + 1),
-        threads=256,
-        threadgroup_memory=4 * 8 * (2 * d + 2),
+        threadgroup_bytes=4 * turned * times,
+        operations=times * ((5 + rows) * channels + sums + rescaled + turned + 20 * rows),
+        shuffle_bytes=4 * times * (sums + broadcast),
+        threads=128,
+        threadgroup_memory=4 * 8 * (2 * d + 32 * spans + 2),
+        registers=rows * (4 * quads + spans) + 40,  # queries, sums of values, and whatever else there is
     )
+
+
+def attend_fp16(geometry) -> Work:
+    """The same from K and V in fp16, at best: values are read once, and only products and softmax are counted."""
+    d, group = geometry.head_dim, geometry.group
+    return Work(device_bytes=4 * d, threadgroup_bytes=0, operations=group * (2 * d + 20))
 
 
 # ----------------------------------------------------------------------------------------------- beside the paper's own
@@ -236,14 +255,16 @@ def predict_encode(recipe="default") -> list[dict]:
 
 
 def predict_attend(recipe="default") -> list[dict]:
-    """Rows: nanoseconds a token of a KV head for one new token, on each chip, for each geometry."""
+    """Rows: nanoseconds a token of a KV head for one new token, on each chip, for each geometry, packed and in fp16."""
     rows = []
     for geometry in GEOMETRIES.values():
-        work = attend(geometry, get_recipe(recipe))
-        row = {"geometry": geometry.name, "bytes": work.device_bytes, "operations": work.operations}
-        row |= {"threads_per_core": work.threads_per_core}
-        row |= {chip.name: work.ns(chip)[1] for chip in CHIPS}
-        rows.append(row | {"limits_ns": {chip.name: work.limits_ns(chip) for chip in CHIPS}})
+        kinds = {f"{geometry.name} packed": attend(geometry, get_recipe(recipe))}
+        kinds[f"{geometry.name} fp16, at best"] = attend_fp16(geometry)
+        for name, work in kinds.items():
+            row = {"geometry": name, "bytes": work.device_bytes, "operations": work.operations}
+            row |= {"threads_per_core": work.threads_per_core}
+            row |= {chip.name: work.ns(chip)[1] for chip in CHIPS}
+            rows.append(row | {"limits_ns": {chip.name: work.limits_ns(chip) for chip in CHIPS}})
     return rows
 
 

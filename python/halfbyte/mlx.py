@@ -4,8 +4,9 @@
     cache = halfbyte.mlx.make_prompt_cache(model)
     mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)
 
-The bytes are those of docs/format.md. Packing and attention run in Halfbyte's CPU kernels on the arrays' own memory,
-which MLX's unified memory allows on a Mac as well; tested with MLX's Linux build, not yet run on Apple hardware.
+The bytes are those of docs/format.md. Where MLX's default device is a GPU with Metal, the Metal kernels pack and attend
+(halfbyte.mlx_layer); elsewhere, and for layers that those do not take, Halfbyte's CPU kernels on the arrays' own
+memory. Tested with MLX's Linux build, the Metal kernels in an emulator there; not yet run on Apple hardware.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import mlx.core as mx
 import mlx_lm.models.cache as library
 import numpy as np
 
-from . import _native
+from . import _native, mlx_layer
 from .recipes import FIELDS, get_recipe
 
 __all__ = ["Int4KVCache", "make_prompt_cache", "use_packed_attention"]
@@ -34,7 +35,8 @@ class Int4KVCache:
     without it K and V are unpacked for every step, which is right and slow.
 
     Batches of prompts of different lengths (mlx_lm's merge, left padding) are not supported: there is no `merge`.
-    Raises ValueError for values that are not finite, and for K and V of another shape or dtype than before.
+    Raises ValueError for values that are not finite (on a GPU when the next block is packed after them, and then the
+    cache is lost), and for K and V of another shape or dtype than before.
     """
 
     def __init__(self, recipe="default", layer_index=0, sliding_window=0, packed=False, **overrides):
@@ -44,24 +46,24 @@ class Int4KVCache:
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self.packed = packed
-        self._native = None
+        self._layer = None
         self._dims = self._dtype = None
 
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return 0 if self._native is None else self._native.length
+        return 0 if self._layer is None else self._layer.length
 
     def update_and_fetch(self, keys, values):
         """Adds K, V [batch, kv_heads, tokens, head_dim]; returns all of K and V, or handles for attention."""
         self._admit(keys, values)
         start, tokens = self.offset, keys.shape[2]
+        keys, values = mx.contiguous(keys), mx.contiguous(values)
+        old = self._unpack(tokens) if start and not self.packed else None
+        if tokens:
+            self._layer.append(keys, values)
         if self.packed:
-            keys, values = mx.contiguous(keys), mx.contiguous(values)
-            self._append(keys, values)
             return Packed(self, keys, start), Packed(self, values, start)
-        old = self._unpack(tokens) if start else None
-        self._append(keys, values)
         if old is None:
             return keys, values
         return tuple(mx.concatenate([before, new], axis=2) for before, new in zip(old, (keys, values), strict=True))
@@ -73,15 +75,19 @@ class Int4KVCache:
                 f"values: got shape {list(values.shape)} and {values.dtype}, takes that of keys, {list(keys.shape)} "
                 f"and {keys.dtype}, but for head_dim"
             )
-        if self._native is None:
+        if self._layer is None:
             if keys.dtype not in DTYPES:
                 raise ValueError(f"keys: got {keys.dtype}, takes one of {', '.join(map(str, DTYPES))}")
             self._dims, self._dtype = dims, keys.dtype
-            self._native = _native.Layer(**self._description())
+            self._layer = self._kind()(dims[0], **self._description())
         elif dims != self._dims or keys.dtype != self._dtype:
             form = "batch {}, kv_heads {}, head_dim {} and {}, {}"
             got, takes = form.format(*dims, keys.dtype), form.format(*self._dims, self._dtype)
             raise ValueError(f"keys: got {got}; the cache takes {takes}")
+
+    def _kind(self):
+        _, _, head_dim_k, head_dim_v = self._dims
+        return CpuLayer if mlx_layer.why_not(head_dim_k, head_dim_v, self.recipe) else mlx_layer.MetalLayer
 
     def _description(self):
         _, kv_heads, head_dim_k, head_dim_v = self._dims
@@ -89,46 +95,22 @@ class Int4KVCache:
         more = {"layer_index": self.layer_index, "sliding_window": self.sliding_window}
         return sizes | more | {"dtype": DTYPES[self._dtype], "recipe": self.recipe}
 
-    def _append(self, keys, values):
-        if keys.shape[2] == 0:
-            return
-        k, v = _Rows(keys), _Rows(values)
-        self._native.append(k.address, v.address, keys.shape[0], keys.shape[2], k.strides, v.strides)
-
     def _unpack(self, new_tokens):
         """What `new_tokens` more tokens may see of the cache, as K, V of the layer's dtype."""
-        batch, kv_heads, *dims = self._dims
-        held = self._native.visible
-        parts = [np.empty((batch, kv_heads, held, dim), np.float32) for dim in dims]
-        if held:
-            self._native.dequantize(*(part.ctypes.data for part in parts))
-        from_token = max(held - self.sliding_window + 1, 0) if self.sliding_window else 0
-        return [mx.array(part[:, :, from_token:]).astype(self._dtype) for part in parts]
+        held = self._layer.visible
+        return self._layer.unpack(min(held, self.sliding_window - 1) if self.sliding_window else held)
 
     def attend(self, queries, keys, values, scale, mask=None, sinks=None):
         """Attention of the newest tokens, whose raw K and V are given, on the packed cache; like queries in shape."""
-        batch, heads, count, _ = queries.shape
+        batch, _, count, _ = queries.shape
         if (batch, queries.shape[3], queries.dtype) != (self._dims[0], self._dims[2], self._dtype):
             raise ValueError(
                 f"queries: got shape {list(queries.shape)} and {queries.dtype}, takes "
                 f"[{self._dims[0]}, heads, tokens, {self._dims[2]}] and {self._dtype}"
             )
-        out = np.empty((batch, heads, count, self._dims[3]), _numpy_dtype(self._dtype))
-        options = {}
-        if count > 1:
-            k, v = _Rows(keys), _Rows(values)
-            options.update(chunk_k=k.address, chunk_v=v.address, chunk_k_strides=k.strides, chunk_v_strides=v.strides)
-        if isinstance(mask, mx.array):
-            shown = np.array(_broadcast_mask(mask, batch, count))
-            options.update(mask=shown.ctypes.data, mask_tokens=shown.shape[2])
-            options["mask_strides"] = shown.shape[1] * shown.shape[2], shown.shape[2]
-        if sinks is not None:
-            logits = np.array(sinks.astype(mx.float32))
-            options["sinks"] = logits.ctypes.data
-        q = _Rows(queries)
-        strides = tuple(step // out.itemsize for step in out.strides[:3])
-        self._native.attend(q.address, out.ctypes.data, heads, count, q.strides, strides, scale, **options)
-        return mx.array(out).view(self._dtype)
+        shown = _broadcast_mask(mask, batch, count) if isinstance(mask, mx.array) else None
+        logits = None if sinks is None else sinks.astype(mx.float32)
+        return self._layer.attend(queries, (keys, values), scale, shown, logits)
 
     def make_mask(self, N, return_array=False, window_size=None):  # noqa: N803 (the library's name)
         """What N more tokens may see, as attention takes it: None, "causal" or a bool array."""
@@ -146,9 +128,9 @@ class Int4KVCache:
         """Forgets the newest n tokens, all if there are fewer; returns how many. What was packed stays packed."""
         n = min(self.offset, n)
         if n == self.offset:
-            self._native = None
+            self._layer = None
         elif n:
-            self._native.crop(self.offset - n)
+            self._layer.crop(self.offset - n)
         return n
 
     def size(self):
@@ -160,7 +142,7 @@ class Int4KVCache:
     @property
     def nbytes(self):
         """Bytes held: packed pages with their slack, raw tokens, offsets."""
-        return 0 if self._native is None else self._native.nbytes
+        return 0 if self._layer is None else self._layer.nbytes
 
     @property
     def state(self):
@@ -168,8 +150,8 @@ class Int4KVCache:
         facts = {"recipe": {name: getattr(self.recipe, name) for name in FIELDS}}
         facts |= {"layer_index": self.layer_index, "sliding_window": self.sliding_window, "packed": self.packed}
         arrays = {}
-        if self._native is not None:
-            parts = self._native.save()
+        if self._layer is not None:
+            parts = self._layer.save()
             arrays = {
                 name: mx.array(part) for name, part in parts.items() if isinstance(part, np.ndarray) and part.size
             }
@@ -187,7 +169,7 @@ class Int4KVCache:
         self._dims = tuple(facts["dims"])
         self._dtype = next(dtype for dtype, name in DTYPES.items() if name == facts["dtype"])
         parts = {name: np.array(array) for name, array in state.items() if name != "facts"}
-        self._native = _native.Layer.load(**self._description(), parts=parts | facts["counts"])
+        self._layer = self._kind().load(parts | facts["counts"], **self._description())
 
     meta_state = property(lambda self: "", lambda self, text: None)  # of mlx_lm before 0.32: all is in `state`
 
@@ -200,8 +182,67 @@ class Int4KVCache:
     def __deepcopy__(self, memo):
         other = self.__class__.__new__(self.__class__)
         other.__dict__.update(self.__dict__)
-        if self._native is not None:
-            other._native = self._native.copy()
+        if self._layer is not None:
+            other._layer = self._layer.copy()
+        return other
+
+
+class CpuLayer:
+    """A layer in Halfbyte's CPU kernels, as mlx_layer.MetalLayer; each call waits for what MLX does before it."""
+
+    def __init__(self, batch, **config):
+        self.config, self._native = config, _native.Layer(**config)
+        self.batch, self.dtype = batch, getattr(mx, config["dtype"])
+
+    length = property(lambda self: self._native.length)
+    visible = property(lambda self: self._native.visible)
+    nbytes = property(lambda self: self._native.nbytes)
+
+    def append(self, keys, values):
+        k, v = _Rows(keys), _Rows(values)
+        self._native.append(k.address, v.address, keys.shape[0], keys.shape[2], k.strides, v.strides)
+
+    def unpack(self, tokens):
+        held, dims = self.visible, (self.config["head_dim_k"], self.config["head_dim_v"])
+        parts = [np.empty((self.batch, self.config["kv_heads"], held, dim), np.float32) for dim in dims]
+        if held:
+            self._native.dequantize(*(part.ctypes.data for part in parts))
+        return [mx.array(part[:, :, held - tokens :]).astype(self.dtype) for part in parts]
+
+    def attend(self, queries, chunk, scale, mask=None, sinks=None):
+        batch, heads, count, _ = queries.shape
+        out = np.empty((batch, heads, count, self.config["head_dim_v"]), _numpy_dtype(self.dtype))
+        options = {}
+        if count > 1:
+            k, v = (_Rows(x) for x in chunk)
+            options.update(chunk_k=k.address, chunk_v=v.address, chunk_k_strides=k.strides, chunk_v_strides=v.strides)
+        if mask is not None:
+            shown = np.array(mask)
+            options.update(mask=shown.ctypes.data, mask_tokens=shown.shape[2])
+            options["mask_strides"] = shown.shape[1] * shown.shape[2], shown.shape[2]
+        if sinks is not None:
+            logits = np.array(sinks)
+            options["sinks"] = logits.ctypes.data
+        q = _Rows(queries)
+        strides = tuple(step // out.itemsize for step in out.strides[:3])
+        self._native.attend(q.address, out.ctypes.data, heads, count, q.strides, strides, scale, **options)
+        return mx.array(out).view(self.dtype)
+
+    def crop(self, length):
+        self._native.crop(length)
+
+    def save(self):
+        return self._native.save()
+
+    @classmethod
+    def load(cls, parts, **config):
+        layer = cls(parts["batch"], **config)
+        layer._native = _native.Layer.load(**config, parts=parts)
+        return layer
+
+    def copy(self):
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _native=self._native.copy())
         return other
 
 

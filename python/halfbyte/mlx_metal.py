@@ -1,15 +1,16 @@
 """The Metal kernels for MLX: what mx.fast.metal_kernel takes, made from the text that PyTorch compiles.
 
-Not yet run on Apple hardware; nothing in halfbyte.mlx calls them yet. mx.fast.metal_kernel writes a kernel's signature
-itself: the entry points' bodies go in its source, all before them in its header.
+Not yet run on Apple hardware. mx.fast.metal_kernel writes a kernel's signature itself: the entry points' bodies go in
+its source, all before them in its header. halfbyte.mlx_layer calls them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
-from .mps_kernels import HEAD_DIMS, source
+from .metal import HEAD_DIMS, source
 
 ENTRY_POINTS = "// ---- Entry points\n"  # the last part of src/gpu/kernels.metal
 SIGNATURE = re.compile(r"kernel void ([\w#]+)\((.*?)HALFBYTE_AT\) \{(.*?)\n *\}", re.S)
@@ -32,6 +33,7 @@ def header() -> str:
     return re.sub(r"constant (\w+)&", r"device const \1&", text)
 
 
+@functools.cache
 def kernels() -> dict[str, MlxKernel]:
     """{name: kernel} of every entry point.
 

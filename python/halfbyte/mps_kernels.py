@@ -6,27 +6,13 @@ order of arguments is that of src/gpu/kernels.metal. Not yet run on Apple hardwa
 """
 
 import functools
-import math
-from importlib import resources
 
 import torch
 
+from . import metal
 from .gpu_kernels import DTYPES, LARGEST, ONE_OFFSET, PAGE_TOKENS, ROTATIONS, GpuKernels
+from .metal import ATTEND_THREADS, CODE_THREADS, FINISH_THREADS, MAX_RAW, NO_RAW, NO_TURN, TILE_ROWS
 from .mps_pages import MpsPages
-
-HEAD_DIMS = (64, 80, 96, 128, 256)
-CODE_THREADS, ATTEND_THREADS, FINISH_THREADS = 128, 256, 256
-PART = 16  # channels of a lane in encode and decode
-TILE_ROWS = 8  # rows (query heads × queries) of a group in attend and finish
-SMALLEST_SPLIT = 128  # tokens
-MAX_RAW = 3
-NO_RAW = [0] * 10  # numbers of a span of raw tokens that is not there
-NO_TURN = 0, 0, 0  # numbers of an offset that does not turn
-
-
-def source():
-    """The Metal text that this package brings."""
-    return resources.files("halfbyte").joinpath("halfbyte.metal").read_text()
 
 
 @functools.cache
@@ -36,7 +22,7 @@ def library():
         raise NotImplementedError("device mps: PyTorch finds no Apple GPU here (torch.backends.mps.is_available())")
     if not hasattr(torch.mps, "compile_shader"):
         raise NotImplementedError(f"device mps: torch {torch.__version__} can not compile kernels; takes 2.7 or newer")
-    return torch.mps.compile_shader(source())
+    return torch.mps.compile_shader(metal.source())
 
 
 @functools.cache
@@ -54,11 +40,8 @@ class MetalKernels(GpuKernels):
     @staticmethod
     def why_not(device, config, exact=False):
         """Why there are no kernels for a layer, or None. exact: attention in float32 is wanted, as these compute."""
-        k, v = config["head_dim_k"], config["head_dim_v"]
-        if k != v or k not in HEAD_DIMS:
-            return f"the Metal kernels take heads of {', '.join(map(str, HEAD_DIMS))}, K and V alike, not {k} and {v}"
-        if config["recipe"].k_bits == 32:
-            return "the Metal kernels take 4 and 8 bits, not 32"
+        if reason := metal.why_not(config["head_dim_k"], config["head_dim_v"], config["recipe"]):
+            return reason
         try:
             library()
         except NotImplementedError as error:
@@ -68,23 +51,18 @@ class MetalKernels(GpuKernels):
     def __init__(self, device, **config):
         super().__init__(device, **config)
         recipe, self.dim = self.recipe, self.dims[0]
-        self.padded = -(-self.dim // 32) * 32
+        self.padded = metal.padded(self.dim)
         self.bits = recipe.k_bits, recipe.v_bits
         self.nothing = torch.zeros(1, device=device)  # where a kernel has nothing to read
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)  # `refuse` has looked before: nobody reads it
-        self.tables = [rotation_table(recipe, self.layer_index, self.dim).to(device)] * 2
+        self.tables = [torch.from_numpy(metal.rotation_table(recipe, self.layer_index, self.dim)).to(device)] * 2
 
     def pages(self, batch):
         return MpsPages(batch, self.page_bytes, self.device)
 
     @property
     def page_head_bytes(self):
-        """Of one KV head's part of a page: docs/format.md."""
-        total = 0
-        for bits, group in zip(self.bits, (self.recipe.k_group, self.recipe.v_group), strict=True):
-            groups = 1 if group == 0 else -(-self.padded // min(group, self.padded))
-            total += PAGE_TOKENS * (self.padded * bits // 8 + groups * self.recipe.scale_bits // 8)
-        return -(-total // 64) * 64
+        return metal.page_head_bytes(self.recipe, self.dim)
 
     @property
     def page_bytes(self):
@@ -127,13 +105,10 @@ class MetalKernels(GpuKernels):
         spans, (mu,) = self._offsets_of(side, begin, end) if self._offset else (ONE_OFFSET, (None,))
         numbers = [*self._numbers, int(side == 0), begin, end - begin, *numbers]
         numbers += [int(mu is not None), int(factor is not None), *spans]
-        lanes = 2
-        while lanes * PART < self.dim:
-            lanes *= 2
         vectors = self._batch * self.kv_heads * (end - begin)
         getattr(library(), f"{verb}_d{self.dim}_int{self.bits[side]}")(
             numbers, *given, self.tables[side], *self._or_nothing(mu, factor), self._table, self._pages.pool.bytes,
-            result, threads=-(-vectors // (CODE_THREADS // lanes)) * CODE_THREADS, group_size=CODE_THREADS,
+            result, threads=metal.code_threads(self.dim, vectors), group_size=CODE_THREADS,
         )  # fmt: skip
 
     def encode(self, pair, data_first, begin, end):
@@ -165,7 +140,7 @@ class MetalKernels(GpuKernels):
         recipe, tiles = self.recipe, -(-(heads // self.kv_heads * queries) // TILE_ROWS)
         segments = self._batch * self.kv_heads * tiles
         begin, end = max(self._first_seen(length, first, queries, mask), recipe.sink_tokens), min(length, packed_end)
-        splits = splits_of(segments, begin, end)
+        splits = metal.splits_of(segments, begin, end, gpu_cores())
         mu = [tables[0] for tables in self._offset or ((None,), (None,))]
         numbers = [*self._numbers, heads, queries, 1, length, first, self.sliding_window, recipe.sink_tokens]
         numbers += [packed_end, recipe.raw_window, self._warm_up, kept, begin, end, splits]
@@ -200,37 +175,3 @@ class MetalKernels(GpuKernels):
         if mask is not None:
             return max(first, length - mask.shape[3])
         return max(first, length - queries + 1 - self.sliding_window) if self.sliding_window else first
-
-
-def splits_of(segments, begin, end):
-    """Into how many parts the packed tokens go, so that each core has a few groups; 0 when there are none."""
-    if begin >= end:
-        return 0
-    return max(1, min(-(-4 * gpu_cores() // segments), (end - begin) // SMALLEST_SPLIT))
-
-
-# ----------------------------------------------------------------------------------------------------------- rotations
-
-
-def _mixed(x):
-    """The output function of splitmix64, as in docs/format.md."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return x ^ x >> 31
-
-
-def signs(seed, layer_index, dim):
-    """±1 for each channel of a layer: docs/format.md."""
-    counters = (seed + 0x9E3779B97F4A7C15 * (1 + 512 * layer_index + c) for c in range(dim))
-    return torch.tensor([-1.0 if _mixed(x % 2**64) >> 63 else 1.0 for x in counters])
-
-
-def rotation_table(recipe, layer_index, dim):
-    """What a kernel reads of a rotation that is not dense: factors of the channels, and roots for srft."""
-    if recipe.rotation == "srht":
-        return signs(recipe.seed, layer_index, dim) / math.sqrt(dim)
-    if recipe.rotation != "srft":
-        return torch.zeros(1)
-    angles = -2.0 * math.pi * torch.arange(dim, dtype=torch.float64) / dim
-    roots = torch.stack([angles.cos(), angles.sin()], dim=1).reshape(-1).float()
-    return torch.cat([signs(recipe.seed, layer_index, dim) / math.sqrt(2 * dim), roots])

@@ -1,5 +1,6 @@
 // Launches attention: the tensor-core kernel where the geometry has one, the portable bodies elsewhere.
 #include "cuda/attend.cuh"
+#include "gpu/attend_packed.h"
 
 #include <algorithm>
 
@@ -8,7 +9,7 @@
 namespace halfbyte::gpu {
 namespace {
 
-// ---- The portable way: one simdgroup a row, then one thread block a tile of rows for the merge
+// ---- The portable way: a thread block some tokens of a tile of rows, then one a tile for the merge
 
 struct PortableCall {
   AttendCall base;
@@ -18,29 +19,22 @@ struct PortableCall {
 
 constexpr int kSmallestSplit = 128;  // tokens
 
-HALFBYTE_INLINE int prepare_floats(const PageFormat& f) { return kTileRows * (f.k.head_dim + f.k.padded_dim + 2); }
-
-template <bool Wide>
-__global__ void __launch_bounds__(kTileRows* kSimd) portable_kernel(const __grid_constant__ PortableCall call) {
+template <int Spans>
+__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
   float* memory = shared_memory<float>();
   const AttendShape& s = call.base.shape;
   const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
-  const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
-  float* rotated = memory + kTileRows * s.format.k.head_dim;
-  float* largest = rotated + kTileRows * s.format.k.padded_dim;
-  prepare_queries<Wide>(s, call.base.buffers, b, head, tile, memory, rotated, largest, largest + kTileRows, threadIdx.x,
-                        blockDim.x);
-  float* products = memory + prepare_floats(s.format);
-  if (call.base.buffers.turn.waves)
-    turn_products(s, call.base.buffers, b, head, memory, products, largest + kTileRows, threadIdx.x, blockDim.x);
-  const int slot = threadIdx.x / kSimd, row = min(tile * kTileRows + slot, rows_of(s) - 1);
-  const int blocks = (call.end + kBlockTokens - 1) / kBlockTokens - call.begin / kBlockTokens;
-  const int first = call.begin / kBlockTokens;
-  const int begin = (first + (int)((long long)blocks * split / call.splits)) * kBlockTokens;
-  const int end = (first + (int)((long long)blocks * (split + 1) / call.splits)) * kBlockTokens;
-  attend_packed_row(s, call.base.buffers, b, head, row, max(begin, call.begin), min(end, call.end), rotated + slot,
-                    largest[kTileRows + slot], call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s),
-                    slot, threadIdx.x % kSimd, products + 2 * slot);
+  attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
+                          segment % tiles, part_of({call.begin, call.end}, split, call.splits), memory,
+                          call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), threadIdx.x);
+}
+
+// For heads of up to so many channels, padded.
+auto portable_kernel_for(int padded) {
+  return padded <= 64    ? portable_kernel<2>
+         : padded <= 128 ? portable_kernel<4>
+         : padded <= 256 ? portable_kernel<8>
+                         : portable_kernel<kMaxHeadDim / kSpan>;
 }
 
 template <bool Wide>
@@ -67,13 +61,13 @@ int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
   const AttendShape& s = base.shape;
   const int segments = s.batch * s.kv_heads * row_tiles(s);
   PortableCall call{base, begin, end, begin < end ? splits_of(s, begin, end) : 0};
-  const bool wide = s.dtype == kFloat32;
+  const int padded = std::max(s.format.k.padded_dim, s.format.v.padded_dim);
+  const int pairs = base.buffers.turn.waves ? base.buffers.turn.pairs : 0;
   if (call.splits)
-    if (int error =
-            launch(wide ? portable_kernel<true> : portable_kernel<false>, segments * call.splits, kTileRows * kSimd,
-                   (prepare_floats(s.format) + product_floats(base.buffers.turn)) * 4, stream, call))
+    if (int error = launch(portable_kernel_for(padded), segments * call.splits, kAttendThreads,
+                           attend_floats(s.format.k.head_dim, padded, pairs) * 4, stream, call))
       return error;
-  return launch(wide ? finish_kernel<true> : finish_kernel<false>, segments, 256,
+  return launch(s.dtype == kFloat32 ? finish_kernel<true> : finish_kernel<false>, segments, 256,
                 finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4, stream, call);
 }
 

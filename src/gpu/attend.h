@@ -1,5 +1,4 @@
-// Attention on packed codes for any geometry: queries to code domain, one simdgroup a row over packed blocks, and the
-// merge.
+// Attention around packed codes for any geometry: queries to code domain, and from sums over blocks to outputs.
 #pragma once
 
 #include "gpu/rotate.h"
@@ -172,61 +171,6 @@ gpu_fn void turn_products(gpu_local const AttendShape& s, gpu_local const Attend
     if (lane == 0) offset[row] = dot;
   }
   gpu_barrier();
-}
-
-// q·mu of one row's pairs in the span of a token, the same in every lane. products: from this row on.
-gpu_fn float turned_offset(gpu_local const Turn& turn, gpu_shared const float* products, int token, int lane) {
-  gpu_global const float* waves = turn.waves + (int64_t)(token / turn.span) * turn.pairs * 2;
-  float sum = 0.0f;
-  for (int i = lane; i < turn.pairs; i += kSimd)
-    sum += products[i * kTileRows * 2] * waves[2 * i] + products[i * kTileRows * 2 + 1] * waves[2 * i + 1];
-  return simd_sum(sum);
-}
-
-// One row over the packed blocks that touch [begin, end): lane = token for scores, lane = channel for values.
-// rotated: [padded_dim of K][kTileRows] from this row on, and so products, if K's offset turns. The result goes to
-// `partial` at `slot_row`.
-gpu_fn void attend_packed_row(gpu_local const AttendShape& s, gpu_local const AttendBuffers& in, int b, int head,
-                              int row, int begin, int end, gpu_shared const float* rotated, float fixed_offset,
-                              gpu_global float* partial, int slot_row, int lane,
-                              gpu_shared const float* products = nullptr) {
-  gpu_local const SideFormat& fk = s.format.k;
-  gpu_local const SideFormat& fv = s.format.v;
-  const RowSight sight = sight_of(s, row, in.mask != nullptr);
-  const int slot = lane % kBlockTokens, part = lane / kBlockTokens;
-  float top = kUnseen, sum = 0.0f, acc[kMaxHeadDim / kSimd] = {};
-  for (int block = begin / kBlockTokens * kBlockTokens; block < end; block += kBlockTokens) {
-    gpu_global uchar* page = page_of(in.pages, s.format, b, head, block);
-    const BlockSide k = block_side(page, s.format, true, block), v = block_side(page, s.format, false, block);
-    float dot = 0.0f;  // each half of the simdgroup takes every other span
-    for (int c = part * kSpan; c < fk.head_dim; c += c % kSpan == kSpan - 1 ? kSpan + 1 : 1)
-      dot += code_value(fk, true, k.codes, slot, c) * load_scale(fk, k.scales, c / fk.group, slot) *
-             rotated[c * kTileRows];
-    const int token = block + slot;
-    const float offset = fixed_offset + (in.turn.waves ? turned_offset(in.turn, products, block, lane) : 0.0f);
-    float score = log2_score(s, dot + gpu_lane_xor(dot, kBlockTokens) + offset);
-    const bool seen =
-        token >= max(sight.lo, begin) && token < min(sight.packed_end, end) && mask_shows(s, in.mask, b, row, token);
-    const float new_top = max(top, simd_max(seen ? score : kUnseen));
-    const float keep = exp2(top - new_top), p = seen ? exp2(score - new_top) : 0.0f;
-    sum = sum * keep + simd_sum(part ? 0.0f : p);
-    top = new_top;
-    for (int i = 0; i < kMaxHeadDim / kSimd; i++) acc[i] *= keep;
-    for (int t = 0; t < kBlockTokens; t++) {
-      const float weight = gpu_lane_get(p, t);
-#pragma unroll
-      for (int i = 0; i < kMaxHeadDim / kSimd; i++) {
-        const int c = i * kSimd + lane;
-        if (c < fv.head_dim)
-          acc[i] += weight * code_value(fv, false, v.codes, t, c) * load_scale(fv, v.scales, c / fv.group, t);
-      }
-    }
-  }
-  for (int i = 0; i < fv.padded_dim / kSimd; i++) partial[slot_row * fv.padded_dim + i * kSimd + lane] = acc[i];
-  if (lane == 0) {
-    partial[kTileRows * fv.padded_dim + slot_row] = top;
-    partial[kTileRows * (fv.padded_dim + 1) + slot_row] = sum;
-  }
 }
 
 // ---- From partial results to outputs

@@ -27,7 +27,7 @@
 // dense R [D][D], then its transpose; identity nothing. Where a recipe has no offset, λ, mask or sinks, or fewer spans,
 // has_… is 0 and any buffer will do. pool + table[b][i] is the page of tokens 64·(first_page + i) onwards, all KV
 // heads. `bad` becomes 1 when a value can not be coded, and is never cleared.
-#include "gpu/attend.h"
+#include "gpu/attend_packed.h"
 #include "gpu/decode.h"
 #include "gpu/encode.h"
 
@@ -38,7 +38,6 @@ namespace gpu {
 
 gpu_constexpr int kEncodeSimds = 4;
 gpu_constexpr int kEncodeThreads = kEncodeSimds * kSimd;
-gpu_constexpr int kAttendThreads = kTileRows * kSimd;
 gpu_constexpr int kFinishThreads = 256;
 
 // ---- From a caller's numbers to what the bodies take
@@ -136,9 +135,6 @@ gpu_fn Segment segment_of(thread const AttendShape& s, int i) {
   return {i / tiles / s.kv_heads, i / tiles % s.kv_heads, i % tiles};
 }
 
-// Queries, the same in code domain, two numbers a row, and products of offsets that turn.
-HALFBYTE_INLINE constexpr int attend_floats(int d, int padded) { return kTileRows * (d + padded + 2 + d); }
-
 template <int D>
 gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals, device const uchar* q,
                          device const float* rotation_k, device const float* offset_k,
@@ -155,26 +151,11 @@ gpu_fn void attend_entry(constant AttendNumbers& n, constant AttendReals& reals,
   const int pairs = (int)n.turn_pairs;
   in.turn.waves = n.turn_span ? waves : nullptr, in.turn.span = (int)n.turn_span, in.turn.pairs = pairs;
   in.turn.pair_step = n.turn_interleaved ? 2 : 1, in.turn.pair_gap = n.turn_interleaved ? 1 : pairs;
-  const int splits = (int)n.splits, split = (int)group % splits;
+  const int splits = (int)n.splits;
   const Segment at = segment_of(s, (int)group / splits);
-  threadgroup float* rotated = memory + kTileRows * D;
-  threadgroup float* largest = rotated + kTileRows * s.format.k.padded_dim;
-  threadgroup float* offset = largest + kTileRows;
-  threadgroup float* products = offset + kTileRows;
-  if (s.dtype == kFloat32)
-    prepare_queries<true, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, offset, (int)tid,
-                             kAttendThreads);
-  else
-    prepare_queries<false, D>(s, in, at.b, at.head, at.tile, memory, rotated, largest, offset, (int)tid,
-                              kAttendThreads);
-  if (in.turn.waves) turn_products(s, in, at.b, at.head, memory, products, offset, (int)tid, kAttendThreads);
-  const int slot = (int)tid / kSimd, row = min(at.tile * kTileRows + slot, rows_of(s) - 1);
-  const int first = (int)n.begin / kBlockTokens, blocks = ((int)n.end + kBlockTokens - 1) / kBlockTokens - first;
-  const int begin = (first + blocks * split / splits) * kBlockTokens;
-  const int end = (first + blocks * (split + 1) / splits) * kBlockTokens;
-  attend_packed_row(s, in, at.b, at.head, row, max(begin, (int)n.begin), min(end, (int)n.end), rotated + slot,
-                    offset[slot], in.partials + (int64_t)group * partial_floats(s), slot, (int)tid % kSimd,
-                    products + 2 * slot);
+  const TokenSpan tokens = part_of({(int)n.begin, (int)n.end}, (int)group % splits, splits);
+  attend_packed<D, (D + kSpan - 1) / kSpan>(s, in, at.b, at.head, at.tile, tokens, memory,
+                                            in.partials + (int64_t)group * partial_floats(s), (int)tid);
 }
 
 gpu_fn RawTokens raw_tokens(constant RawNumbers& n, device const uchar* k, device const uchar* v) {
@@ -246,7 +227,7 @@ gpu_fn void finish_entry(constant AttendNumbers& n, constant AttendReals& reals,
       device const float* inverse_lambda_k [[buffer(5)]], device const uchar* mask [[buffer(6)]],                    \
       device const int64_t* table [[buffer(7)]], device uchar* pool [[buffer(8)]],                                   \
       device float* partials [[buffer(9)]], device const float* waves [[buffer(10)]], HALFBYTE_AT) {                 \
-    gpu_shared_floats(memory, halfbyte::gpu::attend_floats(D, Padded));                                              \
+    gpu_shared_floats(memory, halfbyte::gpu::attend_floats(D, Padded, D / 2));                                       \
     halfbyte::gpu::attend_entry<D>(numbers, reals, q, rotation_k, offset_k, inverse_lambda_k, mask, table, pool,     \
                                    partials, waves, memory, group, tid);                                                    \
   }                                                                                                                  \

@@ -107,7 +107,7 @@ def floats_of(expression: str, values: dict[str, int]) -> int:
     """The size of a kernel's threadgroup memory, which may call attend_floats or finish_floats."""
     rows = values["kTileRows"]
     functions = {
-        "attend_floats": lambda d, padded: rows * (d + padded + 2 + d),
+        "attend_floats": lambda d, padded, pairs: rows * (d + padded + 2 + 2 * pairs),
         "finish_floats": lambda k, padded, v: rows * (k + padded + v + values["kRawTokens"] + 2),
     }
     return int(eval(expression.replace("halfbyte::gpu::", ""), functions, dict(values)))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gpu_walk import pretend_gpu
-from halfbyte.mps_kernels import source
+from halfbyte.metal import source
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "gpu" / "emulator"

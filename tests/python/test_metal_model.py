@@ -36,6 +36,27 @@ def test_bytes_are_those_of_the_format():
     assert metal_model.attend(metal_model.GEOMETRIES["qwen"], get_recipe("default")).device_bytes == 138
 
 
+def test_attention_is_counted_as_its_kernel_computes():
+    """By hand, for rows in registers: qwen has 6 of 8 (d 128), gemma 4 of 4 (d 256), smollm2 3 of 4 (d 64)."""
+    recipe = get_recipe("fixed-offset")
+    qwen, gemma, small = (metal_model.attend(metal_model.GEOMETRIES[n], recipe) for n in ("qwen", "gemma", "smollm2"))
+    # 256 codes a token: 5 operations to unpack, 8 products; 31 additions for each of 8 rows; values times the block's
+    # factor, a sixteenth of them a token; 20 a row for the softmax.
+    assert qwen.operations == 256 * 13 + 31 * 8 + 8 * 128 / 16 + 20 * 8
+    assert gemma.operations == 512 * 9 + 31 * 4 + 4 * 256 / 16 + 20 * 4
+    assert small.operations == 128 * 9 + 15 * 4 + 4 * 64 / 16 + 20 * 4  # 16 lanes share a token
+    # Floats: sums that change lanes; a weight to 32 lanes for each row; factors and two or three maxima a block.
+    assert qwen.shuffle_bytes == 4 * (31 * 8 + 32 * 8 + (32 * 8 + 32 * 2) / 16)
+    assert small.shuffle_bytes == 4 * (15 * 4 + 32 * 4 + (32 * 4 + 32 * 3) / 16)
+    assert qwen.threadgroup_bytes == 0
+    turning = metal_model.attend(metal_model.GEOMETRIES["qwen"], get_recipe("turning"))
+    assert turning.threadgroup_bytes == 64 * 2 * 4 * 8 / 16  # 64 pairs of products a row, once in 16 tokens
+    # More than a simdgroup's rows: codes are unpacked again.
+    many = metal_model.attend(metal_model.GEOMETRIES["gemma"]._replace(heads=8), recipe)
+    assert many.operations == 2 * gemma.operations
+    assert many.device_bytes == gemma.device_bytes
+
+
 def test_floor_of_a_token_is_weights_and_cache_over_bandwidth():
     rows = {(r["model"], r["prefix"], r["chip"]): r for r in metal_model.predict_generate()}
     row = rows["Qwen2.5-1.5B", 1024, "M1"]
@@ -53,6 +74,7 @@ def test_a_faster_chip_is_predicted_faster_and_memory_limits_threads():
     work = metal_model.Work(1, 1, 1, threads=256, threadgroup_memory=30 << 10)
     assert work.threads_per_core == 2 * 256
     assert work._replace(threadgroup_memory=0).threads_per_core == 3 * 256  # registers
+    assert work._replace(threadgroup_memory=0, registers=104).threads_per_core == 2 * 256
 
 
 def test_command_writes_every_row_and_says_prediction(tmp_path):

@@ -17,8 +17,8 @@ from mlx_lm.models import cache as library
 from mlx_lm.models import gemma3_text, qwen2
 
 from halfbyte import mlx_metal
+from halfbyte.metal import HEAD_DIMS
 from halfbyte.mlx import Int4KVCache, make_prompt_cache, use_packed_attention
-from halfbyte.mps_kernels import HEAD_DIMS
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])

@@ -13,7 +13,15 @@ from pathlib import Path
 
 # Barriers, exchanges, products and waits, by the line that says them.
 WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
-FILES = ("cuda/attend.cuh", "cuda/encode.cuh", "cuda/work.cuh", "gpu/attend.h", "gpu/rotate.h", "gpu/element.h")
+FILES = (
+    "cuda/attend.cuh",
+    "cuda/encode.cuh",
+    "cuda/work.cuh",
+    "gpu/attend.h",
+    "gpu/attend_packed.h",
+    "gpu/rotate.h",
+    "gpu/element.h",
+)
 TESTS = "*Mutations*:CudaFastRotation.*"
 # What no run here can notice, by its line or the one before it, and why.
 UNSEEN = {
