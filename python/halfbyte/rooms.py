@@ -112,18 +112,16 @@ def _warn_once(text):
 def make_room(device, exact, parts=None, **config):
     """What holds a layer's codes on `device`, empty or with the content `parts` that another one's save() gave.
 
-    config: as _native.Layer takes it. exact: attention in float32 is wanted, which the CPU alone computes.
+    config: as _native.Layer takes it. exact: attention in float32 is wanted, which CUDA's kernels do not compute.
     """
     if device.type != "cpu":
         kernels, reason = _gpu_kernels(device, exact, config)
         if reason is None:
             from .gpu_layer import GpuLayer
 
-            return (
-                GpuLayer(kernels, device, **config)
-                if parts is None
-                else GpuLayer.load(kernels, device, parts, **config)
-            )
+            if parts is None:
+                return GpuLayer(kernels, device, **config)
+            return GpuLayer.load(kernels, device, parts, **config)
         _warn_once(
             f"Int4Cache on {device.type}: {reason}: the cache lives in CPU memory and attention is computed there, "
             "slowly"
