@@ -41,6 +41,7 @@ TEST_P(CudaAttend, MatchesReferenceForEveryRecipe) {
             c.recipe.k = {k_bits, group}, c.recipe.v = {v_bits, group == 64 ? 0 : group},
             c.recipe.scale_bits = scale_bits;
             c.recipe.lambda = group == 32, c.recipe.rotation = group == 64 ? Rotation::identity : Rotation::srft;
+            if (group == 0) c.recipe.rotation = Rotation::srht;
             c.recipe.offset = scale_bits == 16;
             expect_close(c, (unsigned)(d + k_bits * 3 + v_bits + group),
                          text("K", k_bits, "V", v_bits, " g", group, " d", d));

@@ -22,6 +22,7 @@ TEST_P(CudaEncode, GivesTheReferenceBytes) {
             Case c;
             c.head_dim = d, c.dtype = dtype, c.prefix = 97, c.batch = search ? 2 : 1;
             c.recipe.k = {bits, group}, c.recipe.v = {bits, group}, c.recipe.search = search;
+            if (group == 16 && d != 80) c.recipe.rotation = Rotation::srht;
             c.recipe.lambda = group == 0, c.recipe.signed_scale = bits == 4 || group == 32;
             const Difference difference = encode_difference(c, (unsigned)(d + group + search), GetParam());
             const std::string what =

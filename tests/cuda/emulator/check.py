@@ -41,7 +41,7 @@ UNSEEN = {
     "columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));",
     "columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));",
     # Later barriers come before anything that would go wrong.
-    "call.warps * kSimd);",
+    "threadIdx.x, call.warps * kSimd);",
     "space.out[at] += mu[at / kTileRows] * space.sum[at % kTileRows];",
 }
 

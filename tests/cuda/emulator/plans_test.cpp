@@ -75,7 +75,8 @@ TEST_P(Mutations, Attend) {
       if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
       c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
       if (kind == 0) c.sharpness = 4.0f, c.pairs = 40;
-      if (kind == 4) c.head_dim = 256, halfbyte_emulator_device(8, 227 << 10);  // the fast transform
+      if (kind == 4)
+        c.head_dim = 256, c.recipe.lambda = true, halfbyte_emulator_device(8, 227 << 10);  // the fast transform
       if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
       ASSERT_LT(attend_distance(c, 7, portable), tolerance(c.dtype, portable)) << kind;
     }
@@ -98,6 +99,8 @@ TEST_P(Mutations, Step) {
     Case c;
     c.prefix = 30, c.pairs = 32, c.heads = 6, c.head_dim = 64;
     ASSERT_LT(step_distance(c, 5, 4, portable), tolerance(c.dtype, portable) + 2e-3) << portable;
+    c.prefix = 5;  // a step finds the offset
+    ASSERT_LT(step_distance(c, 5, 14, portable), tolerance(c.dtype, portable) + 2e-3) << portable;
   }
 }
 
