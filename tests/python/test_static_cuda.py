@@ -339,10 +339,13 @@ def test_crop_copy_save_and_a_second_text(model, text, tmp_path):
             ids = text[:, prompt + 13 : prompt + 14]
             logits = [forward(model, ids, each) for each in (cache, twin, other)]
             assert torch.equal(logits[0], logits[1])
-            assert torch.equal(logits[0], logits[2])
-            for each, name in ((cache, "static"), (other, "other")):
-                each.save(tmp_path / name)
-            assert (tmp_path / "static").read_bytes() == (tmp_path / "other").read_bytes()
+            # K's offset is turned on the device: the last bit may differ from PyTorch's, and a code that is near a tie.
+            torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=2e-2)
+            cache.save(tmp_path / "static")
+            back = Int4Cache.load(tmp_path / "static", model.config)
+            assert back.get_seq_length() == int(cache.get_seq_length()) == prompt + 14
+            logits = [forward(model, text[:, prompt + 14 : prompt + 15], each) for each in (cache, back)]
+            torch.testing.assert_close(*logits, rtol=0, atol=2e-2)
             cache.reset()
             assert int(cache.get_seq_length()) == 0
             other = Int4Cache(model.config)
