@@ -1,4 +1,4 @@
-"""CudaLayer: one layer's cache on an NVIDIA GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
+"""GpuLayer: one layer's cache on a GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
 
 import ctypes
 import math

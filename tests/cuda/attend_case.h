@@ -22,10 +22,7 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const std::string fastest = backends().front().name;
   use_backend(fastest);
   Random random(seed);
-  Layer layer = make_layer(c);
-  const auto k = random.tensor(c, c.kv_heads, c.prefix, true), v = random.tensor(c, c.kv_heads, c.prefix, false);
-  EXPECT_TRUE(
-      layer.append(view_of(k, c, c.kv_heads, c.prefix), view_of(v, c, c.kv_heads, c.prefix), c.batch, c.prefix).ok());
+  Layer layer = filled_layer(c, random);
   LayerParts before;
   EXPECT_TRUE(layer.save(before).ok());
   const auto chunk_k = random.tensor(c, c.kv_heads, c.queries, true),

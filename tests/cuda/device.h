@@ -211,6 +211,15 @@ inline Layer make_layer(const Case& c) {
   return std::move(layer.value());
 }
 
+// With c.prefix random tokens, packed by whatever backend is in use.
+inline Layer filled_layer(const Case& c, Random& random) {
+  Layer layer = make_layer(c);
+  const auto k = random.tensor(c, c.kv_heads, c.prefix, true), v = random.tensor(c, c.kv_heads, c.prefix, false);
+  EXPECT_TRUE(
+      layer.append(view_of(k, c, c.kv_heads, c.prefix), view_of(v, c, c.kv_heads, c.prefix), c.batch, c.prefix).ok());
+  return layer;
+}
+
 inline std::vector<int64_t> page_addresses(const LayerParts& parts, const uint8_t* pages, size_t page_bytes) {
   std::vector<int64_t> table;
   for (int32_t i : parts.page_table) table.push_back((int64_t)(pages + i * page_bytes));

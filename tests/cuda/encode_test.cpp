@@ -67,10 +67,7 @@ TEST(CudaDecode, GivesBackWhatTheReferenceDoes) {
     Case c;
     c.head_dim = d, c.prefix = 113, c.batch = 2, c.recipe.lambda = true, c.dtype = Dtype::float32;
     Random random(d);
-    Layer layer = make_layer(c);
-    const auto k = random.tensor(c, c.kv_heads, c.prefix, true), v = random.tensor(c, c.kv_heads, c.prefix, false);
-    ASSERT_TRUE(
-        layer.append(view_of(k, c, c.kv_heads, c.prefix), view_of(v, c, c.kv_heads, c.prefix), c.batch, c.prefix).ok());
+    Layer layer = filled_layer(c, random);
     LayerParts parts;
     ASSERT_TRUE(layer.save(parts).ok());
     const size_t n = c.batch * c.kv_heads * c.prefix * d;

@@ -171,10 +171,7 @@ inline double step_distance(const Case& c, unsigned seed, int steps, bool portab
   const std::string fastest = backends().front().name;
   use_backend(fastest);
   Random random(seed);
-  Layer layer = make_layer(c);
-  const auto k = random.tensor(c, c.kv_heads, c.prefix, true), v = random.tensor(c, c.kv_heads, c.prefix, false);
-  EXPECT_TRUE(
-      layer.append(view_of(k, c, c.kv_heads, c.prefix), view_of(v, c, c.kv_heads, c.prefix), c.batch, c.prefix).ok());
+  Layer layer = filled_layer(c, random);
   LayerParts parts;
   EXPECT_TRUE(layer.save(parts).ok());
   StepLayer there(c, parts, (int64_t)c.prefix + steps, portable);

@@ -98,6 +98,19 @@ class Walk:
         self.attend(queries, **options)
         self.compare()
 
+    def crop_back_and_go_on(self):
+        """Crops into what the newest step packed, behind it, before it, and to nothing."""
+        self.both("record_past", True)
+        self.append(45)
+        for length in (50, 60, 41):
+            self.append(30)  # 45 … 74: packs, and may be taken back raw
+            self.both("crop", length)
+            self.append(2)
+            self.check(2)
+        self.both("crop", 0)
+        self.append(20)
+        self.check()
+
     def restore(self):
         """From now on each goes on from what the other had saved."""
         ours, theirs = self.ours.save(), self.theirs.save()

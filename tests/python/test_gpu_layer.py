@@ -84,16 +84,7 @@ def test_a_first_prefill_packs_no_more_than_its_window(kernels):
 @plain
 def test_a_crop_brings_back_raw_what_the_newest_step_packed(kernels):
     walk = Walk(kernels, "passthrough", sink_tokens=16)
-    walk.both("record_past", True)
-    walk.append(45)
-    for length in (50, 60, 41):
-        walk.append(30)  # 45 … 74: packs, and may be taken back raw
-        walk.both("crop", length)
-        walk.append(2)
-        walk.check(2)
-    walk.both("crop", 0)
-    walk.append(20)
-    walk.check()
+    walk.crop_back_and_go_on()
 
 
 @plain

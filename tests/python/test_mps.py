@@ -163,16 +163,7 @@ def test_windows_drop_pages_and_reuse_them(shaders):
 
 def test_crop_back_and_go_on(shaders):
     walk = walk_of(sink_tokens=16, pairs=32)
-    walk.both("record_past", True)
-    walk.append(45)
-    for length in (50, 41):
-        walk.append(30)  # 45 … 74: packs, and may be taken back raw
-        walk.both("crop", length)
-        walk.append(2)
-        walk.check(2)
-    walk.both("crop", 0)
-    walk.append(20)
-    walk.check()
+    walk.crop_back_and_go_on()
 
 
 def test_sequences_share_pages_until_one_writes(shaders):
