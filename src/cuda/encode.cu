@@ -167,21 +167,22 @@ __device__ __forceinline__ void take_range(EncodeCall& call, const LengthRule& r
   if (spans.span) spans.first = packing.begin / spans.span;
 }
 
-// Vector by vector, with as many thread blocks as there are.
+// Vector by vector, with as many thread blocks as there are. D: as portable_encode_kernel.
+template <int D>
 __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* memory) {
   const bool is_k = blockIdx.x % 2 == 0;
   const SideFormat& f = is_k ? call.shape.format.k : call.shape.format.v;
   const TokenRange& range = call.shape.range;
   const int step = gridDim.x / 2 * kSimds * (kSimd / lanes_of(f.head_dim));
   for (int first = first_vector(f.head_dim); first < range.batch * range.kv_heads * range.tokens; first += step) {
-    encode_vectors<0>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
+    encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
                       memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);
     __syncwarp();  // before the memory is filled again
   }
 }
 
-// D 0: whole blocks too go vector by vector. Cell 0 is read by no kernel of this launch.
-template <class T, int D>
+// Whole: full blocks go through tensor cores, which take T. Cell 0 is read by no kernel of this launch.
+template <class T, int D, bool Whole>
 __global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_step_kernel(const __grid_constant__ EncodeStep step) {
   uint4* fragments = shared_memory<uint4>();
   __shared__ uint64_t memory[sizeof(EncodeCall) / 8];
@@ -193,12 +194,12 @@ __global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_step_kernel(con
   EncodeCall& call = copy_call(step.call, memory);
   if (threadIdx.x == 0) take_range(call, step.rule, packing);
   __syncthreads();
-  if constexpr (D > 0)
+  if constexpr (Whole)
     if (packing.begin % kBlockTokens == 0 && packing.end % kBlockTokens == 0) {
       encode_whole_blocks<T, D>(call, fragments);
       return;
     }
-  encode_in_turn(call, reinterpret_cast<float*>(fragments));
+  encode_in_turn<D>(call, reinterpret_cast<float*>(fragments));
 }
 
 template <class T>
@@ -206,7 +207,7 @@ int encode_step_with(const EncodeStep& step, void* stream) {
   const int d = step.call.shape.format.k.head_dim;
   const TokenRange& range = step.call.shape.range;
   const size_t bytes = std::max(fragment_bytes<T>(d), kPortableBytes);
-  return launch(d == 64 ? encode_step_kernel<T, 64> : encode_step_kernel<T, 128>,
+  return launch(d == 64 ? encode_step_kernel<T, 64, true> : encode_step_kernel<T, 128, true>,
                 fast_blocks(range.batch * range.kv_heads, bytes), kEncodeWarps * kSimd, bytes, stream, step);
 }
 
@@ -216,7 +217,12 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
     return s.dtype == kBfloat16 ? encode_step_with<__nv_bfloat16>(step, stream)
                                 : encode_step_with<__half>(step, stream);
   s.range.tokens = kBlockTokens;
-  return launch(encode_step_kernel<__half, 0>, portable_blocks(s.range, s.format), kSimds * kSimd, kPortableBytes,
+  const int d = step.call.side[0].rotation.factors ? s.format.k.head_dim : 0;
+  return launch(d == 64    ? encode_step_kernel<__half, 64, false>
+                : d == 128 ? encode_step_kernel<__half, 128, false>
+                : d == 256 ? encode_step_kernel<__half, 256, false>
+                           : encode_step_kernel<__half, 0, false>,
+                portable_blocks(s.range, s.format), kSimds * kSimd, kPortableBytes,
                 stream, step);
 }
 
@@ -276,11 +282,11 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   EncodeShape& s = call.shape;
   const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
                     s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v);
-  if (a->at.cells) return encode_step({call, rule_of(a->at)}, fast, a->stream);
   if (has_fast_transform(*a)) {
     call.side[0].rotation = fast_table_of(a->layer, a->k_tables, s.format.k.head_dim);
     call.side[1].rotation = fast_table_of(a->layer, a->v_tables, s.format.v.head_dim);
   }
+  if (a->at.cells) return encode_step({call, rule_of(a->at)}, fast, a->stream);
   const int begin = (int)a->first_token, end = begin + (int)a->tokens;
   // Whole blocks have kernels of their own; what is before and after them goes vector by vector.
   const int from = std::min(end, (begin + kBlockTokens - 1) / kBlockTokens * kBlockTokens);
