@@ -93,7 +93,7 @@ bool is_aligned(const HalfbyteCudaView& view) {
 
 bool has_fragments(const SideFormat& f, int64_t dtype) {
   const int d = f.head_dim;
-  return (d == 64 || d == 128) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
+  return (d == 64 || d == 128 || d == 256) && (f.group == kSpan || f.group == d) && dtype != kFloat32;
 }
 
 // The largest element up to `limit`, as bits of fp16 or bf16.
@@ -102,26 +102,23 @@ uint32_t limit_bits(float limit, int dtype) {
   return std::min<uint32_t>(0x7bff, float_to_half(std::min(limit, 65504.0f)));
 }
 
-int term_count(int64_t dtype) { return dtype == kBfloat16 ? kTerms<__nv_bfloat16> : kTerms<__half>; }
-
-template <class T>
-size_t fragment_bytes(int d) {
-  return fragment_index(d, kTerms<T>, 0, 0, 0, 0) * sizeof(uint4);
-}
+size_t encode_bytes(int d) { return d == 64 ? kEncodeBytes<64> : d == 128 ? kEncodeBytes<128> : kEncodeBytes<256>; }
 
 // Thread blocks of the tensor-core kernels for so many blocks of 16 tokens.
-int fast_blocks(int blocks, size_t bytes) {
-  const int each = std::max(1, (shared_memory_limit() + 1024) / (int)(bytes + 1024));  // blocks a multiprocessor
-  return 2 * std::min((blocks + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * each / 2));
+int fast_blocks(int blocks, int d) {
+  const int resident = d == 64 ? kResidentBlocks<64> : d == 128 ? kResidentBlocks<128> : kResidentBlocks<256>;
+  return 2 * std::min((blocks + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * resident / 2));
 }
 
 template <class T>
 int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
   const TokenRange& range = call.shape.range;
-  return launch(d == 64 ? encode_kernel<T, 64> : encode_kernel<T, 128>,
-                fast_blocks(range.batch * range.kv_heads * range.tokens / kBlockTokens, fragment_bytes<T>(d)),
-                kEncodeWarps * kSimd, fragment_bytes<T>(d), stream, call);
+  return launch(d == 64    ? encode_kernel<T, 64>
+                : d == 128 ? encode_kernel<T, 128>
+                           : encode_kernel<T, 256>,
+                fast_blocks(range.batch * range.kv_heads * range.tokens / kBlockTokens, d), kEncodeWarps * kSimd,
+                encode_bytes(d), stream, call);
 }
 
 using EncodeKernel = void (*)(EncodeCall);
@@ -183,7 +180,8 @@ __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* me
 
 // Whole: full blocks go through tensor cores, which take T. Cell 0 is read by no kernel of this launch.
 template <class T, int D, bool Whole>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_step_kernel(const __grid_constant__ EncodeStep step) {
+__global__ void __launch_bounds__(kEncodeWarps* kSimd, Whole ? kResidentBlocks<D> : 2)
+    encode_step_kernel(const __grid_constant__ EncodeStep step) {
   uint4* fragments = shared_memory<uint4>();
   __shared__ uint64_t memory[sizeof(EncodeCall) / 8];
   int64_t* cells = step.rule.cells;
@@ -206,9 +204,11 @@ template <class T>
 int encode_step_with(const EncodeStep& step, void* stream) {
   const int d = step.call.shape.format.k.head_dim;
   const TokenRange& range = step.call.shape.range;
-  const size_t bytes = std::max(fragment_bytes<T>(d), kPortableBytes);
-  return launch(d == 64 ? encode_step_kernel<T, 64, true> : encode_step_kernel<T, 128, true>,
-                fast_blocks(range.batch * range.kv_heads, bytes), kEncodeWarps * kSimd, bytes, stream, step);
+  return launch(d == 64    ? encode_step_kernel<T, 64, true>
+                : d == 128 ? encode_step_kernel<T, 128, true>
+                           : encode_step_kernel<T, 256, true>,
+                fast_blocks(range.batch * range.kv_heads, d), kEncodeWarps * kSimd,
+                std::max(encode_bytes(d), kPortableBytes), stream, step);
 }
 
 int encode_step(EncodeStep step, bool fast, void* stream) {
@@ -226,34 +226,22 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
                 stream, step);
 }
 
-template <class T>
-ushort bits_of(T x) {
-  ushort bits;
-  static_assert(sizeof bits == sizeof x);
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-// r in terms of T that sum up to it, in the order of fragment_index: [8 elements] each.
-template <class T>
-void write_fragments(const float* r, int d, bool is_k, ushort* out) {
+// r in fp16, in the order of fragment_index, [8 elements] each: columns of B, two tiles of two registers.
+void write_fragments(const float* r, int d, ushort* out) {
   for (int span = 0; span < d / kSpan; span++)
     for (int step = 0; step < d / 16; step++)
       for (int part = 0; part < 2; part++)
         for (int lane = 0; lane < kSimd; lane++)
           for (int e = 0; e < 8; e++) {
-            // K: columns of B, two tiles of two registers; V: rows of A, four registers.
             const int g = lane / 4, t = lane % 4, reg = e / 2;
-            const int out_channel = is_k ? part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2 : part * 16 + 2 * g + reg % 2;
-            const int in_channel = input_channel(step, t, (is_k ? reg % 2 : reg / 2) * 2 + e % 2);
-            float rest = r[(size_t)(span * kSpan + out_channel) * d + in_channel];
-            for (int term = 0; term < kTerms<T>; term++) {
-              const T x = T(rest);
-              out[fragment_index(d, term, span, step, part, lane) * 8 + e] = bits_of(x);
-              rest -= (float)x;  // exact
-            }
+            const int out_channel = span * kSpan + part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2;
+            const int in_channel = input_channel(step, t, reg % 2 * 2 + e % 2);
+            out[fragment_index(d, span, step, part, lane) * 8 + e] =
+                float_to_half(r[(size_t)out_channel * d + in_channel]);
           }
 }
+
+uint32_t half_pair(float x) { return float_to_half(x) * 0x10001u; }
 
 EncodeCall call_of(const HalfbyteCudaEncode& a) {
   EncodeCall call{};
@@ -264,7 +252,11 @@ EncodeCall call_of(const HalfbyteCudaEncode& a) {
   call.side[0] = side_of(s.format.k, a.k, a.k_tables), call.side[1] = side_of(s.format.v, a.v, a.v_tables);
   call.fragments[0] = static_cast<const uint4*>(a.k_tables.fragments);
   call.fragments[1] = static_cast<const uint4*>(a.v_tables.fragments);
-  call.rotated_offset[0] = a.k_tables.rotated_offset, call.rotated_offset[1] = a.v_tables.rotated_offset;
+  for (int side = 0; side < 2; side++)
+    for (int c = 0; c < kSearchSize; c++) {
+      const float factor = call.side[side].factors[c];
+      call.candidates[side][c] = {half_pair(1.0f / (15.0f * factor * kUnit)), half_pair(-factor * kCodeFactor)};
+    }
   call.pages = pages_of(a.pages), call.bad = a.bad;
   call.limit_bits = limit_bits(s.limit, s.dtype);
   return call;
@@ -281,7 +273,8 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   EncodeCall call = call_of(*a);
   EncodeShape& s = call.shape;
   const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
-                    s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v);
+                    s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v) &&
+                    (int)encode_bytes(s.format.k.head_dim) <= shared_memory_limit();
   if (has_fast_transform(*a)) {
     call.side[0].rotation = fast_table_of(a->layer, a->k_tables, s.format.k.head_dim);
     call.side[1].rotation = fast_table_of(a->layer, a->v_tables, s.format.v.head_dim);
@@ -335,7 +328,7 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
   const PageFormat f = page_format(*layer);
   const SideFormat& side = is_v ? f.v : f.k;
   if (!has_fragments(side, layer->dtype)) return 0;
-  return (int64_t)(fragment_index(side.head_dim, term_count(layer->dtype), 0, 0, 0, 0) * sizeof(uint4));
+  return (int64_t)(fragment_count(side.head_dim) * sizeof(uint4));
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
@@ -367,11 +360,7 @@ extern "C" void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v,
 extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
                                         void* fragments) {
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
-  auto* out = static_cast<ushort*>(fragments);
-  if (layer->dtype == kBfloat16)
-    write_fragments<__nv_bfloat16>(rotation, d, !is_v, out);
-  else
-    write_fragments<__half>(rotation, d, !is_v, out);
+  write_fragments(rotation, d, static_cast<ushort*>(fragments));
 }
 
 extern "C" int halfbyte_cuda_probe(int64_t device) {

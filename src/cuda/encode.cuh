@@ -1,143 +1,211 @@
-// Whole blocks of K and V become codes with tensor cores: rotation as a matrix product, then scales, search and
-// packing.
+// Whole blocks of K and V become codes with tensor cores: a warp takes a block of 16 tokens, from its offset and
+// rotation to scales, search and packing.
 //
-// The output channels (K) or tokens (V) are dealt to the columns of the product so that each thread ends up with whole
-// words of the format. R is split in two fp16 or three bf16 terms, whose products are exact and summed in float.
+// The columns of R are dealt so that thread (g = lane / 4, t = lane % 4) has tokens 2g, 2g+1 at channels 4t … 4t+3 and
+// 16+4t … 16+4t+3 of each span: whole words of a K block, and of a V block after one exchange of bytes.
 #pragma once
 
-#include "cuda/mma.cuh"
-#include "gpu/encode.h"
+#include "cuda/scales.cuh"
 
 namespace halfbyte::gpu {
 
 constexpr int kEncodeWarps = 8;
+// Thread blocks that a multiprocessor holds: as many as registers do.
+template <int D>
+constexpr int kResidentBlocks = D == 64 ? 3 : D == 128 ? 2 : 1;
 
 struct EncodeCall {
   EncodeShape shape;
-  EncodeSide side[2];  // K, V
+  EncodeSide side[2];                    // K, V
+  Candidate candidates[2][kSearchSize];  // those of side.factors
   Pages pages;
-  gpu_global const uint4* fragments[2];       // R, see fragment_index
-  gpu_global const float* rotated_offset[2];  // R mu, in the order of EncodeSide::offset, or null
-  uint32_t limit_bits;                        // the largest codable element, as bits of its dtype
-  int* bad;                                   // set to 1 if a value can not be coded
+  gpu_global const uint4* fragments[2];  // R, see fragment_index
+  uint32_t limit_bits;                   // the largest codable element, as bits of its dtype
+  int* bad;                              // set to 1 if a value can not be coded
 };
 
-template <class T>
-constexpr int kTerms = 2;  // fp16: 22 bits of R
-template <>
-constexpr int kTerms<__nv_bfloat16> = 3;  // bf16: 24 bits
-
-// R in the order in which threads read it: [terms][d / 32 spans][d / 16 steps][2][32 lanes] of 16 bytes.
-HALFBYTE_INLINE size_t fragment_index(int d, int term, int span, int step, int part, int lane) {
-  return ((((size_t)term * (d / kSpan) + span) * (d / 16) + step) * 2 + part) * kSimd + lane;
+// R in fp16, in the order in which threads read it: [d / 32 spans][d / 16 steps][2][32 lanes] of 16 bytes.
+HALFBYTE_INLINE constexpr size_t fragment_index(int d, int span, int step, int part, int lane) {
+  return (((size_t)span * (d / 16) + step) * 2 + part) * kSimd + lane;
 }
+HALFBYTE_INLINE constexpr size_t fragment_count(int d) { return fragment_index(d, d / kSpan, 0, 0, 0); }
 
 // The channel of x that a thread holds as number i (0 … 3) of step `step` of the product.
 HALFBYTE_INLINE int input_channel(int step, int t, int i) { return step / 2 * 32 + t * 8 + step % 2 * 4 + i; }
 
-template <class T>
-__device__ __forceinline__ void mma_as(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kTerms<T> == 3)
-    mma_bf16(c, a, b0, b1);
-  else
-    mma(c, a, b0, b1);
-}
+// Where a block comes from and goes to.
+struct BlockPlace {
+  const uchar* x;   // its first token
+  const float* mu;  // null where there is no offset
+  uchar *codes, *scales;
+};
 
-// Thread-private results of one block: K: tokens 2g, 2g+1 by channels 4t … 4t+3 and 16+4t … of each span; V: tokens
-// 4t … 4t+3 by channels 2g, 2g+1, 16+2g, 16+2g+1.
+// What a warp keeps in shared memory.
 template <int D>
-struct Values {
-  float y[D / kSpan][4][4];
+struct Stage {
+  uint4 x[D / kSpan][2][kSimd];  // the next block, each lane's own: channels 32i + 8t … + 7 of tokens 2g and 2g+1
+  uint4 mu[D / 4];               // its offset, four channels each: floats as they came, then what Centring takes
+  BlockPlace places[kSimd];      // of this block and those to come
 };
 
-template <bool IsK>
-struct DealOf {
-  static constexpr int kTokens = IsK ? 2 : 4;
-  static constexpr int kEach = IsK ? 8 : 4;                                 // channels of a token in a span
-  static constexpr int kFirstMask = IsK ? 1 : 4, kLastMask = IsK ? 2 : 16;  // lanes that share a token
+template <int D>
+constexpr size_t kEncodeBytes = fragment_count(D) * sizeof(uint4) + kEncodeWarps * sizeof(Stage<D>);
 
-  template <int D>
-  static __device__ __forceinline__ float& at(Values<D>& v, int span, int token, int i) {
-    return IsK ? v.y[span][i / 2][token * 2 + i % 2] : v.y[span][i / 2 * 2 + token / 2][i % 2 * 2 + token % 2];
-  }
-  // Channel of number i of a span, and token of number `token` of a block.
-  static __device__ __forceinline__ int channel(int i, int g, int t) {
-    return IsK ? i / 4 * 16 + 4 * t + i % 4 : i / 2 * 16 + 2 * g + i % 2;
-  }
-  static __device__ __forceinline__ int token(int token, int g, int t) { return IsK ? 2 * g + token : 4 * t + token; }
-  static __device__ __forceinline__ float max_over_lanes(float x) {
-    for (int mask = kFirstMask; mask <= kLastMask; mask <<= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
-    return x;
-  }
-  static __device__ __forceinline__ float sum_over_lanes(float x) {
-    for (int mask = kFirstMask; mask <= kLastMask; mask <<= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
-    return x;
-  }
-};
-
-// 1.5 · 2^23, where a unit is the last bit: adding it rounds to the nearest integer, ties to even.
-constexpr float kRound = 12582912.0f;
-
-__device__ __forceinline__ float quantise_fast(float y, float inverse, float low, float high) {
-  return fminf(fmaxf(__fadd_rn(__fmaf_rn(y, inverse, kRound), -kRound), low), high);
+// Block i of all blocks of 16 tokens of all sequences and KV heads.
+template <int D>
+__device__ __forceinline__ BlockPlace block_place(const EncodeCall& call, bool is_k, int i) {
+  const EncodeShape& s = call.shape;
+  const EncodeSide& side = call.side[is_k ? 0 : 1];
+  const int blocks = s.range.tokens / kBlockTokens, row = i / blocks;
+  const int b = row / s.range.kv_heads, head = row % s.range.kv_heads;
+  const int token = s.range.first_token + i % blocks * kBlockTokens;
+  const BlockSide to = block_side(page_of(call.pages, s.format, b, head, token), s.format, is_k, token);
+  return {side.data + 2 * element_at(side.strides, b, head, token - s.data_first),
+          side.offset ? side.offset + offset_at(side.spans, row, token, D) : nullptr, to.codes, to.scales};
 }
 
-__device__ __forceinline__ float inverse_scale(float scale) { return scale == 0.0f ? 0.0f : __fdividef(1.0f, scale); }
+// Starts copying a block and its offset. token_bytes: from one token to the next.
+template <int D>
+__device__ __forceinline__ void ask_for_block(const BlockPlace& place, int64_t token_bytes, Stage<D>& stage,
+                                              int lane) {
+  const uchar* first = place.x + lane / 4 * 2 * token_bytes + lane % 4 * 16;
+  const uchar* second = first + token_bytes;
+#pragma unroll
+  for (int i = 0; i < D / kSpan; i++) {
+    copy_async_16(&stage.x[i][0][lane], first + i * 64);
+    copy_async_16(&stage.x[i][1][lane], second + i * 64);
+  }
+  if (place.mu)
+#pragma unroll
+    for (int i = 0; i < D / 4; i += kSimd)
+      if (i + lane < D / 4) copy_async_16(&stage.mu[i + lane], place.mu + 4 * (i + lane));
+  copy_async_commit();
+}
 
-// The scale of spans [From, From + Spans) of one token; see choose_scale.
-template <bool IsK, int D, int Spans>
-__device__ __forceinline__ float choose_scale_fast(const SideFormat& f, const float* factors, Values<D>& v, int from,
-                                                   int token) {
-  using Deal = DealOf<IsK>;
-  float high = -1e38f, low = 1e38f;
+// (x − μ) · scale in fp16, four channels at a time: good to 2^-11 of itself, as fp16 input is.
+template <class T>
+struct Centring {
+  __half2 scale;
+  __device__ explicit Centring(float scale_) : scale(__float2half2_rn(scale_)) {}
+
+  // −μ as the sum of two fp16 values.
+  static __device__ __forceinline__ uint4 prepared(float4 mu) {
+    const __half2 a = __floats2half2_rn(-mu.x, -mu.y), b = __floats2half2_rn(-mu.z, -mu.w);
+    const float2 near_a = __half22float2(a), near_b = __half22float2(b);
+    return {as_bits(a), as_bits(b), as_bits(__floats2half2_rn(-mu.x - near_a.x, -mu.y - near_a.y)),
+            as_bits(__floats2half2_rn(-mu.z - near_b.x, -mu.w - near_b.y))};
+  }
+  __device__ __forceinline__ uint2 operator()(uint32_t x, uint32_t y, uint4 mu) const {
+    return {as_bits(__hadd2(__hfma2(as_half2(x), scale, as_half2(mu.x)), as_half2(mu.z))),
+            as_bits(__hadd2(__hfma2(as_half2(y), scale, as_half2(mu.y)), as_half2(mu.w)))};
+  }
+};
+
+template <>
+struct Centring<__nv_bfloat16> {
+  float scale;
+  __device__ explicit Centring(float scale_) : scale(scale_) {}
+
+  static __device__ __forceinline__ uint4 prepared(float4 mu) {
+    return {__float_as_uint(mu.x), __float_as_uint(mu.y), __float_as_uint(mu.z), __float_as_uint(mu.w)};
+  }
+  __device__ __forceinline__ uint32_t centred(uint32_t x, uint32_t mu0, uint32_t mu1) const {
+    return as_bits(__floats2half2_rn(__fmaf_rn(__uint_as_float(x << 16), scale, -__uint_as_float(mu0)),
+                                     __fmaf_rn(__uint_as_float(x & 0xffff0000u), scale, -__uint_as_float(mu1))));
+  }
+  __device__ __forceinline__ uint2 operator()(uint32_t x, uint32_t y, uint4 mu) const {
+    return {centred(x, mu.x, mu.y), centred(y, mu.z, mu.w)};
+  }
+};
+
+// Largest magnitudes so far of elements in even and odd places, as bits: those of NaN come last.
+__device__ __forceinline__ void note_largest(uint4 x, uint32_t& largest) {
+  for (uint32_t word : {x.x, x.y, x.z, x.w}) largest = __vmaxu2(largest, word & 0x7fff7fffu);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t magnitude_bits(uint32_t largest) {
+  const uint32_t bits = max(largest & 0xffff, largest >> 16);
+  if constexpr (std::is_same_v<T, __half>) return __float_as_uint(__half2float(__ushort_as_half((ushort)bits)));
+  return bits << 16;
+}
+
+// Prepares the offset for Centring by the power of two it returns, which brings the largest magnitude of x and μ to
+// 2^10 or a little more: the difference and its rotation stay far from overflow, and what fp16 loses below is 2^-34 of
+// the largest. Powers that fp16 does not hold are left out for fp16 input, which needs none.
+template <class T, int D>
+__device__ __forceinline__ float prepare_block(bool has_offset, Stage<D>& stage, uint32_t& largest, int lane) {
+  uint32_t own = 0;
 #pragma unroll
-  for (int s = 0; s < Spans; s++)
+  for (int i = 0; i < D / kSpan; i++) note_largest(stage.x[i][0][lane], own), note_largest(stage.x[i][1][lane], own);
+  largest = __vmaxu2(largest, own);
+  constexpr int kEach = (D / 4 + kSimd - 1) / kSimd;
+  float4 mu[kEach];
+  uint32_t bits = magnitude_bits<T>(own);
 #pragma unroll
-    for (int i = 0; i < Deal::kEach; i++) {
-      const float y = Deal::at(v, from + s, token, i);
-      high = fmaxf(high, y), low = fminf(low, y);
+  for (int i = 0; i < kEach; i++) {
+    const bool is_there = has_offset && lane + i * kSimd < D / 4;
+    mu[i] = is_there ? *reinterpret_cast<const float4*>(&stage.mu[lane + i * kSimd]) : float4{};
+    for (float x : {mu[i].x, mu[i].y, mu[i].z, mu[i].w}) bits = max(bits, __float_as_uint(fabsf(x)));
+  }
+  constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  const int exponent = (int)(__reduce_max_sync(0xffffffffu, bits) >> 23);  // of 2^0: 127
+  const int power = max(min(137 - exponent, kIsHalf ? 15 : 120), kIsHalf ? -14 : -120);
+  const float scale = __uint_as_float((uint32_t)(127 + power) << 23);
+#pragma unroll
+  for (int i = 0; i < kEach; i++)
+    if (lane + i * kSimd < D / 4)
+      stage.mu[lane + i * kSimd] =
+          Centring<T>::prepared({mu[i].x * scale, mu[i].y * scale, mu[i].z * scale, mu[i].w * scale});
+  __syncwarp();
+  return scale;
+}
+
+// y = R (x − μ) · scale of the block in `stage`.
+template <class T, int D>
+__device__ __forceinline__ void rotate_block(const uint4* fragments, const Stage<D>& stage, float scale, Values<D>& v,
+                                             int lane) {
+  const Centring<T> centre(scale);
+#pragma unroll
+  for (int span = 0; span < D / kSpan; span++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) v.y[span][i][j] = 0.0f;
+  constexpr int kUnroll = D > 128 ? 1 : D / kSpan;
+#pragma unroll kUnroll
+  for (int i = 0; i < D / kSpan; i++) {
+    const uint4 x0 = stage.x[i][0][lane], x1 = stage.x[i][1][lane];
+    const uint4 mu0 = stage.mu[i * 8 + lane % 4 * 2], mu1 = stage.mu[i * 8 + lane % 4 * 2 + 1];
+    const uint2 low[2] = {centre(x0.x, x0.y, mu0), centre(x0.z, x0.w, mu1)};
+    const uint2 high[2] = {centre(x1.x, x1.y, mu0), centre(x1.z, x1.w, mu1)};
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const uint32_t a[4] = {low[h].x, high[h].x, low[h].y, high[h].y};
+#pragma unroll
+      for (int span = 0; span < D / kSpan; span++)
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+          const uint4 r = fragments[fragment_index(D, span, 2 * i + h, part, lane)];
+          mma(v.y[span][2 * part], a, r.x, r.y);
+          mma(v.y[span][2 * part + 1], a, r.z, r.w);
+        }
     }
-  high = Deal::max_over_lanes(high), low = -Deal::max_over_lanes(-low);
-  const float half = (float)zero_code(f.bits), extreme = high >= -low ? high : low;
-  const float covering = f.signed_scale ? -extreme / half : fabsf(extreme) / (half - 1.0f);
-  float best = round_scale(f, covering * factors[0]), best_error = 1e38f;
-  for (int c = 0; f.search && c < kSearchSize; c++) {
-    const float scale = round_scale(f, covering * factors[c]), inverse = inverse_scale(scale);
-    float error = 0.0f;
-#pragma unroll
-    for (int s = 0; s < Spans; s++)
-#pragma unroll
-      for (int i = 0; i < Deal::kEach; i++) {
-        const float y = Deal::at(v, from + s, token, i);
-        const float e = y - quantise_fast(y, inverse, -half, half - 1.0f) * scale;
-        error += e * e;
-      }
-    error = Deal::sum_over_lanes(error);
-    if (error < best_error) best_error = error, best = scale;
   }
-  return best;
 }
 
-// Replaces spans [from, from + Spans) of all tokens by kRound + stored code, and writes their scales as group `group`.
-template <bool IsK, int D, int Spans>
-__device__ __forceinline__ void code_group(const SideFormat& f, const float* factors, Values<D>& v, int from, int group,
-                                           uint8_t* scales, int g, int t) {
-  using Deal = DealOf<IsK>;
-  const float low = (float)lowest_code(f), high = (float)(zero_code(f.bits) - 1), zero = (float)zero_code(f.bits);
+template <int D>
+__device__ __forceinline__ void multiply(Values<D>& v, const float* lambda, int t) {
 #pragma unroll
-  for (int token = 0; token < Deal::kTokens; token++) {
-    const float scale = choose_scale_fast<IsK, D, Spans>(f, factors, v, from, token), inverse = inverse_scale(scale);
+  for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
-    for (int s = 0; s < Spans; s++)
+    for (int half = 0; half < 2; half++) {
+      const float4 l = *reinterpret_cast<const float4*>(lambda + span * kSpan + half * 16 + 4 * t);
 #pragma unroll
-      for (int i = 0; i < Deal::kEach; i++) {
-        float& y = Deal::at(v, from + s, token, i);
-        y = quantise_fast(y, inverse, low, high) + (zero + kRound);
-      }
-    if (IsK ? t == 0 : g == 0)
-      store_value(scales, f.scale_bytes == 4 ? kFloat32 : kFloat16, group * kBlockTokens + Deal::token(token, g, t),
-                  scale);
-  }
+      for (int token = 0; token < 2; token++)
+        v.at(span, token, 4 * half) *= l.x, v.at(span, token, 4 * half + 1) *= l.y,
+            v.at(span, token, 4 * half + 2) *= l.z, v.at(span, token, 4 * half + 3) *= l.w;
+    }
 }
 
 // Word of four codes, one a byte. Each is kRound + code, whose lowest byte is the code.
@@ -147,153 +215,109 @@ __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float 
   return __byte_perm(low, high, 0x5410);
 }
 
-// The thread's words of every span; v holds kRound + stored code.
-template <bool IsK, int D>
-__device__ __forceinline__ void store_words(const SideFormat& f, Values<D>& v, uint8_t* codes, int g, int t) {
-  using Deal = DealOf<IsK>;
-  uint8_t* words = codes + t * kRowBytes + g * 8;
+// From words of two tokens, four channels each, to those of two channels, tokens 4m … 4m+3 each, where m = g / 2: even
+// g gets the first two channels, odd g the last two.
+__device__ __forceinline__ uint2 turn_words(uint2 w, int g) {
+  const bool odd = g % 2;
+  const uint32_t own = __byte_perm(w.x, w.y, odd ? 0x7362 : 0x5140);
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, __byte_perm(w.x, w.y, odd ? 0x5140 : 0x7362), 4);
+  return {__byte_perm(own, other, odd ? 0x1054 : 0x5410), __byte_perm(own, other, odd ? 0x3276 : 0x7632)};
+}
+
+// The words of every span; v holds kRound + stored code.
+template <int Bits, int D>
+__device__ __forceinline__ void store_words(bool is_k, Values<D>& v, uint8_t* codes, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  uint8_t* to = codes + (is_k ? t * kRowBytes + g * 8 : g / 2 * kRowBytes + t * 16 + g % 2 * 8);
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++) {
-    uint32_t w[2][2];  // [half of the span][token (K) or channel (V)]
+    uint2 w[2];  // halves of the span
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-        w[half][j] = IsK ? pack_bytes(Deal::at(v, span, j, 4 * half), Deal::at(v, span, j, 4 * half + 1),
-                                      Deal::at(v, span, j, 4 * half + 2), Deal::at(v, span, j, 4 * half + 3))
-                         : pack_bytes(Deal::at(v, span, 0, 2 * half + j), Deal::at(v, span, 1, 2 * half + j),
-                                      Deal::at(v, span, 2 % Deal::kTokens, 2 * half + j),
-                                      Deal::at(v, span, 3 % Deal::kTokens, 2 * half + j));
-    uint8_t* to = words + span * rows_per_span(f.bits) * kRowBytes;
-    if (f.bits == 4) {
-      *reinterpret_cast<uint2*>(to) = make_uint2(w[0][0] | w[1][0] << 4, w[0][1] | w[1][1] << 4);
+    for (int half = 0; half < 2; half++) {
+      const auto word = [&](int token) {
+        return pack_bytes(v.at(span, token, 4 * half), v.at(span, token, 4 * half + 1), v.at(span, token, 4 * half + 2),
+                          v.at(span, token, 4 * half + 3));
+      };
+      w[half] = {word(0), word(1)};
+    }
+    uint8_t* row = to + span * rows_per_span(Bits) * kRowBytes;
+    if constexpr (Bits == 4) {
+      const uint2 both = {w[0].x | w[1].x << 4, w[0].y | w[1].y << 4};
+      *reinterpret_cast<uint2*>(row) = is_k ? both : turn_words(both, g);
     } else {
-      *reinterpret_cast<uint2*>(to) = make_uint2(w[0][0], w[0][1]);
-      *reinterpret_cast<uint2*>(to + 4 * kRowBytes) = make_uint2(w[1][0], w[1][1]);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        *reinterpret_cast<uint2*>(row + half * 4 * kRowBytes) = is_k ? w[half] : turn_words(w[half], g);
     }
   }
 }
 
-// Largest magnitudes so far of elements in even and odd places, as bits: those of NaN come last.
-__device__ __forceinline__ void note_largest(uint4 x, uint32_t& largest) {
-  for (uint32_t word : {x.x, x.y, x.z, x.w}) largest = __vmaxu2(largest, word & 0x7fff7fffu);
+template <int Bits, int D>
+__device__ __forceinline__ void code_and_store(const Coding& coding, bool is_k, Values<D>& v, const BlockPlace& place,
+                                               int lane) {
+  code_block<Bits>(coding, v, place.scales, lane);
+  store_words<Bits>(is_k, v, place.codes, lane);
 }
 
-// y = Λ (R x − R mu) of one block.
-template <class T, bool IsK, int D>
-__device__ __forceinline__ void rotate_block(const EncodeCall& call, const EncodeSide& side, const uint4* fragments,
-                                             int b, int head, int first_token, int g, int t, Values<D>& v,
-                                             uint32_t& largest) {
-  using Deal = DealOf<IsK>;
-  const EncodeShape& s = call.shape;
-  const bool has_offset = call.rotated_offset[IsK ? 0 : 1] != nullptr, has_lambda = side.lambda != nullptr;
-  // Where there is none, some other floats are read and not used: a load that is always valid needs no branch.
-  const float* other = reinterpret_cast<const float*>(call.fragments[IsK ? 0 : 1]);
-  const float* offset =
-      has_offset ? call.rotated_offset[IsK ? 0 : 1] + offset_at(side.spans, b * s.range.kv_heads + head, first_token, D)
-                 : other;
-  const float* lambda = has_lambda ? side.lambda + (long long)head * D : other;
-#pragma unroll
-  for (int span = 0; span < D / kSpan; span++)
-#pragma unroll
-    for (int i = 0; i < Deal::kEach; i++) {
-      const float mu = offset[span * kSpan + Deal::channel(i, g, t)], start = has_offset ? -mu : 0.0f;
-#pragma unroll
-      for (int token = 0; token < Deal::kTokens; token++) Deal::at(v, span, token, i) = start;
-    }
-  // Rows of the product: tokens 2g, 2g+1 (K); its columns: tokens 4(g/2) + g%2, and two further (V).
-  const int token0 = first_token - s.data_first + (IsK ? 2 * g : 4 * (g / 2) + g % 2);
-  const long long row[2] = {element_at(side.strides, b, head, token0),
-                            element_at(side.strides, b, head, token0 + (IsK ? 1 : 2))};
-  constexpr int kPairs = D / 32, kAhead = kPairs < 4 ? kPairs : 4;  // channels 32·pair + 8t … + 7 of both tokens
-  uint4 x[kAhead][2];
-#pragma unroll
-  for (int pair = 0; pair < kPairs; pair++) {
-    if (pair % kAhead == 0)
-#pragma unroll
-      for (int i = 0; i < kAhead; i++)
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-          x[i][j] = *reinterpret_cast<const uint4*>(side.data + 2 * (row[j] + (pair + i) * 32 + t * 8));
-    const uint4 x0 = x[pair % kAhead][0], x1 = x[pair % kAhead][1];
-    note_largest(x0, largest), note_largest(x1, largest);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const uint32_t lo[2] = {h ? x0.z : x0.x, h ? x1.z : x1.x}, hi[2] = {h ? x0.w : x0.y, h ? x1.w : x1.y};
-#pragma unroll
-      for (int term = 0; term < kTerms<T>; term++)
-#pragma unroll
-        for (int span = 0; span < D / kSpan; span++)
-#pragma unroll
-          for (int part = 0; part < 2; part++) {
-            const uint4 r = fragments[fragment_index(D, term, span, 2 * pair + h, part, g * 4 + t)];
-            if constexpr (IsK) {
-              const uint32_t a[4] = {lo[0], lo[1], hi[0], hi[1]};
-              mma_as<T>(v.y[span][2 * part], a, r.x, r.y);
-              mma_as<T>(v.y[span][2 * part + 1], a, r.z, r.w);
-            } else {
-              const uint32_t a[4] = {r.x, r.y, r.z, r.w};
-              mma_as<T>(v.y[span][2 * part], a, lo[0], hi[0]);
-              mma_as<T>(v.y[span][2 * part + 1], a, lo[1], hi[1]);
-            }
-          }
-    }
-  }
-#pragma unroll
-  for (int span = 0; span < D / kSpan; span++)
-#pragma unroll
-    for (int i = 0; i < Deal::kEach; i++) {
-      const float given = lambda[span * kSpan + Deal::channel(i, g, t)], factor = has_lambda ? given : 1.0f;
-#pragma unroll
-      for (int token = 0; token < Deal::kTokens; token++) Deal::at(v, span, token, i) *= factor;
-    }
+// Each lane finds the place of one of a warp's next blocks: in turn, that would take as long as a sixth of the coding.
+template <int D>
+__device__ __forceinline__ void find_places(const EncodeCall& call, bool is_k, Stage<D>& stage, int first, int step,
+                                            int all, int lane) {
+  if (first + lane * step < all) stage.places[lane] = block_place<D>(call, is_k, first + lane * step);
+  __syncwarp();
 }
 
-template <class T, bool IsK, int D>
-__device__ __forceinline__ void encode_blocks(const EncodeCall& call, const uint4* fragments, int first, int step) {
-  const EncodeShape& s = call.shape;
-  const SideFormat& f = IsK ? s.format.k : s.format.v;
-  const EncodeSide& side = call.side[IsK ? 0 : 1];
-  const TokenRange& range = s.range;
-  const int lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4, blocks = range.tokens / kBlockTokens;
+// Blocks first, first + step, … of all. While one is coded, the next one is on its way.
+template <class T, int D>
+__device__ __forceinline__ void encode_blocks(const EncodeCall& call, bool is_k, const uint4* fragments,
+                                              Stage<D>& stage, int first, int step) {
+  const TokenRange& range = call.shape.range;
+  const EncodeSide& side = call.side[is_k ? 0 : 1];
+  const int lane = threadIdx.x % kSimd, blocks = range.tokens / kBlockTokens;
   const int all = range.batch * range.kv_heads * blocks;
+  if (first >= all) return;
+  const int64_t token_bytes = 2 * side.strides.token;
+  Coding coding(is_k ? call.shape.format.k : call.shape.format.v, side.factors, call.candidates[is_k ? 0 : 1], lane);
+  find_places(call, is_k, stage, first, step, all, lane);
+  ask_for_block(stage.places[0], token_bytes, stage, lane);
   uint32_t largest = 0;
-  for (int i = first; i < all; i += step) {
-    const int token = range.first_token + i % blocks * kBlockTokens, head = i / blocks % range.kv_heads,
-              b = i / blocks / range.kv_heads;
+  for (int i = first, n = 0; i < all; i += step, n++) {
+    const BlockPlace place = stage.places[n % kSimd];
+    copy_async_wait(0);
+    const float scale = prepare_block<T>(place.mu != nullptr, stage, largest, lane);
     Values<D> v;
-    rotate_block<T, IsK, D>(call, side, fragments, b, head, token, g, t, v, largest);
-    const BlockSide block = block_side(page_of(call.pages, s.format, b, head, token), s.format, IsK, token);
-    if (f.group == kSpan) {
-#pragma unroll
-      for (int span = 0; span < D / kSpan; span++)
-        code_group<IsK, D, 1>(f, side.factors, v, span, span, block.scales, g, t);
-    } else {
-      code_group<IsK, D, D / kSpan>(f, side.factors, v, 0, 0, block.scales, g, t);
+    rotate_block<T>(fragments, stage, scale, v, lane);
+    __syncwarp();  // the offset and the place are no longer read
+    if (i + step < all) {
+      if ((n + 1) % kSimd == 0) find_places(call, is_k, stage, i + step, step, all, lane);
+      ask_for_block(stage.places[(n + 1) % kSimd], token_bytes, stage, lane);
     }
-    store_words<IsK, D>(f, v, block.codes, g, t);
+    if (side.lambda) multiply(v, side.lambda + (int64_t)(i / blocks % range.kv_heads) * D, lane % 4);
+    coding.unscale = __uint_as_float(0x7f000000u - __float_as_uint(scale));  // 1 / scale, a power of two
+    if (coding.f.bits == 4)
+      code_and_store<4>(coding, is_k, v, place, lane);
+    else
+      code_and_store<8>(coding, is_k, v, place, lane);
   }
   if (max(largest & 0xffff, largest >> 16) > call.limit_bits) *call.bad = 1;
 }
 
-// Even thread blocks take K, odd ones V; R's fragments lie in shared memory.
+// The first half of the thread blocks takes K, the second one V; R lies in shared memory.
 template <class T, int D>
-__device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, uint4* fragments) {
-  const bool is_k = blockIdx.x % 2 == 0;
-  const int n = (int)fragment_index(D, kTerms<T>, 0, 0, 0, 0);
-  for (int i = threadIdx.x; i < n; i += blockDim.x) fragments[i] = call.fragments[is_k ? 0 : 1][i];
+__device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, uint4* memory) {
+  const int half = gridDim.x / 2, warp = threadIdx.x / kSimd;
+  const bool is_k = (int)blockIdx.x < half;
+  for (int i = threadIdx.x; i < (int)fragment_count(D); i += blockDim.x) memory[i] = call.fragments[is_k ? 0 : 1][i];
   __syncthreads();
-  const int first = blockIdx.x / 2 * kEncodeWarps + threadIdx.x / kSimd, step = gridDim.x / 2 * kEncodeWarps;
-  if (is_k)
-    encode_blocks<T, true, D>(call, fragments, first, step);
-  else
-    encode_blocks<T, false, D>(call, fragments, first, step);
+  Stage<D>* stages = reinterpret_cast<Stage<D>*>(memory + fragment_count(D));
+  encode_blocks<T>(call, is_k, memory, stages[warp], (blockIdx.x - (is_k ? 0 : half)) * kEncodeWarps + warp,
+                   half * kEncodeWarps);
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd, 2) encode_kernel(const __grid_constant__ EncodeCall call) {
-  uint4* fragments = shared_memory<uint4>();
-  encode_whole_blocks<T, D>(call, fragments);
+__global__ void __launch_bounds__(kEncodeWarps* kSimd, kResidentBlocks<D>)
+    encode_kernel(const __grid_constant__ EncodeCall call) {
+  encode_whole_blocks<T, D>(call, shared_memory<uint4>());
 }
 
 }  // namespace halfbyte::gpu

@@ -1,0 +1,303 @@
+// A warp's rotated block becomes scales and codes: extremes of groups, the search among scales, rounding.
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "gpu/encode.h"
+
+namespace halfbyte::gpu {
+
+// Of a block, what thread (g, t) of a warp has: tokens 2g, 2g+1 by channels 4t … 4t+3 and 16+4t … of each span.
+template <int D>
+struct Values {
+  float y[D / kSpan][4][4];
+
+  // Number i (0 … 7) of its channels in a span.
+  __device__ __forceinline__ float& at(int span, int token, int i) { return y[span][i / 2][token * 2 + i % 2]; }
+};
+
+// 1.5 · 2^23, where a unit is the last bit: adding it rounds to the nearest integer, ties to even.
+constexpr float kRound = 12582912.0f;
+
+__device__ __forceinline__ float inverse_scale(float scale) {
+  return fabsf(scale) > 1e-37f ? __fdividef(1.0f, scale) : 0.0f;
+}
+
+// ---- The search in fp16
+//
+// Values are in units of the covering scale, times kUnit. A code is rounded where an integer is a unit of the smallest
+// subnormal numbers, so that it needs no offset; with a factor of at most 1.1 it comes back as kUnit times itself.
+
+constexpr float kCodeUnit = 1.0f / (1 << 24);
+constexpr float kCodeFactor = 59000.0f;
+constexpr float kUnit = kCodeFactor * kCodeUnit;
+
+// A candidate's factor f of the covering scale, as pairs of fp16.
+struct Candidate {
+  uint32_t inverse;  // 1 / (15 f kUnit)
+  uint32_t factor;   // −f kCodeFactor
+};
+
+// Squared errors of four pairs of values with each candidate, in fp16.
+__device__ __forceinline__ void pair_errors(const Candidate* candidates, const __half2 x[4],
+                                            __half2 errors[kSearchSize]) {
+  const __half2 centre = __float2half2_rn(8.0f / 15.0f);
+  const __half2 fifteen = as_half2(0x000f000f), eight = as_half2(0x80088008);  // 15 and −8 kCodeUnit
+#pragma unroll
+  for (int c = 0; c < kSearchSize; c++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const __half2 clamped = __hfma2_sat(x[i], as_half2(candidates[c].inverse), centre);  // 0 … 1 for −8 … 7
+      const __half2 code = __hfma2(clamped, fifteen, eight);
+      const __half2 e = __hfma2(code, as_half2(candidates[c].factor), x[i]);
+      errors[c] = i ? __hfma2(e, e, errors[c]) : __hmul2(e, e);
+    }
+}
+
+// The same in float, where fp16 is too coarse: for codes of 8 bits. x in units of the covering scale. Gives the sum as
+// two fp16 values that add up to it.
+__device__ __forceinline__ __half2 float_error(float factor, const float x[8]) {
+  const float inverse = __fdividef(1.0f, 255.0f * factor);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float clamped = __saturatef(__fmaf_rn(x[i], inverse, 128.0f / 255.0f));
+    const float code = __fadd_rn(__fmaf_rn(clamped, 255.0f, kRound), -kRound - 128.0f);
+    const float e = __fmaf_rn(-code, factor, x[i]);
+    sum += e * e;
+  }
+  const float first = __half2float(__float2half_rn(sum));
+  return __floats2half2_rn(first, sum - first);
+}
+
+// Errors of a thread's own group, summed over the lanes that share its tokens: candidate c of token j is
+// [c / 2][2j + c % 2].
+using ErrorSums = float[kSearchSize / 2][4];
+
+constexpr uint32_t kOnes = 0x3c003c00;
+
+// Adds what the lanes have of one group. A product with ones sums them up and gives each to the lane of the group;
+// column 2t + c % 2 is that of lane t.
+__device__ __forceinline__ void add_errors(const __half2 errors[2][kSearchSize], bool first_column, bool second_column,
+                                           ErrorSums& sums) {
+#pragma unroll
+  for (int c = 0; c < kSearchSize; c += 2) {
+    const uint32_t a[4] = {as_bits(errors[0][c]), as_bits(errors[1][c]), as_bits(errors[0][c + 1]),
+                           as_bits(errors[1][c + 1])};
+    mma(sums[c / 2], a, first_column ? kOnes : 0, second_column ? kOnes : 0);
+  }
+}
+
+// ---- Extremes
+
+// Of floats as integers: among signed ones the largest is the largest float, among unsigned ones the smallest float,
+// unless all have the other sign: then both are the largest magnitude.
+struct Extremes {
+  int high;
+  unsigned low;
+};
+
+__device__ __forceinline__ void note_extremes(float a, float b, Extremes& e) {
+  e.high = __vimax3_s32(e.high, (int)__float_as_uint(a), (int)__float_as_uint(b));
+  e.low = __vimax3_u32(e.low, __float_as_uint(a), __float_as_uint(b));
+}
+
+__device__ __forceinline__ float extreme_of(const Extremes& e) {
+  const float high = __uint_as_float((unsigned)e.high), low = __uint_as_float(e.low);
+  return high >= -low ? high : low;
+}
+
+template <class Word>
+__device__ __forceinline__ Word larger_of_lanes(Word keep, Word give, int mask) {
+  return max(keep, __shfl_xor_sync(0xffffffffu, give, mask));
+}
+
+// Of 1, 2 or 4 groups, of which four lanes have a part each: the largest word of group t % Groups.
+template <int Groups, class Word>
+__device__ __forceinline__ Word deal_largest(const Word (&words)[Groups], int t) {
+  if constexpr (Groups == 1) {
+    const Word pair = larger_of_lanes(words[0], words[0], 2);
+    return larger_of_lanes(pair, pair, 1);
+  } else {
+    const bool upper = t & 2, odd = t & 1;
+    const Word even_word = Groups == 2 ? larger_of_lanes(words[0], words[0], 2)
+                                       : larger_of_lanes(upper ? words[Groups - 2] : words[0],
+                                                         upper ? words[0] : words[Groups - 2], 2);
+    const Word odd_word = Groups == 2 ? larger_of_lanes(words[1], words[1], 2)
+                                      : larger_of_lanes(upper ? words[Groups - 1] : words[1],
+                                                        upper ? words[1] : words[Groups - 1], 2);
+    return larger_of_lanes(odd ? odd_word : even_word, odd ? even_word : odd_word, 1);
+  }
+}
+
+// ---- Groups
+
+// How a side is coded; what threads need of it again and again.
+struct Coding {
+  const SideFormat& f;
+  const float* factors;
+  const Candidate* candidates;
+  float lane_factor;  // factors[lane]
+  float low, levels;  // the lowest code, and how far it is to the highest one
+  float per_level;    // 1 / levels
+  float to_covering;  // what a group's extreme, or its magnitude, is multiplied by: docs/format.md
+  float unscale;      // times a block's values: as they were before they were brought into fp16's range
+
+  __device__ __forceinline__ Coding(const SideFormat& format, const float* of_scale, const Candidate* in_halves,
+                                    int lane)
+      : f(format), factors(of_scale), candidates(in_halves), lane_factor(of_scale[min(lane, kSearchSize - 1)]) {
+    const float half = (float)zero_code(f.bits);
+    low = (float)lowest_code(f), levels = half - 1.0f - low, per_level = 1.0f / levels;
+    to_covering = f.signed_scale ? -1.0f / half : 1.0f / (half - 1.0f);
+  }
+};
+
+// Spans [From, From + Spans) of the block: Spans groups, or one. Each lane deals with one group, number t % Groups,
+// as far as scales go: a group's scale is computed once.
+template <int D, int Bits, int From, int Spans, int Groups>
+struct GroupCoder {
+  static __device__ __forceinline__ int owner(int span) { return Groups == 1 ? 0 : span; }
+  static __device__ __forceinline__ float from_owner(float x, int span) {
+    return Groups == 1 ? x : __shfl_sync(0xffffffffu, x, (threadIdx.x % kSimd & ~3u) + span);
+  }
+
+  static __device__ __forceinline__ void find_covering(const Coding& coding, Values<D>& v, int t, float covering[2]) {
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+      int highs[Groups];
+      unsigned lows[Groups];
+#pragma unroll
+      for (int group = 0; group < Groups; group++) {
+        const int first = From + group * (Spans / Groups);
+        const unsigned bits = __float_as_uint(v.at(first, token, 0));
+        Extremes e = {(int)bits, bits};
+#pragma unroll
+        for (int s = 0; s < Spans / Groups; s++)
+#pragma unroll
+          for (int i = 0; i < 8; i += 2) note_extremes(v.at(first + s, token, i), v.at(first + s, token, i + 1), e);
+        highs[group] = e.high, lows[group] = e.low;
+      }
+      const float extreme = extreme_of({deal_largest(highs, t), deal_largest(lows, t)});
+      covering[token] = (coding.f.signed_scale ? extreme : fabsf(extreme)) * coding.to_covering;
+    }
+  }
+
+  // Whether the lane's column of ones is the one that gives a span's errors to its owner: those of even candidates, or
+  // of odd ones.
+  static __device__ __forceinline__ bool is_column(int lane, int span, int odd) {
+    return Groups == 1 ? lane / 4 % 2 == odd : lane / 4 == 2 * span + odd;
+  }
+
+  static __device__ __forceinline__ void take_span(Values<D>& v, int span, int token, float factor, float x[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = v.at(From + span, token, i) * factor;
+  }
+
+  // The candidates' factors with the least errors, the first of equals.
+  static __device__ __forceinline__ void search(const Coding& coding, Values<D>& v, int lane, const float covering[2],
+                                                float best[2]) {
+    const float inverse[2] = {inverse_scale(covering[0]) * kUnit, inverse_scale(covering[1]) * kUnit};
+    ErrorSums sums = {};
+#pragma unroll
+    for (int span = 0; span < Spans; span++) {
+      __half2 errors[2][kSearchSize];
+#pragma unroll
+      for (int token = 0; token < 2; token++) {
+        float x[8];
+        take_span(v, span, token, from_owner(inverse[token], span), x);
+        const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]),
+                                  __floats2half2_rn(x[4], x[5]), __floats2half2_rn(x[6], x[7])};
+        pair_errors(coding.candidates, pairs, errors[token]);
+      }
+      add_errors(errors, is_column(lane, span, 0), is_column(lane, span, 1), sums);
+    }
+#pragma unroll
+    for (int token = 0; token < 2; token++) {
+      unsigned least = ~0u;  // an error's last bits give way to its number
+#pragma unroll
+      for (int c = 0; c < kSearchSize; c++)
+        least = min(least, (__float_as_uint(sums[c / 2][token * 2 + c % 2]) & ~7u) | (unsigned)c);
+      best[token] = __shfl_sync(0xffffffffu, coding.lane_factor, least & 7);
+    }
+  }
+
+  static __device__ __forceinline__ void search_in_float(const Coding& coding, Values<D>& v, int lane,
+                                                         const float covering[2], float best[2]) {
+    const float inverse[2] = {inverse_scale(covering[0]), inverse_scale(covering[1])};
+    float least[2] = {1e38f, 1e38f};
+#pragma unroll 1
+    for (int c = 0; c < kSearchSize; c++) {
+      const float factor = coding.factors[c];
+      float sums[4] = {};
+#pragma unroll
+      for (int span = 0; span < Spans; span++) {
+        uint32_t errors[4] = {};
+#pragma unroll
+        for (int token = 0; token < 2; token++) {
+          float x[8];
+          take_span(v, span, token, from_owner(inverse[token], span), x);
+          errors[token] = as_bits(float_error(factor, x));
+        }
+        mma(sums, errors, is_column(lane, span, 0) ? kOnes : 0, 0);
+      }
+#pragma unroll
+      for (int token = 0; token < 2; token++)
+        if (sums[token * 2] < least[token]) least[token] = sums[token * 2], best[token] = factor;
+    }
+  }
+
+  // Replaces the values by kRound + stored code.
+  static __device__ __forceinline__ void quantise(const Coding& coding, Values<D>& v, const float scale[2]) {
+    const float start = -coding.low * coding.per_level, round = kRound + coding.low + (float)(1 << (Bits - 1));
+    const float inverse[2] = {inverse_scale(scale[0]) * coding.unscale * coding.per_level,
+                              inverse_scale(scale[1]) * coding.unscale * coding.per_level};
+#pragma unroll
+    for (int span = 0; span < Spans; span++)
+#pragma unroll
+      for (int token = 0; token < 2; token++) {
+        const float factor = from_owner(inverse[token], span);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          float& y = v.at(From + span, token, i);
+          y = __fmaf_rn(__saturatef(__fmaf_rn(y, factor, start)), coding.levels, round);
+        }
+      }
+  }
+
+  static __device__ __forceinline__ void run(const Coding& coding, Values<D>& v, uint8_t* scales, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    float covering[2], factor[2] = {coding.factors[0], coding.factors[0]}, scale[2];
+    find_covering(coding, v, t, covering);
+    if (coding.f.search) {
+      if constexpr (Bits == 4)
+        search(coding, v, lane, covering, factor);
+      else
+        search_in_float(coding, v, lane, covering, factor);
+    }
+#pragma unroll
+    for (int token = 0; token < 2; token++)
+      scale[token] = round_scale(coding.f, covering[token] * coding.unscale * factor[token]);
+    quantise(coding, v, scale);
+    if (t >= Groups) return;
+    const int at = (Groups == 1 ? 0 : From + t) * kBlockTokens + 2 * g;
+    if (coding.f.scale_bytes == 4)
+      *reinterpret_cast<float2*>(scales + at * 4) = {scale[0], scale[1]};
+    else
+      *reinterpret_cast<uint32_t*>(scales + at * 2) = as_bits(__floats2half2_rn(scale[0], scale[1]));
+  }
+};
+
+// Writes the scales of a block and replaces its values by kRound + stored code.
+template <int Bits, int D>
+__device__ __forceinline__ void code_block(const Coding& coding, Values<D>& v, uint8_t* scales, int lane) {
+  constexpr int kSpans = D / kSpan;
+  if (coding.f.group != kSpan) {
+    GroupCoder<D, Bits, 0, kSpans, 1>::run(coding, v, scales, lane);
+  } else if constexpr (kSpans <= 4) {
+    GroupCoder<D, Bits, 0, kSpans, kSpans>::run(coding, v, scales, lane);
+  } else {
+    GroupCoder<D, Bits, 0, 4, 4>::run(coding, v, scales, lane);
+    GroupCoder<D, Bits, 4, 4, 4>::run(coding, v, scales, lane);
+  }
+}
+
+}  // namespace halfbyte::gpu
