@@ -19,7 +19,7 @@ constexpr int kSimds = 8;  // of a portable thread block
 
 // Even thread blocks take K, odd ones V.
 __device__ int first_vector(int head_dim) {
-  return (blockIdx.x / 2 * kSimds + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
+  return (blockIdx.x / 2 * blockDim.x / kSimd + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
 // D: of both sides, which rotates by its fast transform, or 0.
@@ -102,23 +102,32 @@ uint32_t limit_bits(float limit, int dtype) {
   return std::min<uint32_t>(0x7bff, float_to_half(std::min(limit, 65504.0f)));
 }
 
-size_t encode_bytes(int d) { return d == 64 ? kEncodeBytes<64> : d == 128 ? kEncodeBytes<128> : kEncodeBytes<256>; }
+// What the tensor-core kernels for a head size take.
+struct FastShape {
+  int warps;
+  size_t bytes;  // of shared memory
+};
 
-// Thread blocks of the tensor-core kernels for so many blocks of 16 tokens.
-int fast_blocks(int blocks, int d) {
-  const int resident = d == 64 ? kResidentBlocks<64> : d == 128 ? kResidentBlocks<128> : kResidentBlocks<256>;
-  return 2 * std::min((blocks + kEncodeWarps - 1) / kEncodeWarps, std::max(1, multiprocessors() * resident / 2));
+template <int D>
+constexpr FastShape kFastShape = {kEncodeWarps<D>, sizeof(EncodeMemory<D>)};
+
+FastShape fast_shape(int d) { return d == 64 ? kFastShape<64> : d == 128 ? kFastShape<128> : kFastShape<256>; }
+
+// Thread blocks of the tensor-core kernels for so many blocks of 16 tokens a side: an even number.
+int fast_blocks(int blocks, int warps) {
+  return 2 * std::max(1, std::min(multiprocessors() / 2, (blocks + warps - 1) / warps));
 }
 
 template <class T>
 int encode_blocks_with(const EncodeCall& call, void* stream) {
   const int d = call.shape.format.k.head_dim;
+  const FastShape shape = fast_shape(d);
   const TokenRange& range = call.shape.range;
   return launch(d == 64    ? encode_kernel<T, 64>
                 : d == 128 ? encode_kernel<T, 128>
                            : encode_kernel<T, 256>,
-                fast_blocks(range.batch * range.kv_heads * range.tokens / kBlockTokens, d), kEncodeWarps * kSimd,
-                encode_bytes(d), stream, call);
+                fast_blocks(range.batch * range.kv_heads * range.tokens / kBlockTokens, shape.warps),
+                shape.warps * kSimd, shape.bytes, stream, call);
 }
 
 using EncodeKernel = void (*)(EncodeCall);
@@ -155,7 +164,7 @@ struct EncodeStep {
   LengthRule rule;
 };
 
-constexpr size_t kPortableBytes = kSimds * kSimdFloats * 4;  // of shared memory
+constexpr size_t kPortableWarpBytes = kSimdFloats * 4;  // of shared memory
 
 __device__ __forceinline__ void take_range(EncodeCall& call, const LengthRule& rule, Packing packing) {
   call.shape.range.first_token = packing.begin, call.shape.range.tokens = packing.end - packing.begin;
@@ -170,7 +179,7 @@ __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* me
   const bool is_k = blockIdx.x % 2 == 0;
   const SideFormat& f = is_k ? call.shape.format.k : call.shape.format.v;
   const TokenRange& range = call.shape.range;
-  const int step = gridDim.x / 2 * kSimds * (kSimd / lanes_of(f.head_dim));
+  const int step = gridDim.x / 2 * blockDim.x / kSimd * (kSimd / lanes_of(f.head_dim));
   for (int first = first_vector(f.head_dim); first < range.batch * range.kv_heads * range.tokens; first += step) {
     encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
                       memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);
@@ -180,9 +189,8 @@ __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* me
 
 // Whole: full blocks go through tensor cores, which take T. Cell 0 is read by no kernel of this launch.
 template <class T, int D, bool Whole>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd, Whole ? kResidentBlocks<D> : 2)
+__global__ void __launch_bounds__(Whole ? kEncodeWarps<D> * kSimd : kSimds * kSimd, 1)
     encode_step_kernel(const __grid_constant__ EncodeStep step) {
-  uint4* fragments = shared_memory<uint4>();
   __shared__ uint64_t memory[sizeof(EncodeCall) / 8];
   int64_t* cells = step.rule.cells;
   if (blockIdx.x == 0 && threadIdx.x == 0) cells[kSeenCell] = cells[kLengthCell];
@@ -194,21 +202,22 @@ __global__ void __launch_bounds__(kEncodeWarps* kSimd, Whole ? kResidentBlocks<D
   __syncthreads();
   if constexpr (Whole)
     if (packing.begin % kBlockTokens == 0 && packing.end % kBlockTokens == 0) {
-      encode_whole_blocks<T, D>(call, fragments);
+      encode_whole_blocks<T>(call, *shared_memory<EncodeMemory<D>>());
       return;
     }
-  encode_in_turn<D>(call, reinterpret_cast<float*>(fragments));
+  encode_in_turn<D>(call, shared_memory<float>());
 }
 
 template <class T>
 int encode_step_with(const EncodeStep& step, void* stream) {
   const int d = step.call.shape.format.k.head_dim;
+  const FastShape shape = fast_shape(d);
   const TokenRange& range = step.call.shape.range;
   return launch(d == 64    ? encode_step_kernel<T, 64, true>
                 : d == 128 ? encode_step_kernel<T, 128, true>
                            : encode_step_kernel<T, 256, true>,
-                fast_blocks(range.batch * range.kv_heads, d), kEncodeWarps * kSimd,
-                std::max(encode_bytes(d), kPortableBytes), stream, step);
+                fast_blocks(range.batch * range.kv_heads, shape.warps), shape.warps * kSimd,
+                std::max(shape.bytes, shape.warps * kPortableWarpBytes), stream, step);
 }
 
 int encode_step(EncodeStep step, bool fast, void* stream) {
@@ -222,7 +231,7 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
                 : d == 128 ? encode_step_kernel<__half, 128, false>
                 : d == 256 ? encode_step_kernel<__half, 256, false>
                            : encode_step_kernel<__half, 0, false>,
-                portable_blocks(s.range, s.format), kSimds * kSimd, kPortableBytes,
+                portable_blocks(s.range, s.format), kSimds * kSimd, kSimds * kPortableWarpBytes,
                 stream, step);
 }
 
@@ -274,7 +283,7 @@ extern "C" int halfbyte_cuda_encode(const HalfbyteCudaEncode* a) {
   EncodeShape& s = call.shape;
   const bool fast = !a->portable && call.fragments[0] && call.fragments[1] &&
                     s.format.k.head_dim == s.format.v.head_dim && is_aligned(a->k) && is_aligned(a->v) &&
-                    (int)encode_bytes(s.format.k.head_dim) <= shared_memory_limit();
+                    (int)fast_shape(s.format.k.head_dim).bytes <= shared_memory_limit();
   if (has_fast_transform(*a)) {
     call.side[0].rotation = fast_table_of(a->layer, a->k_tables, s.format.k.head_dim);
     call.side[1].rotation = fast_table_of(a->layer, a->v_tables, s.format.v.head_dim);

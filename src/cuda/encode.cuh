@@ -9,10 +9,13 @@
 
 namespace halfbyte::gpu {
 
-constexpr int kEncodeWarps = 8;
-// Thread blocks that a multiprocessor holds: as many as registers do.
+// Warps of a thread block, as many as registers hold: one thread block fills a multiprocessor.
 template <int D>
-constexpr int kResidentBlocks = D == 64 ? 3 : D == 128 ? 2 : 1;
+constexpr int kEncodeWarps = D == 64 ? 24 : D == 128 ? 16 : 8;
+// Sides whose R shared memory holds.
+template <int D>
+constexpr int kSides = D > 128 ? 1 : 2;
+constexpr int kPlaces = 512;  // blocks whose places are found at a time
 
 struct EncodeCall {
   EncodeShape shape;
@@ -37,31 +40,62 @@ HALFBYTE_INLINE int input_channel(int step, int t, int i) { return step / 2 * 32
 struct BlockPlace {
   const uchar* x;   // its first token
   const float* mu;  // null where there is no offset
-  uchar *codes, *scales;
+  uchar* codes;
+  int scales;  // from `codes` on
+  int head;    // and half of it: the side, 0 for K
 };
 
-// What a warp keeps in shared memory.
+// What a warp stages: the next block, each lane's own parts, channels 32i + 8t … + 7 of tokens 2g and 2g+1, and its
+// offset, four channels each: floats as they came, then what Centring takes.
 template <int D>
 struct Stage {
-  uint4 x[D / kSpan][2][kSimd];  // the next block, each lane's own: channels 32i + 8t … + 7 of tokens 2g and 2g+1
-  uint4 mu[D / 4];               // its offset, four channels each: floats as they came, then what Centring takes
-  BlockPlace places[kSimd];      // of this block and those to come
+  uint4 x[D / kSpan][2][kSimd];
+  uint4 mu[D / 4];
+};
+
+// Shared memory of a thread block.
+template <int D>
+struct EncodeMemory {
+  uint4 fragments[kSides<D>][fragment_count(D)];
+  Stage<D> stages[kEncodeWarps<D>];
+  BlockPlace places[kPlaces];
+  int next;  // the first place that no warp has taken yet
+};
+
+// What a thread block packs: so many blocks of 16 tokens of K, then of V, from `first` of all those of a side on.
+struct Share {
+  int first[2], count[2];
 };
 
 template <int D>
-constexpr size_t kEncodeBytes = fragment_count(D) * sizeof(uint4) + kEncodeWarps * sizeof(Stage<D>);
+__device__ __forceinline__ Share share_of(const TokenRange& range) {
+  const int all = range.batch * range.kv_heads * (range.tokens / kBlockTokens);
+  const bool both = kSides<D> == 2 && 2 * all >= (int)gridDim.x * kEncodeWarps<D>;
+  const int half = gridDim.x / 2, block = blockIdx.x;
+  Share share{};
+  for (int side = 0; side < 2; side++) {
+    const int sharers = both ? gridDim.x : side == 0 ? half : gridDim.x - half;
+    const int number = both || side == 0 ? block : block - half;
+    if (number < 0 || number >= sharers) continue;
+    share.first[side] = (int)((long long)all * number / sharers);
+    share.count[side] = (int)((long long)all * (number + 1) / sharers) - share.first[side];
+  }
+  return share;
+}
 
-// Block i of all blocks of 16 tokens of all sequences and KV heads.
+// Block i of a side.
 template <int D>
-__device__ __forceinline__ BlockPlace block_place(const EncodeCall& call, bool is_k, int i) {
+__device__ __forceinline__ BlockPlace block_place(const EncodeCall& call, int side_index, int i) {
   const EncodeShape& s = call.shape;
-  const EncodeSide& side = call.side[is_k ? 0 : 1];
+  const EncodeSide& side = call.side[side_index];
   const int blocks = s.range.tokens / kBlockTokens, row = i / blocks;
   const int b = row / s.range.kv_heads, head = row % s.range.kv_heads;
   const int token = s.range.first_token + i % blocks * kBlockTokens;
-  const BlockSide to = block_side(page_of(call.pages, s.format, b, head, token), s.format, is_k, token);
+  const BlockSide to =
+      block_side(page_of(call.pages, s.format, b, head, token), s.format, side_index == 0, token);
   return {side.data + 2 * element_at(side.strides, b, head, token - s.data_first),
-          side.offset ? side.offset + offset_at(side.spans, row, token, D) : nullptr, to.codes, to.scales};
+          side.offset ? side.offset + offset_at(side.spans, row, token, D) : nullptr, to.codes,
+          (int)(to.scales - to.codes), 2 * head + side_index};
 }
 
 // Starts copying a block and its offset. token_bytes: from one token to the next.
@@ -131,8 +165,8 @@ __device__ __forceinline__ uint32_t magnitude_bits(uint32_t largest) {
 }
 
 // Prepares the offset for Centring by the power of two it returns, which brings the largest magnitude of x and μ to
-// 2^10 or a little more: the difference and its rotation stay far from overflow, and what fp16 loses below is 2^-34 of
-// the largest. Powers that fp16 does not hold are left out for fp16 input, which needs none.
+// between 4 and 8: their differences are below 16, these rotated below 256, and what fp16 loses below is 2^-27 of the
+// largest. Powers that fp16 does not hold are left out for fp16 input, which needs none.
 template <class T, int D>
 __device__ __forceinline__ float prepare_block(bool has_offset, Stage<D>& stage, uint32_t& largest, int lane) {
   uint32_t own = 0;
@@ -150,7 +184,7 @@ __device__ __forceinline__ float prepare_block(bool has_offset, Stage<D>& stage,
   }
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   const int exponent = (int)(__reduce_max_sync(0xffffffffu, bits) >> 23);  // of 2^0: 127
-  const int power = max(min(137 - exponent, kIsHalf ? 15 : 120), kIsHalf ? -14 : -120);
+  const int power = max(min(129 - exponent, kIsHalf ? 15 : 120), kIsHalf ? -14 : -120);
   const float scale = __uint_as_float((uint32_t)(127 + power) << 23);
 #pragma unroll
   for (int i = 0; i < kEach; i++)
@@ -253,71 +287,79 @@ __device__ __forceinline__ void store_words(bool is_k, Values<D>& v, uint8_t* co
 }
 
 template <int Bits, int D>
-__device__ __forceinline__ void code_and_store(const Coding& coding, bool is_k, Values<D>& v, const BlockPlace& place,
-                                               int lane) {
-  code_block<Bits>(coding, v, place.scales, lane);
-  store_words<Bits>(is_k, v, place.codes, lane);
+__device__ __forceinline__ void code_and_store(const Coding& coding, Values<D>& v, const BlockPlace& place, int lane) {
+  code_block<Bits>(coding, v, place.codes + place.scales, lane);
+  store_words<Bits>(place.head % 2 == 0, v, place.codes, lane);
 }
 
-// Each lane finds the place of one of a warp's next blocks: in turn, that would take as long as a sixth of the coding.
-template <int D>
-__device__ __forceinline__ void find_places(const EncodeCall& call, bool is_k, Stage<D>& stage, int first, int step,
-                                            int all, int lane) {
-  if (first + lane * step < all) stage.places[lane] = block_place<D>(call, is_k, first + lane * step);
-  __syncwarp();
+__device__ __forceinline__ int take_next(int& next, int lane) {
+  int n = 0;
+  if (lane == 0) n = atomicAdd(&next, 1);
+  return __shfl_sync(0xffffffffu, n, 0);
 }
 
-// Blocks first, first + step, … of all. While one is coded, the next one is on its way.
+// A warp's part of the first `count` places. While it codes a block, the next one is on its way. Warps take turns as
+// they come: the scheduler prefers some, and equal shares would leave the others alone at the end.
 template <class T, int D>
-__device__ __forceinline__ void encode_blocks(const EncodeCall& call, bool is_k, const uint4* fragments,
-                                              Stage<D>& stage, int first, int step) {
-  const TokenRange& range = call.shape.range;
-  const EncodeSide& side = call.side[is_k ? 0 : 1];
-  const int lane = threadIdx.x % kSimd, blocks = range.tokens / kBlockTokens;
-  const int all = range.batch * range.kv_heads * blocks;
-  if (first >= all) return;
-  const int64_t token_bytes = 2 * side.strides.token;
-  Coding coding(is_k ? call.shape.format.k : call.shape.format.v, side.factors, call.candidates[is_k ? 0 : 1], lane);
-  find_places(call, is_k, stage, first, step, all, lane);
-  ask_for_block(stage.places[0], token_bytes, stage, lane);
-  uint32_t largest = 0;
-  for (int i = first, n = 0; i < all; i += step, n++) {
-    const BlockPlace place = stage.places[n % kSimd];
+__device__ __forceinline__ void encode_places(const EncodeCall& call, EncodeMemory<D>& memory, int count, int first_side,
+                                              uint32_t& largest) {
+  const int lane = threadIdx.x % kSimd;
+  Stage<D>& stage = memory.stages[threadIdx.x / kSimd];
+  const auto ask = [&](int n) {
+    const BlockPlace& place = memory.places[n];
+    ask_for_block(place, 2 * call.side[place.head % 2].strides.token, stage, lane);
+  };
+  int n = take_next(memory.next, lane);
+  if (n < count) ask(n);
+  while (n < count) {
+    const BlockPlace place = memory.places[n];
+    const int side_index = place.head % 2;
+    const EncodeSide& side = call.side[side_index];
     copy_async_wait(0);
+    const int next = take_next(memory.next, lane);
     const float scale = prepare_block<T>(place.mu != nullptr, stage, largest, lane);
     Values<D> v;
-    rotate_block<T>(fragments, stage, scale, v, lane);
-    __syncwarp();  // the offset and the place are no longer read
-    if (i + step < all) {
-      if ((n + 1) % kSimd == 0) find_places(call, is_k, stage, i + step, step, all, lane);
-      ask_for_block(stage.places[(n + 1) % kSimd], token_bytes, stage, lane);
-    }
-    if (side.lambda) multiply(v, side.lambda + (int64_t)(i / blocks % range.kv_heads) * D, lane % 4);
-    coding.unscale = __uint_as_float(0x7f000000u - __float_as_uint(scale));  // 1 / scale, a power of two
+    rotate_block<T>(memory.fragments[kSides<D> == 2 ? side_index - first_side : 0], stage, scale, v, lane);
+    __syncwarp();  // the offset is no longer read
+    if (next < count) ask(next);
+    if (side.lambda) multiply(v, side.lambda + (int64_t)(place.head / 2) * D, lane % 4);
+    const Coding coding(side_index ? call.shape.format.v : call.shape.format.k, side.factors,
+                        call.candidates[side_index], scale, lane);
     if (coding.f.bits == 4)
-      code_and_store<4>(coding, is_k, v, place, lane);
+      code_and_store<4>(coding, v, place, lane);
     else
-      code_and_store<8>(coding, is_k, v, place, lane);
+      code_and_store<8>(coding, v, place, lane);
+    n = next;
+  }
+}
+
+template <class T, int D>
+__device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, EncodeMemory<D>& memory) {
+  const Share share = share_of<D>(call.shape.range);
+  const int first_side = share.count[0] ? 0 : 1, all = share.count[0] + share.count[1];
+#pragma unroll
+  for (int i = 0; i < kSides<D>; i++)
+    if (first_side + i < 2 && share.count[first_side + i])
+      for (int j = threadIdx.x; j < (int)fragment_count(D); j += blockDim.x)
+        memory.fragments[i][j] = call.fragments[first_side + i][j];
+  uint32_t largest = 0;
+  for (int from = 0; from < all; from += kPlaces) {
+    __syncthreads();  // the places before these are no longer read
+    const int count = min(kPlaces, all - from);
+    for (int n = threadIdx.x; n < count; n += blockDim.x) {
+      const int i = from + n, side = i < share.count[0] ? 0 : 1;
+      memory.places[n] = block_place<D>(call, side, share.first[side] + i - (side ? share.count[0] : 0));
+    }
+    if (threadIdx.x == 0) memory.next = 0;
+    __syncthreads();
+    encode_places<T>(call, memory, count, first_side, largest);
   }
   if (max(largest & 0xffff, largest >> 16) > call.limit_bits) *call.bad = 1;
 }
 
-// The first half of the thread blocks takes K, the second one V; R lies in shared memory.
 template <class T, int D>
-__device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, uint4* memory) {
-  const int half = gridDim.x / 2, warp = threadIdx.x / kSimd;
-  const bool is_k = (int)blockIdx.x < half;
-  for (int i = threadIdx.x; i < (int)fragment_count(D); i += blockDim.x) memory[i] = call.fragments[is_k ? 0 : 1][i];
-  __syncthreads();
-  Stage<D>* stages = reinterpret_cast<Stage<D>*>(memory + fragment_count(D));
-  encode_blocks<T>(call, is_k, memory, stages[warp], (blockIdx.x - (is_k ? 0 : half)) * kEncodeWarps + warp,
-                   half * kEncodeWarps);
-}
-
-template <class T, int D>
-__global__ void __launch_bounds__(kEncodeWarps* kSimd, kResidentBlocks<D>)
-    encode_kernel(const __grid_constant__ EncodeCall call) {
-  encode_whole_blocks<T, D>(call, shared_memory<uint4>());
+__global__ void __launch_bounds__(kEncodeWarps<D>* kSimd, 1) encode_kernel(const __grid_constant__ EncodeCall call) {
+  encode_whole_blocks<T>(call, *shared_memory<EncodeMemory<D>>());
 }
 
 }  // namespace halfbyte::gpu

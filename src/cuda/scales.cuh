@@ -142,12 +142,14 @@ struct Coding {
   float to_covering;  // what a group's extreme, or its magnitude, is multiplied by: docs/format.md
   float unscale;      // times a block's values: as they were before they were brought into fp16's range
 
+  // scale: a power of two.
   __device__ __forceinline__ Coding(const SideFormat& format, const float* of_scale, const Candidate* in_halves,
-                                    int lane)
+                                    float scale, int lane)
       : f(format), factors(of_scale), candidates(in_halves), lane_factor(of_scale[min(lane, kSearchSize - 1)]) {
+    unscale = __uint_as_float(0x7f000000u - __float_as_uint(scale));
     const float half = (float)zero_code(f.bits);
-    low = (float)lowest_code(f), levels = half - 1.0f - low, per_level = 1.0f / levels;
-    to_covering = f.signed_scale ? -1.0f / half : 1.0f / (half - 1.0f);
+    low = (float)lowest_code(f), levels = half - 1.0f - low, per_level = __fdividef(1.0f, levels);
+    to_covering = f.signed_scale ? __fdividef(-1.0f, half) : __fdividef(1.0f, half - 1.0f);
   }
 };
 

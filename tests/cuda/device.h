@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -13,6 +14,7 @@
 #include "cuda/halfbyte_cuda.h"
 #include "encode.h"
 #include "numbers.h"
+#include "rotation.h"
 
 namespace halfbyte {
 
