@@ -235,22 +235,30 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
                 stream, step);
 }
 
-// r in fp16, in the order of fragment_index, [8 elements] each: columns of B, two tiles of two registers.
+// r in terms of fp16 that add up to it, in the order of fragment_index, [8 elements] each: columns of B, two tiles of
+// two registers.
 void write_fragments(const float* r, int d, ushort* out) {
   for (int span = 0; span < d / kSpan; span++)
     for (int step = 0; step < d / 16; step++)
-      for (int part = 0; part < 2; part++)
+      for (int half = 0; half < 2; half++)
         for (int lane = 0; lane < kSimd; lane++)
           for (int e = 0; e < 8; e++) {
             const int g = lane / 4, t = lane % 4, reg = e / 2;
-            const int out_channel = span * kSpan + part * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2;
+            const int out_channel = span * kSpan + half * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2;
             const int in_channel = input_channel(step, t, reg % 2 * 2 + e % 2);
-            out[fragment_index(d, span, step, part, lane) * 8 + e] =
-                float_to_half(r[(size_t)out_channel * d + in_channel]);
+            float rest = r[(size_t)out_channel * d + in_channel];
+            for (int term = 0; term < kTerms; term++) {
+              const ushort x = float_to_half(rest);
+              out[fragment_index(d, step, term, span, half, lane) * 8 + e] = x;
+              rest -= half_to_float(x);  // exact
+            }
           }
 }
 
-uint32_t half_pair(float x) { return float_to_half(x) * 0x10001u; }
+Candidate candidate_of(float factor, const SideFormat& f) {
+  const double levels = (1 << f.bits) - 1;
+  return {(float)(1.0 / (levels * factor * kUnit)), (float)(kCodeUnit / (factor * (double)kUnit))};
+}
 
 EncodeCall call_of(const HalfbyteCudaEncode& a) {
   EncodeCall call{};
@@ -261,10 +269,11 @@ EncodeCall call_of(const HalfbyteCudaEncode& a) {
   call.side[0] = side_of(s.format.k, a.k, a.k_tables), call.side[1] = side_of(s.format.v, a.v, a.v_tables);
   call.fragments[0] = static_cast<const uint4*>(a.k_tables.fragments);
   call.fragments[1] = static_cast<const uint4*>(a.v_tables.fragments);
+  call.rotated_offset[0] = a.k_tables.rotated_offset, call.rotated_offset[1] = a.v_tables.rotated_offset;
   for (int side = 0; side < 2; side++)
     for (int c = 0; c < kSearchSize; c++) {
       const float factor = call.side[side].factors[c];
-      call.candidates[side][c] = {half_pair(1.0f / (15.0f * factor * kUnit)), half_pair(-factor * kCodeFactor)};
+      call.candidates[side][c] = candidate_of(factor, side == 0 ? s.format.k : s.format.v);
     }
   call.pages = pages_of(a.pages), call.bad = a.bad;
   call.limit_bits = limit_bits(s.limit, s.dtype);
@@ -337,7 +346,7 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
   const PageFormat f = page_format(*layer);
   const SideFormat& side = is_v ? f.v : f.k;
   if (!has_fragments(side, layer->dtype)) return 0;
-  return (int64_t)(fragment_count(side.head_dim) * sizeof(uint4));
+  return (int64_t)(fragment_index(side.head_dim, side.head_dim / 16, 0, 0, 0, 0) * sizeof(uint4));
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {

@@ -12,9 +12,10 @@ namespace halfbyte::gpu {
 // Warps of a thread block, as many as registers hold: one thread block fills a multiprocessor.
 template <int D>
 constexpr int kEncodeWarps = D == 64 ? 24 : D == 128 ? 16 : 8;
-// Sides whose R shared memory holds.
+constexpr int kTerms = 2;  // of R, in fp16: together 22 bits
+// Whether R comes part by part for each round of blocks: shared memory holds it for both sides only up to 64 KB each.
 template <int D>
-constexpr int kSides = D > 128 ? 1 : 2;
+constexpr bool kStreams = D > 128;
 constexpr int kPlaces = 512;  // blocks whose places are found at a time
 
 struct EncodeCall {
@@ -23,15 +24,20 @@ struct EncodeCall {
   Candidate candidates[2][kSearchSize];  // those of side.factors
   Pages pages;
   gpu_global const uint4* fragments[2];  // R, see fragment_index
+  gpu_global const float* rotated_offset[2];  // R mu, in the order of EncodeSide::offset, or null
   uint32_t limit_bits;                   // the largest codable element, as bits of its dtype
   int* bad;                              // set to 1 if a value can not be coded
 };
 
-// R in fp16, in the order in which threads read it: [d / 32 spans][d / 16 steps][2][32 lanes] of 16 bytes.
-HALFBYTE_INLINE constexpr size_t fragment_index(int d, int span, int step, int part, int lane) {
-  return (((size_t)span * (d / 16) + step) * 2 + part) * kSimd + lane;
+// R in the order in which threads read it: [d / 32 parts, by channels of x][2 steps][terms][d / 32 spans][2 halves of
+// a span][32 lanes] of 16 bytes.
+HALFBYTE_INLINE constexpr size_t fragment_index(int d, int step, int term, int span, int half, int lane) {
+  return ((((size_t)step * kTerms + term) * (d / kSpan) + span) * 2 + half) * kSimd + lane;
 }
-HALFBYTE_INLINE constexpr size_t fragment_count(int d) { return fragment_index(d, d / kSpan, 0, 0, 0); }
+template <int D>
+constexpr int kFragments = (int)fragment_index(D, D / 16, 0, 0, 0, 0);
+template <int D>
+constexpr int kPartFragments = (int)fragment_index(D, 2, 0, 0, 0, 0);
 
 // The channel of x that a thread holds as number i (0 … 3) of step `step` of the product.
 HALFBYTE_INLINE int input_channel(int step, int t, int i) { return step / 2 * 32 + t * 8 + step % 2 * 4 + i; }
@@ -39,24 +45,24 @@ HALFBYTE_INLINE int input_channel(int step, int t, int i) { return step / 2 * 32
 // Where a block comes from and goes to.
 struct BlockPlace {
   const uchar* x;   // its first token
-  const float* mu;  // null where there is no offset
+  const float* mu;  // R mu; null where there is no offset
   uchar* codes;
   int scales;  // from `codes` on
   int head;    // and half of it: the side, 0 for K
 };
 
 // What a warp stages: the next block, each lane's own parts, channels 32i + 8t … + 7 of tokens 2g and 2g+1, and its
-// offset, four channels each: floats as they came, then what Centring takes.
+// rotated offset.
 template <int D>
 struct Stage {
   uint4 x[D / kSpan][2][kSimd];
-  uint4 mu[D / 4];
+  float4 mu[D / 4];
 };
 
 // Shared memory of a thread block.
 template <int D>
 struct EncodeMemory {
-  uint4 fragments[kSides<D>][fragment_count(D)];
+  uint4 fragments[2][kStreams<D> ? kPartFragments<D> : kFragments<D>];  // of both sides, or two parts in turn
   Stage<D> stages[kEncodeWarps<D>];
   BlockPlace places[kPlaces];
   int next;  // the first place that no warp has taken yet
@@ -70,7 +76,7 @@ struct Share {
 template <int D>
 __device__ __forceinline__ Share share_of(const TokenRange& range) {
   const int all = range.batch * range.kv_heads * (range.tokens / kBlockTokens);
-  const bool both = kSides<D> == 2 && 2 * all >= (int)gridDim.x * kEncodeWarps<D>;
+  const bool both = !kStreams<D> && 2 * all >= (int)gridDim.x * kEncodeWarps<D>;
   const int half = gridDim.x / 2, block = blockIdx.x;
   Share share{};
   for (int side = 0; side < 2; side++) {
@@ -93,15 +99,17 @@ __device__ __forceinline__ BlockPlace block_place(const EncodeCall& call, int si
   const int token = s.range.first_token + i % blocks * kBlockTokens;
   const BlockSide to =
       block_side(page_of(call.pages, s.format, b, head, token), s.format, side_index == 0, token);
+  const float* mu = call.rotated_offset[side_index];
   return {side.data + 2 * element_at(side.strides, b, head, token - s.data_first),
-          side.offset ? side.offset + offset_at(side.spans, row, token, D) : nullptr, to.codes,
+          mu ? mu + offset_at(side.spans, row, token, D) : nullptr, to.codes,
           (int)(to.scales - to.codes), 2 * head + side_index};
 }
 
-// Starts copying a block and its offset. token_bytes: from one token to the next.
+// Starts copying a block and its offset.
 template <int D>
-__device__ __forceinline__ void ask_for_block(const BlockPlace& place, int64_t token_bytes, Stage<D>& stage,
+__device__ __forceinline__ void ask_for_block(const EncodeCall& call, const BlockPlace& place, Stage<D>& stage,
                                               int lane) {
+  const int64_t token_bytes = 2 * call.side[place.head % 2].strides.token;
   const uchar* first = place.x + lane / 4 * 2 * token_bytes + lane % 4 * 16;
   const uchar* second = first + token_bytes;
 #pragma unroll
@@ -116,41 +124,12 @@ __device__ __forceinline__ void ask_for_block(const BlockPlace& place, int64_t t
   copy_async_commit();
 }
 
-// (x − μ) · scale in fp16, four channels at a time: good to 2^-11 of itself, as fp16 input is.
+// Two elements times a power of two in fp16.
 template <class T>
-struct Centring {
-  __half2 scale;
-  __device__ explicit Centring(float scale_) : scale(__float2half2_rn(scale_)) {}
-
-  // −μ as the sum of two fp16 values.
-  static __device__ __forceinline__ uint4 prepared(float4 mu) {
-    const __half2 a = __floats2half2_rn(-mu.x, -mu.y), b = __floats2half2_rn(-mu.z, -mu.w);
-    const float2 near_a = __half22float2(a), near_b = __half22float2(b);
-    return {as_bits(a), as_bits(b), as_bits(__floats2half2_rn(-mu.x - near_a.x, -mu.y - near_a.y)),
-            as_bits(__floats2half2_rn(-mu.z - near_b.x, -mu.w - near_b.y))};
-  }
-  __device__ __forceinline__ uint2 operator()(uint32_t x, uint32_t y, uint4 mu) const {
-    return {as_bits(__hadd2(__hfma2(as_half2(x), scale, as_half2(mu.x)), as_half2(mu.z))),
-            as_bits(__hadd2(__hfma2(as_half2(y), scale, as_half2(mu.y)), as_half2(mu.w)))};
-  }
-};
-
-template <>
-struct Centring<__nv_bfloat16> {
-  float scale;
-  __device__ explicit Centring(float scale_) : scale(scale_) {}
-
-  static __device__ __forceinline__ uint4 prepared(float4 mu) {
-    return {__float_as_uint(mu.x), __float_as_uint(mu.y), __float_as_uint(mu.z), __float_as_uint(mu.w)};
-  }
-  __device__ __forceinline__ uint32_t centred(uint32_t x, uint32_t mu0, uint32_t mu1) const {
-    return as_bits(__floats2half2_rn(__fmaf_rn(__uint_as_float(x << 16), scale, -__uint_as_float(mu0)),
-                                     __fmaf_rn(__uint_as_float(x & 0xffff0000u), scale, -__uint_as_float(mu1))));
-  }
-  __device__ __forceinline__ uint2 operator()(uint32_t x, uint32_t y, uint4 mu) const {
-    return {centred(x, mu.x, mu.y), centred(y, mu.z, mu.w)};
-  }
-};
+__device__ __forceinline__ uint32_t scaled_pair(uint32_t x, float scale) {
+  if constexpr (std::is_same_v<T, __half>) return as_bits(__hmul2(as_half2(x), __float2half2_rn(scale)));
+  return as_bits(__floats2half2_rn(__uint_as_float(x << 16) * scale, __uint_as_float(x & 0xffff0000u) * scale));
+}
 
 // Largest magnitudes so far of elements in even and odd places, as bits: those of NaN come last.
 __device__ __forceinline__ void note_largest(uint4 x, uint32_t& largest) {
@@ -164,68 +143,71 @@ __device__ __forceinline__ uint32_t magnitude_bits(uint32_t largest) {
   return bits << 16;
 }
 
-// Prepares the offset for Centring by the power of two it returns, which brings the largest magnitude of x and μ to
-// between 4 and 8: their differences are below 16, these rotated below 256, and what fp16 loses below is 2^-27 of the
-// largest. Powers that fp16 does not hold are left out for fp16 input, which needs none.
+// A power of two, as the warp's lanes agree, that brings the largest magnitude to between 4 and 8. Those that fp16 does
+// not hold are left out for fp16 input, which needs none.
+template <class T>
+__device__ __forceinline__ float scale_for(uint32_t bits) {
+  constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  const int exponent = (int)(__reduce_max_sync(0xffffffffu, bits) >> 23);  // of 2^0: 127
+  const int power = max(min(129 - exponent, kIsHalf ? 15 : 120), kIsHalf ? -14 : -120);
+  return __uint_as_float((uint32_t)(127 + power) << 23);
+}
+
+// Notes the largest element of a block and returns the power of two that its values are multiplied by, so that fp16
+// holds what bf16 does but for what is below 2^-27 of the largest.
 template <class T, int D>
-__device__ __forceinline__ float prepare_block(bool has_offset, Stage<D>& stage, uint32_t& largest, int lane) {
+__device__ __forceinline__ float prepare_block(const Stage<D>& stage, uint32_t& largest, int lane) {
   uint32_t own = 0;
 #pragma unroll
   for (int i = 0; i < D / kSpan; i++) note_largest(stage.x[i][0][lane], own), note_largest(stage.x[i][1][lane], own);
   largest = __vmaxu2(largest, own);
-  constexpr int kEach = (D / 4 + kSimd - 1) / kSimd;
-  float4 mu[kEach];
-  uint32_t bits = magnitude_bits<T>(own);
-#pragma unroll
-  for (int i = 0; i < kEach; i++) {
-    const bool is_there = has_offset && lane + i * kSimd < D / 4;
-    mu[i] = is_there ? *reinterpret_cast<const float4*>(&stage.mu[lane + i * kSimd]) : float4{};
-    for (float x : {mu[i].x, mu[i].y, mu[i].z, mu[i].w}) bits = max(bits, __float_as_uint(fabsf(x)));
-  }
-  constexpr bool kIsHalf = std::is_same_v<T, __half>;
-  const int exponent = (int)(__reduce_max_sync(0xffffffffu, bits) >> 23);  // of 2^0: 127
-  const int power = max(min(129 - exponent, kIsHalf ? 15 : 120), kIsHalf ? -14 : -120);
-  const float scale = __uint_as_float((uint32_t)(127 + power) << 23);
-#pragma unroll
-  for (int i = 0; i < kEach; i++)
-    if (lane + i * kSimd < D / 4)
-      stage.mu[lane + i * kSimd] =
-          Centring<T>::prepared({mu[i].x * scale, mu[i].y * scale, mu[i].z * scale, mu[i].w * scale});
-  __syncwarp();
-  return scale;
+  return scale_for<T>(magnitude_bits<T>(own));
 }
 
-// y = R (x − μ) · scale of the block in `stage`.
-template <class T, int D>
-__device__ __forceinline__ void rotate_block(const uint4* fragments, const Stage<D>& stage, float scale, Values<D>& v,
-                                             int lane) {
-  const Centring<T> centre(scale);
+// Where the sum of a rotated block starts: −R mu · scale.
+template <int D>
+__device__ __forceinline__ void start_block(bool has_offset, const Stage<D>& stage, float scale, Values<D>& v, int t) {
 #pragma unroll
   for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int half = 0; half < 2; half++) {
+      const float4 mu = has_offset ? stage.mu[span * 8 + half * 4 + t] : float4{};
 #pragma unroll
-      for (int j = 0; j < 4; j++) v.y[span][i][j] = 0.0f;
-  constexpr int kUnroll = D > 128 ? 1 : D / kSpan;
-#pragma unroll kUnroll
-  for (int i = 0; i < D / kSpan; i++) {
-    const uint4 x0 = stage.x[i][0][lane], x1 = stage.x[i][1][lane];
-    const uint4 mu0 = stage.mu[i * 8 + lane % 4 * 2], mu1 = stage.mu[i * 8 + lane % 4 * 2 + 1];
-    const uint2 low[2] = {centre(x0.x, x0.y, mu0), centre(x0.z, x0.w, mu1)};
-    const uint2 high[2] = {centre(x1.x, x1.y, mu0), centre(x1.z, x1.w, mu1)};
+      for (int token = 0; token < 2; token++)
+        v.at(span, token, 4 * half) = mu.x * -scale, v.at(span, token, 4 * half + 1) = mu.y * -scale,
+            v.at(span, token, 4 * half + 2) = mu.z * -scale, v.at(span, token, 4 * half + 3) = mu.w * -scale;
+    }
+}
+
+// Adds R's part for channels 32i … 32i + 31 of x.
+template <class T, int D>
+__device__ __forceinline__ void add_product(const uint4* part, const Stage<D>& stage, int i, float scale, Values<D>& v,
+                                            int lane) {
+  const uint4 x0 = stage.x[i][0][lane], x1 = stage.x[i][1][lane];
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const uint32_t a[4] = {low[h].x, high[h].x, low[h].y, high[h].y};
+  for (int step = 0; step < 2; step++) {
+    const uint32_t a[4] = {
+        scaled_pair<T>(step ? x0.z : x0.x, scale), scaled_pair<T>(step ? x1.z : x1.x, scale),
+        scaled_pair<T>(step ? x0.w : x0.y, scale), scaled_pair<T>(step ? x1.w : x1.y, scale)};
+#pragma unroll
+    for (int term = 0; term < kTerms; term++)
 #pragma unroll
       for (int span = 0; span < D / kSpan; span++)
 #pragma unroll
-        for (int part = 0; part < 2; part++) {
-          const uint4 r = fragments[fragment_index(D, span, 2 * i + h, part, lane)];
-          mma(v.y[span][2 * part], a, r.x, r.y);
-          mma(v.y[span][2 * part + 1], a, r.z, r.w);
+        for (int half = 0; half < 2; half++) {
+          const uint4 r = part[fragment_index(D, step, term, span, half, lane)];
+          mma(v.y[span][2 * half], a, r.x, r.y);
+          mma(v.y[span][2 * half + 1], a, r.z, r.w);
         }
-    }
   }
+}
+
+// Starts copying part i of R, which all threads do together.
+template <int D>
+__device__ __forceinline__ void ask_for_part(gpu_global const uint4* fragments, int i, EncodeMemory<D>& memory) {
+  const uint4* from = fragments + i * kPartFragments<D>;
+  for (int j = threadIdx.x; j < kPartFragments<D>; j += blockDim.x) copy_async_16(&memory.fragments[i % 2][j], from + j);
+  copy_async_commit();
 }
 
 template <int D>
@@ -298,50 +280,89 @@ __device__ __forceinline__ int take_next(int& next, int lane) {
   return __shfl_sync(0xffffffffu, n, 0);
 }
 
+template <int D>
+__device__ __forceinline__ void code_rotated(const EncodeCall& call, const BlockPlace& place, float scale, Values<D>& v,
+                                             int lane) {
+  const int side_index = place.head % 2;
+  const EncodeSide& side = call.side[side_index];
+  if (side.lambda) multiply(v, side.lambda + (int64_t)(place.head / 2) * D, lane % 4);
+  const Coding coding(side_index ? call.shape.format.v : call.shape.format.k, side.factors,
+                      call.candidates[side_index], scale, lane);
+  if (coding.f.bits == 4)
+    code_and_store<4>(coding, v, place, lane);
+  else
+    code_and_store<8>(coding, v, place, lane);
+}
+
 // A warp's part of the first `count` places. While it codes a block, the next one is on its way. Warps take turns as
 // they come: the scheduler prefers some, and equal shares would leave the others alone at the end.
 template <class T, int D>
-__device__ __forceinline__ void encode_places(const EncodeCall& call, EncodeMemory<D>& memory, int count, int first_side,
+__device__ __forceinline__ void encode_places(const EncodeCall& call, EncodeMemory<D>& memory, int count,
                                               uint32_t& largest) {
   const int lane = threadIdx.x % kSimd;
   Stage<D>& stage = memory.stages[threadIdx.x / kSimd];
-  const auto ask = [&](int n) {
-    const BlockPlace& place = memory.places[n];
-    ask_for_block(place, 2 * call.side[place.head % 2].strides.token, stage, lane);
-  };
   int n = take_next(memory.next, lane);
-  if (n < count) ask(n);
+  if (n < count) ask_for_block(call, memory.places[n], stage, lane);
   while (n < count) {
     const BlockPlace place = memory.places[n];
-    const int side_index = place.head % 2;
-    const EncodeSide& side = call.side[side_index];
     copy_async_wait(0);
+    __syncwarp();  // the others' part of the offset is there as well
     const int next = take_next(memory.next, lane);
-    const float scale = prepare_block<T>(place.mu != nullptr, stage, largest, lane);
+    const float scale = prepare_block<T>(stage, largest, lane);
     Values<D> v;
-    rotate_block<T>(memory.fragments[kSides<D> == 2 ? side_index - first_side : 0], stage, scale, v, lane);
+    start_block(place.mu != nullptr, stage, scale, v, lane % 4);
+#pragma unroll
+    for (int i = 0; i < D / kSpan; i++)
+      add_product<T>(memory.fragments[place.head % 2] + i * kPartFragments<D>, stage, i, scale, v, lane);
     __syncwarp();  // the offset is no longer read
-    if (next < count) ask(next);
-    if (side.lambda) multiply(v, side.lambda + (int64_t)(place.head / 2) * D, lane % 4);
-    const Coding coding(side_index ? call.shape.format.v : call.shape.format.k, side.factors,
-                        call.candidates[side_index], scale, lane);
-    if (coding.f.bits == 4)
-      code_and_store<4>(coding, v, place, lane);
-    else
-      code_and_store<8>(coding, v, place, lane);
+    if (next < count) ask_for_block(call, memory.places[next], stage, lane);
+    code_rotated(call, place, scale, v, lane);
     n = next;
+  }
+}
+
+// The same in rounds, as R comes in parts that all warps wait for: one is on its way while they multiply by another.
+template <class T, int D>
+__device__ __forceinline__ void encode_in_rounds(const EncodeCall& call, EncodeMemory<D>& memory, int count,
+                                                 gpu_global const uint4* fragments, uint32_t& largest) {
+  const int lane = threadIdx.x % kSimd;
+  Stage<D>& stage = memory.stages[threadIdx.x / kSimd];
+  int n = threadIdx.x / kSimd;
+  if (n < count) ask_for_block(call, memory.places[n], stage, lane);
+  ask_for_part(fragments, 0, memory);
+  for (int first = 0; first < count; first += kEncodeWarps<D>) {
+    const BlockPlace place = memory.places[min(n, count - 1)];
+    float scale = 1.0f;
+    Values<D> v;
+#pragma unroll 1
+    for (int i = 0; i < D / kSpan; i++) {
+      copy_async_wait(0);
+      __syncthreads();  // the part is there, and the one before is no longer read
+      const bool last = i + 1 == D / kSpan;
+      if (!last || first + kEncodeWarps<D> < count) ask_for_part(fragments, last ? 0 : i + 1, memory);
+      if (i == 0) {
+        if (n < count) scale = prepare_block<T>(stage, largest, lane);
+        start_block(place.mu != nullptr, stage, scale, v, lane % 4);
+      }
+      add_product<T>(memory.fragments[i % 2], stage, i, scale, v, lane);
+    }
+    __syncwarp();  // the offset is no longer read
+    if (n + kEncodeWarps<D> < count) ask_for_block(call, memory.places[n + kEncodeWarps<D>], stage, lane);
+    if (n < count) code_rotated(call, place, scale, v, lane);
+    n += kEncodeWarps<D>;
   }
 }
 
 template <class T, int D>
 __device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, EncodeMemory<D>& memory) {
   const Share share = share_of<D>(call.shape.range);
-  const int first_side = share.count[0] ? 0 : 1, all = share.count[0] + share.count[1];
+  const int all = share.count[0] + share.count[1];
+  if constexpr (!kStreams<D>)
 #pragma unroll
-  for (int i = 0; i < kSides<D>; i++)
-    if (first_side + i < 2 && share.count[first_side + i])
-      for (int j = threadIdx.x; j < (int)fragment_count(D); j += blockDim.x)
-        memory.fragments[i][j] = call.fragments[first_side + i][j];
+    for (int side = 0; side < 2; side++)
+      if (share.count[side])
+        for (int j = threadIdx.x; j < kFragments<D>; j += blockDim.x)
+          memory.fragments[side][j] = call.fragments[side][j];
   uint32_t largest = 0;
   for (int from = 0; from < all; from += kPlaces) {
     __syncthreads();  // the places before these are no longer read
@@ -352,7 +373,10 @@ __device__ __forceinline__ void encode_whole_blocks(const EncodeCall& call, Enco
     }
     if (threadIdx.x == 0) memory.next = 0;
     __syncthreads();
-    encode_places<T>(call, memory, count, first_side, largest);
+    if constexpr (kStreams<D>)
+      encode_in_rounds<T>(call, memory, count, call.fragments[share.count[0] ? 0 : 1], largest);
+    else
+      encode_places<T>(call, memory, count, largest);
   }
   if (max(largest & 0xffff, largest >> 16) > call.limit_bits) *call.bad = 1;
 }

@@ -22,68 +22,58 @@ __device__ __forceinline__ float inverse_scale(float scale) {
   return fabsf(scale) > 1e-37f ? __fdividef(1.0f, scale) : 0.0f;
 }
 
-// ---- The search in fp16
+// ---- The search
 //
 // Values are in units of the covering scale, times kUnit. A code is rounded where an integer is a unit of the smallest
-// subnormal numbers, so that it needs no offset; with a factor of at most 1.1 it comes back as kUnit times itself.
+// subnormal numbers, so that rounding leaves no offset to take off; times kCodeFactor it is kUnit times itself.
 
-constexpr float kCodeUnit = 1.0f / (1 << 24);
-constexpr float kCodeFactor = 59000.0f;
-constexpr float kUnit = kCodeFactor * kCodeUnit;
+constexpr float kCodeUnit = 0x1p-149f, kCodeFactor = 0x1p126f, kUnit = kCodeUnit * kCodeFactor;
 
-// A candidate's factor f of the covering scale, as pairs of fp16.
+// What brings a value to its code with a candidate's factor f: times 1 / (levels f kUnit) to 0 … 1, but for an offset,
+// or times kCodeUnit / (f kUnit) to the code itself.
 struct Candidate {
-  uint32_t inverse;  // 1 / (15 f kUnit)
-  uint32_t factor;   // −f kCodeFactor
+  float clamping, direct;
 };
 
-// Squared errors of four pairs of values with each candidate, in fp16.
-__device__ __forceinline__ void pair_errors(const Candidate* candidates, const __half2 x[4],
-                                            __half2 errors[kSearchSize]) {
-  const __half2 centre = __float2half2_rn(8.0f / 15.0f);
-  const __half2 fifteen = as_half2(0x000f000f), eight = as_half2(0x80088008);  // 15 and −8 kCodeUnit
-#pragma unroll
-  for (int c = 0; c < kSearchSize; c++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const __half2 clamped = __hfma2_sat(x[i], as_half2(candidates[c].inverse), centre);  // 0 … 1 for −8 … 7
-      const __half2 code = __hfma2(clamped, fifteen, eight);
-      const __half2 e = __hfma2(code, as_half2(candidates[c].factor), x[i]);
-      errors[c] = i ? __hfma2(e, e, errors[c]) : __hmul2(e, e);
-    }
-}
-
-// The same in float, where fp16 is too coarse: for codes of 8 bits. x in units of the covering scale. Gives the sum as
-// two fp16 values that add up to it.
-__device__ __forceinline__ __half2 float_error(float factor, const float x[8]) {
-  const float inverse = __fdividef(1.0f, 255.0f * factor);
-  float sum = 0.0f;
+// Adds the squared errors of eight values with a candidate to `error`. back: minus its scale, in units of the covering
+// one, times kCodeFactor.
+template <int Bits, int Number>
+__device__ __forceinline__ void note_errors(const Candidate& candidate, float back, const float x[8], float& error) {
+  constexpr float kHalf = 1 << (Bits - 1), kLevels = 2 * kHalf - 1;
+  // With 4 bits and the factors of kSearch and kSearchSigned the second candidate meets no bound, and the other ones of
+  // the first four only the upper: their lowest value is at most 8.43 below zero.
+  constexpr bool kNoLower = Bits == 4 && Number < 4, kNoUpper = kNoLower && Number == 1;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const float clamped = __saturatef(__fmaf_rn(x[i], inverse, 128.0f / 255.0f));
-    const float code = __fadd_rn(__fmaf_rn(clamped, 255.0f, kRound), -kRound - 128.0f);
-    const float e = __fmaf_rn(-code, factor, x[i]);
-    sum += e * e;
+    float code;
+    if constexpr (kNoLower) {
+      code = x[i] * candidate.direct;
+      if constexpr (!kNoUpper) code = fminf(code, (kHalf - 1.0f) * kCodeUnit);
+    } else {
+      const float clamped = __saturatef(__fmaf_rn(x[i], candidate.clamping, kHalf / kLevels));
+      code = __fmaf_rn(clamped, kLevels * kCodeUnit, -kHalf * kCodeUnit);
+    }
+    const float e = __fmaf_rn(code, back, x[i]);
+    error = __fmaf_rn(e, e, error);
   }
-  const float first = __half2float(__float2half_rn(sum));
-  return __floats2half2_rn(first, sum - first);
 }
 
 // Errors of a thread's own group, summed over the lanes that share its tokens: candidate c of token j is
 // [c / 2][2j + c % 2].
 using ErrorSums = float[kSearchSize / 2][4];
 
-constexpr uint32_t kOnes = 0x3c003c00;
-
-// Adds what the lanes have of one group. A product with ones sums them up and gives each to the lane of the group;
+// Adds what the lanes have of one group. A product with ones sums them up and gives each to the lane of the group:
 // column 2t + c % 2 is that of lane t.
-__device__ __forceinline__ void add_errors(const __half2 errors[2][kSearchSize], bool first_column, bool second_column,
+__device__ __forceinline__ void add_errors(const float errors[2][kSearchSize], bool even_column, bool odd_column,
                                            ErrorSums& sums) {
 #pragma unroll
-  for (int c = 0; c < kSearchSize; c += 2) {
-    const uint32_t a[4] = {as_bits(errors[0][c]), as_bits(errors[1][c]), as_bits(errors[0][c + 1]),
-                           as_bits(errors[1][c + 1])};
-    mma(sums[c / 2], a, first_column ? kOnes : 0, second_column ? kOnes : 0);
+  for (int c = 0; c < kSearchSize; c++) {
+    const float one = (c % 2 ? odd_column : even_column) ? 1.0f : 0.0f;
+    float rest[2];  // what tf32 leaves of each
+    for (int token = 0; token < 2; token++)
+      rest[token] = errors[token][c] - __uint_as_float(__float_as_uint(errors[token][c]) & 0xffffe000u);
+    const float a[4] = {errors[0][c], errors[1][c], rest[0], rest[1]};
+    mma_tf32(sums[c / 2], a, one, one);
   }
 }
 
@@ -140,12 +130,13 @@ struct Coding {
   float low, levels;  // the lowest code, and how far it is to the highest one
   float per_level;    // 1 / levels
   float to_covering;  // what a group's extreme, or its magnitude, is multiplied by: docs/format.md
-  float unscale;      // times a block's values: as they were before they were brought into fp16's range
+  float scale;        // that a block's values have been multiplied by, a power of two
+  float unscale;      // 1 / scale
 
-  // scale: a power of two.
-  __device__ __forceinline__ Coding(const SideFormat& format, const float* of_scale, const Candidate* in_halves,
-                                    float scale, int lane)
-      : f(format), factors(of_scale), candidates(in_halves), lane_factor(of_scale[min(lane, kSearchSize - 1)]) {
+  __device__ __forceinline__ Coding(const SideFormat& format, const float* factors_, const Candidate* candidates_,
+                                    float scale_, int lane)
+      : f(format), factors(factors_), candidates(candidates_), scale(scale_) {
+    lane_factor = factors[min(lane, kSearchSize - 1)];
     unscale = __uint_as_float(0x7f000000u - __float_as_uint(scale));
     const float half = (float)zero_code(f.bits);
     low = (float)lowest_code(f), levels = half - 1.0f - low, per_level = __fdividef(1.0f, levels);
@@ -189,28 +180,40 @@ struct GroupCoder {
     return Groups == 1 ? lane / 4 % 2 == odd : lane / 4 == 2 * span + odd;
   }
 
-  static __device__ __forceinline__ void take_span(Values<D>& v, int span, int token, float factor, float x[8]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = v.at(From + span, token, i) * factor;
-  }
-
   // The candidates' factors with the least errors, the first of equals.
   static __device__ __forceinline__ void search(const Coding& coding, Values<D>& v, int lane, const float covering[2],
                                                 float best[2]) {
-    const float inverse[2] = {inverse_scale(covering[0]) * kUnit, inverse_scale(covering[1]) * kUnit};
+    const float inverse[2] = {inverse_scale(covering[0]), inverse_scale(covering[1])};
+    float backs[2][kSearchSize];
+#pragma unroll
+    for (int token = 0; token < 2; token++)
+#pragma unroll
+      for (int c = 0; c < kSearchSize; c++) {
+        const float scale = round_scale(coding.f, covering[token] * coding.unscale * coding.factors[c]);
+        backs[token][c] = scale * (coding.scale * inverse[token]) * -kCodeFactor;
+      }
     ErrorSums sums = {};
 #pragma unroll
-    for (int span = 0; span < Spans; span++) {
-      __half2 errors[2][kSearchSize];
+    for (int group = 0; group < Groups; group++) {
+      float errors[2][kSearchSize] = {};
 #pragma unroll
-      for (int token = 0; token < 2; token++) {
-        float x[8];
-        take_span(v, span, token, from_owner(inverse[token], span), x);
-        const __half2 pairs[4] = {__floats2half2_rn(x[0], x[1]), __floats2half2_rn(x[2], x[3]),
-                                  __floats2half2_rn(x[4], x[5]), __floats2half2_rn(x[6], x[7])};
-        pair_errors(coding.candidates, pairs, errors[token]);
-      }
-      add_errors(errors, is_column(lane, span, 0), is_column(lane, span, 1), sums);
+      for (int s = 0; s < Spans / Groups; s++)
+#pragma unroll
+        for (int token = 0; token < 2; token++) {
+          const int span = group * (Spans / Groups) + s;
+          const float factor = from_owner(inverse[token], span) * kUnit;
+          float x[8];
+#pragma unroll
+          for (int i = 0; i < 8; i++) x[i] = v.at(From + span, token, i) * factor;
+          const Candidate* candidates = coding.candidates;
+          note_errors<Bits, 0>(candidates[0], from_owner(backs[token][0], span), x, errors[token][0]);
+          note_errors<Bits, 1>(candidates[1], from_owner(backs[token][1], span), x, errors[token][1]);
+          note_errors<Bits, 2>(candidates[2], from_owner(backs[token][2], span), x, errors[token][2]);
+          note_errors<Bits, 3>(candidates[3], from_owner(backs[token][3], span), x, errors[token][3]);
+          note_errors<Bits, 4>(candidates[4], from_owner(backs[token][4], span), x, errors[token][4]);
+          note_errors<Bits, 5>(candidates[5], from_owner(backs[token][5], span), x, errors[token][5]);
+        }
+      add_errors(errors, is_column(lane, group, 0), is_column(lane, group, 1), sums);
     }
 #pragma unroll
     for (int token = 0; token < 2; token++) {
@@ -219,31 +222,6 @@ struct GroupCoder {
       for (int c = 0; c < kSearchSize; c++)
         least = min(least, (__float_as_uint(sums[c / 2][token * 2 + c % 2]) & ~7u) | (unsigned)c);
       best[token] = __shfl_sync(0xffffffffu, coding.lane_factor, least & 7);
-    }
-  }
-
-  static __device__ __forceinline__ void search_in_float(const Coding& coding, Values<D>& v, int lane,
-                                                         const float covering[2], float best[2]) {
-    const float inverse[2] = {inverse_scale(covering[0]), inverse_scale(covering[1])};
-    float least[2] = {1e38f, 1e38f};
-#pragma unroll 1
-    for (int c = 0; c < kSearchSize; c++) {
-      const float factor = coding.factors[c];
-      float sums[4] = {};
-#pragma unroll
-      for (int span = 0; span < Spans; span++) {
-        uint32_t errors[4] = {};
-#pragma unroll
-        for (int token = 0; token < 2; token++) {
-          float x[8];
-          take_span(v, span, token, from_owner(inverse[token], span), x);
-          errors[token] = as_bits(float_error(factor, x));
-        }
-        mma(sums, errors, is_column(lane, span, 0) ? kOnes : 0, 0);
-      }
-#pragma unroll
-      for (int token = 0; token < 2; token++)
-        if (sums[token * 2] < least[token]) least[token] = sums[token * 2], best[token] = factor;
     }
   }
 
@@ -269,12 +247,7 @@ struct GroupCoder {
     const int g = lane / 4, t = lane % 4;
     float covering[2], factor[2] = {coding.factors[0], coding.factors[0]}, scale[2];
     find_covering(coding, v, t, covering);
-    if (coding.f.search) {
-      if constexpr (Bits == 4)
-        search(coding, v, lane, covering, factor);
-      else
-        search_in_float(coding, v, lane, covering, factor);
-    }
+    if (coding.f.search) search(coding, v, lane, covering, factor);
 #pragma unroll
     for (int token = 0; token < 2; token++)
       scale[token] = round_scale(coding.f, covering[token] * coding.unscale * factor[token]);

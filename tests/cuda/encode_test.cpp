@@ -21,7 +21,7 @@ TEST_P(CudaEncode, GivesTheReferenceBytes) {
             c.recipe.k = {bits, group}, c.recipe.v = {bits, group}, c.recipe.search = search;
             if (group == 16 && d != 80) c.recipe.rotation = Rotation::srht;
             c.recipe.lambda = group == 0, c.recipe.signed_scale = bits == 4 || group == 32;
-            expect_close(encode_difference(c, (unsigned)(d + group + search), GetParam()), c, GetParam(),
+            expect_close(encode_difference(c, (unsigned)(d + group + search), GetParam()), c,
                          text("d", d, " g", group, " bits ", bits, " search ", search, " dtype ", (int)dtype));
           }
 }

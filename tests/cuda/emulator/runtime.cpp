@@ -134,6 +134,30 @@ void multiply(void* const* brought, int) {
     }
 }
 
+struct WideProduct {
+  float* c;
+  const float *a, *b;
+};
+
+float tf32(float x) { return as<float>(as<uint32_t>(x) & 0xffffe000u); }
+
+// The layout is that of mma.m16n8k8 in the PTX manual.
+void multiply_wide(void* const* brought, int) {
+  const auto lane_of = [&](int i) -> WideProduct& { return *static_cast<WideProduct*>(brought[i]); };
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < kLanes; lane++) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; i++) a[g + i % 2 * 8][t + i / 2 * 4] = tf32(lane_of(lane).a[i]);
+    for (int i = 0; i < 2; i++) b[t + i * 4][g] = tf32(lane_of(lane).b[i]);
+  }
+  for (int lane = 0; lane < kLanes; lane++)
+    for (int i = 0; i < 4; i++) {
+      double sum = lane_of(lane).c[i];
+      for (int k = 0; k < 8; k++) sum += (double)a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+      lane_of(lane).c[i] = (float)sum;
+    }
+}
+
 void transpose(void* const* brought, int) {
   uint16_t m[8][8];
   for (int lane = 0; lane < kLanes; lane++) memcpy(&m[lane / 4][lane % 4 * 2], brought[lane], 4);
@@ -157,6 +181,11 @@ unsigned either(unsigned a, unsigned b) { return a | b; }
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int line) {
   Product own = {c, a, b, is_bf16};
   emulator::together(multiply, &own, line);
+}
+
+void mma_tf32(float c[4], const float a[4], const float b[2], int line) {
+  WideProduct own = {c, a, b};
+  emulator::together(multiply_wide, &own, line);
 }
 
 uint32_t transpose_8x8(uint32_t x, int line) {

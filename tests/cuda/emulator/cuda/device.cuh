@@ -15,6 +15,8 @@ namespace emulated {
 
 // Of a warp: c[16×8] += a[16×16] · b[16×8].
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int line);
+// Of a warp: c[16×8] += a[16×8] · b[8×8].
+void mma_tf32(float c[4], const float a[4], const float b[2], int line);
 uint32_t transpose_8x8(uint32_t x, int line);
 
 // Of the thread that calls. `start` poisons the destination; `finish` gives what to copy, one after the other.
@@ -42,6 +44,10 @@ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where
 inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, Where where = Where::current()) {
   const uint32_t b[2] = {b0, b1};
   if (!emulated::is_left_out(where)) emulated::mma(c, a, b, true, where.line);
+}
+inline void mma_tf32(float c[4], const float a[4], float b0, float b1, Where where = Where::current()) {
+  const float b[2] = {b0, b1};
+  if (!emulated::is_left_out(where)) emulated::mma_tf32(c, a, b, where.line);
 }
 inline uint32_t transpose_8x8(uint32_t x, Where where = Where::current()) {
   return emulated::is_left_out(where) ? x : emulated::transpose_8x8(x, where.line);
