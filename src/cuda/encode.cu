@@ -231,8 +231,7 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
                 : d == 128 ? encode_step_kernel<__half, 128, false>
                 : d == 256 ? encode_step_kernel<__half, 256, false>
                            : encode_step_kernel<__half, 0, false>,
-                portable_blocks(s.range, s.format), kSimds * kSimd, kSimds * kPortableWarpBytes,
-                stream, step);
+                portable_blocks(s.range, s.format), kSimds * kSimd, kSimds * kPortableWarpBytes, stream, step);
 }
 
 // r in terms of fp16 that add up to it, in the order of fragment_index, [8 elements] each: columns of B, two tiles of

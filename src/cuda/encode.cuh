@@ -11,7 +11,9 @@ namespace halfbyte::gpu {
 
 // Warps of a thread block, as many as registers hold: one thread block fills a multiprocessor.
 template <int D>
-constexpr int kEncodeWarps = D == 64 ? 24 : D == 128 ? 16 : 8;
+constexpr int kEncodeWarps = D == 64    ? 20
+                             : D == 128 ? 12
+                                        : 8;
 constexpr int kTerms = 2;  // of R, in fp16: together 22 bits
 // Whether R comes part by part for each round of blocks: shared memory holds it for both sides only up to 64 KB each.
 template <int D>
@@ -23,10 +25,10 @@ struct EncodeCall {
   EncodeSide side[2];                    // K, V
   Candidate candidates[2][kSearchSize];  // those of side.factors
   Pages pages;
-  gpu_global const uint4* fragments[2];  // R, see fragment_index
+  gpu_global const uint4* fragments[2];       // R, see fragment_index
   gpu_global const float* rotated_offset[2];  // R mu, in the order of EncodeSide::offset, or null
-  uint32_t limit_bits;                   // the largest codable element, as bits of its dtype
-  int* bad;                              // set to 1 if a value can not be coded
+  uint32_t limit_bits;                        // the largest codable element, as bits of its dtype
+  int* bad;                                   // set to 1 if a value can not be coded
 };
 
 // R in the order in which threads read it: [d / 32 parts, by channels of x][2 steps][terms][d / 32 spans][2 halves of
@@ -97,12 +99,11 @@ __device__ __forceinline__ BlockPlace block_place(const EncodeCall& call, int si
   const int blocks = s.range.tokens / kBlockTokens, row = i / blocks;
   const int b = row / s.range.kv_heads, head = row % s.range.kv_heads;
   const int token = s.range.first_token + i % blocks * kBlockTokens;
-  const BlockSide to =
-      block_side(page_of(call.pages, s.format, b, head, token), s.format, side_index == 0, token);
+  const BlockSide to = block_side(page_of(call.pages, s.format, b, head, token), s.format, side_index == 0, token);
   const float* mu = call.rotated_offset[side_index];
   return {side.data + 2 * element_at(side.strides, b, head, token - s.data_first),
-          mu ? mu + offset_at(side.spans, row, token, D) : nullptr, to.codes,
-          (int)(to.scales - to.codes), 2 * head + side_index};
+          mu ? mu + offset_at(side.spans, row, token, D) : nullptr, to.codes, (int)(to.scales - to.codes),
+          2 * head + side_index};
 }
 
 // Starts copying a block and its offset.
@@ -175,7 +176,8 @@ __device__ __forceinline__ void start_block(bool has_offset, const Stage<D>& sta
 #pragma unroll
       for (int token = 0; token < 2; token++)
         v.at(span, token, 4 * half) = mu.x * -scale, v.at(span, token, 4 * half + 1) = mu.y * -scale,
-            v.at(span, token, 4 * half + 2) = mu.z * -scale, v.at(span, token, 4 * half + 3) = mu.w * -scale;
+                              v.at(span, token, 4 * half + 2) = mu.z * -scale,
+                              v.at(span, token, 4 * half + 3) = mu.w * -scale;
     }
 }
 
@@ -186,9 +188,8 @@ __device__ __forceinline__ void add_product(const uint4* part, const Stage<D>& s
   const uint4 x0 = stage.x[i][0][lane], x1 = stage.x[i][1][lane];
 #pragma unroll
   for (int step = 0; step < 2; step++) {
-    const uint32_t a[4] = {
-        scaled_pair<T>(step ? x0.z : x0.x, scale), scaled_pair<T>(step ? x1.z : x1.x, scale),
-        scaled_pair<T>(step ? x0.w : x0.y, scale), scaled_pair<T>(step ? x1.w : x1.y, scale)};
+    const uint32_t a[4] = {scaled_pair<T>(step ? x0.z : x0.x, scale), scaled_pair<T>(step ? x1.z : x1.x, scale),
+                           scaled_pair<T>(step ? x0.w : x0.y, scale), scaled_pair<T>(step ? x1.w : x1.y, scale)};
 #pragma unroll
     for (int term = 0; term < kTerms; term++)
 #pragma unroll
@@ -206,7 +207,8 @@ __device__ __forceinline__ void add_product(const uint4* part, const Stage<D>& s
 template <int D>
 __device__ __forceinline__ void ask_for_part(gpu_global const uint4* fragments, int i, EncodeMemory<D>& memory) {
   const uint4* from = fragments + i * kPartFragments<D>;
-  for (int j = threadIdx.x; j < kPartFragments<D>; j += blockDim.x) copy_async_16(&memory.fragments[i % 2][j], from + j);
+  for (int j = threadIdx.x; j < kPartFragments<D>; j += blockDim.x)
+    copy_async_16(&memory.fragments[i % 2][j], from + j);
   copy_async_commit();
 }
 
@@ -286,8 +288,8 @@ __device__ __forceinline__ void code_rotated(const EncodeCall& call, const Block
   const int side_index = place.head % 2;
   const EncodeSide& side = call.side[side_index];
   if (side.lambda) multiply(v, side.lambda + (int64_t)(place.head / 2) * D, lane % 4);
-  const Coding coding(side_index ? call.shape.format.v : call.shape.format.k, side.factors,
-                      call.candidates[side_index], scale, lane);
+  const Coding coding(side_index ? call.shape.format.v : call.shape.format.k, side.factors, call.candidates[side_index],
+                      scale, lane);
   if (coding.f.bits == 4)
     code_and_store<4>(coding, v, place, lane);
   else

@@ -109,12 +109,12 @@ __device__ __forceinline__ Word deal_largest(const Word (&words)[Groups], int t)
     return larger_of_lanes(pair, pair, 1);
   } else {
     const bool upper = t & 2, odd = t & 1;
-    const Word even_word = Groups == 2 ? larger_of_lanes(words[0], words[0], 2)
-                                       : larger_of_lanes(upper ? words[Groups - 2] : words[0],
-                                                         upper ? words[0] : words[Groups - 2], 2);
-    const Word odd_word = Groups == 2 ? larger_of_lanes(words[1], words[1], 2)
-                                      : larger_of_lanes(upper ? words[Groups - 1] : words[1],
-                                                        upper ? words[1] : words[Groups - 1], 2);
+    const Word even_word =
+        Groups == 2 ? larger_of_lanes(words[0], words[0], 2)
+                    : larger_of_lanes(upper ? words[Groups - 2] : words[0], upper ? words[0] : words[Groups - 2], 2);
+    const Word odd_word =
+        Groups == 2 ? larger_of_lanes(words[1], words[1], 2)
+                    : larger_of_lanes(upper ? words[Groups - 1] : words[1], upper ? words[1] : words[Groups - 1], 2);
     return larger_of_lanes(odd ? odd_word : even_word, odd ? even_word : odd_word, 1);
   }
 }

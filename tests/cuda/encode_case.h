@@ -31,11 +31,13 @@ struct BlockBytes {
 };
 
 // The difference between two packed groups of one token; sums up their squared errors.
-inline void compare_group(const SideFormat& f, bool is_k, int token, int group, const std::vector<double>& y, double rms,
-                          BlockBytes got, BlockBytes want, Difference& d, double errors[2]) {
+inline void compare_group(const SideFormat& f, bool is_k, int token, int group, const std::vector<double>& y,
+                          double rms, BlockBytes got, BlockBytes want, Difference& d, double errors[2]) {
   const int from = group * f.group, to = std::min(from + f.group, f.padded_dim), half = zero_code(f.bits);
   const Dtype dtype = f.scale_bytes == 4 ? Dtype::float32 : Dtype::float16;
-  const auto scale_of = [&](BlockBytes b) { return (double)load_element(b.scales, dtype, group * kBlockTokens + token); };
+  const auto scale_of = [&](BlockBytes b) {
+    return (double)load_element(b.scales, dtype, group * kBlockTokens + token);
+  };
   const auto code_of = [&](BlockBytes b, int channel) {
     const CodePlace at = is_k ? k_code_place(f.bits, token, channel) : v_code_place(f.bits, token, channel);
     return (b.codes[at.byte] >> at.shift & (f.bits == 4 ? 15 : 255)) - half;
@@ -44,7 +46,8 @@ inline void compare_group(const SideFormat& f, bool is_k, int token, int group, 
                low = *std::min_element(&y[from], &y[from] + (to - from));
   double factor = high == 0.0 && low == 0.0 ? std::fabs(scale) : 1e9;
   for (double extreme : {high, low}) {
-    if (extreme == 0.0 || std::fabs(extreme) < 0.998 * std::max(high, -low)) continue;  // of two that nearly tie, either may be it
+    if (extreme == 0.0 || std::fabs(extreme) < 0.998 * std::max(high, -low))
+      continue;  // of two that nearly tie, either may be it
     const double covering = f.signed_scale ? -extreme / half : std::fabs(extreme) / (half - 1);
     for (int i = 0; i < (f.search ? kSearchSize : 1); i++)
       factor = std::min(factor, std::fabs(scale / covering / (f.signed_scale ? kSearchSigned : kSearch)[i] - 1.0));
@@ -73,9 +76,9 @@ inline void compare_side(const Case& c, const PageFormat& pages, bool is_k, cons
   double errors[2] = {};
   for (size_t row = 0; row < (size_t)c.batch * c.kv_heads; row++)
     for (size_t token = 0; token < parts.packed_end; token++) {
-      const std::vector<double> y = rotated_vector(c, plan, data.data(), row * c.prefix + token,
-                                                   offset.empty() ? nullptr : &offset[row * d],
-                                                   lambda.empty() ? nullptr : &lambda[row % c.kv_heads * d]);
+      const std::vector<double> y =
+          rotated_vector(c, plan, data.data(), row * c.prefix + token, offset.empty() ? nullptr : &offset[row * d],
+                         lambda.empty() ? nullptr : &lambda[row % c.kv_heads * d]);
       double squares = 0.0;
       for (double v : y) squares += v * v;
       const size_t page = parts.page_table[row / c.kv_heads * a_sequence + token / kPageTokens];
@@ -151,8 +154,8 @@ inline void expect_close(const Difference& d, const Case& c, const std::string& 
   EXPECT_LT(d.scales, 1e-2) << what;
   EXPECT_LT(d.factor, 5e-4) << what;  // half a unit of fp16's last place
   EXPECT_LT(d.code, 1e-5) << what;    // a few roundings of float, of the largest values
-  // Scales that nearly tie leave nearly the same error, but for the last bit of one: 2^-11, up to 1/16 of a fine step.
-  EXPECT_LT(d.group_error, fine ? 0.1 : 5e-3) << what;
+  // Scales that nearly tie leave nearly the same error, but for the last bit of one: 2^-10, 1/8 of a fine step at most.
+  EXPECT_LT(d.group_error, fine ? 0.2 : 5e-3) << what;
   EXPECT_LT(d.error, fine ? 2e-4 : 1e-5) << what;
 }
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Barriers, exchanges, products and waits, by the line that says them.
-WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
+WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16|_tf32)?\(|transpose_8x8\(|_wait\("
 FILES = (
     "cuda/append.cu",
     "cuda/attend.cu",
@@ -20,6 +20,7 @@ FILES = (
     "cuda/encode.cu",
     "cuda/encode.cuh",
     "cuda/length.cuh",
+    "cuda/scales.cuh",
     "cuda/work.cuh",
     "gpu/attend.h",
     "gpu/attend_packed.h",

@@ -83,16 +83,23 @@ TEST_P(Mutations, Attend) {
 }
 
 TEST_P(Mutations, Encode) {
+  halfbyte_emulator_device(2, 227 << 10);
+  Case rounds;  // of R in parts
+  rounds.head_dim = 256, rounds.prefix = 65, rounds.batch = 3;
+  expect_close(encode_difference(rounds, 5, false), rounds, "rounds");
+  ASSERT_FALSE(HasFailure());
   for (Dtype dtype : {Dtype::float16, Dtype::bfloat16})
     for (bool portable : {false, true}) {
       Case c;
       c.head_dim = 64, c.dtype = dtype, c.prefix = 65;
       expect_close(encode_difference(c, 5, portable), c, portable ? "portable" : "tensor cores");
+      ASSERT_FALSE(HasFailure());
     }
 }
 
 // The step that packs a block, and those around it.
 TEST_P(Mutations, Step) {
+  halfbyte_emulator_device(8, 100 << 10);
   for (bool portable : {false, true}) {
     Case c;
     c.prefix = 30, c.pairs = 32, c.heads = 6, c.head_dim = 64;
