@@ -308,8 +308,8 @@ __device__ __forceinline__ void encode_places(const EncodeCall& call, EncodeMemo
   while (n < count) {
     const BlockPlace place = memory.places[n];
     copy_async_wait(0);
-    __syncwarp();  // the others' part of the offset is there as well
     const int next = take_next(memory.next, lane);
+    __syncwarp();  // the others' part of the offset is there as well
     const float scale = prepare_block<T>(stage, largest, lane);
     Values<D> v;
     start_block(place.mu != nullptr, stage, scale, v, lane % 4);
@@ -348,8 +348,9 @@ __device__ __forceinline__ void encode_in_rounds(const EncodeCall& call, EncodeM
       }
       add_product<T>(memory.fragments[i % 2], stage, i, scale, v, lane);
     }
+    const bool more = n + kEncodeWarps<D> < count;
     __syncwarp();  // the offset is no longer read
-    if (n + kEncodeWarps<D> < count) ask_for_block(call, memory.places[n + kEncodeWarps<D>], stage, lane);
+    if (more) ask_for_block(call, memory.places[n + kEncodeWarps<D>], stage, lane);
     if (n < count) code_rotated(call, place, scale, v, lane);
     n += kEncodeWarps<D>;
   }

@@ -34,6 +34,11 @@ UNSEEN = {
     "columns, lane, running);",
     "space.weights[row * kRawTokens + lane] = p;",
     "memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);",
+    "const int next = take_next(memory.next, lane);",
+    "add_product<T>(memory.fragments[place.head % 2] + i * kPartFragments<D>, stage, i, scale, v, lane);",
+    "const bool more = n + kEncodeWarps<D> < count;",
+    # No test here has a thread block that finds places twice.
+    "for (int from = 0; from < all; from += kPlaces) {",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__threadfence();",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.

@@ -24,13 +24,8 @@ inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
 inline __half2 __float2half2_rn(float x) { return {x, x}; }
 inline __half2 __hmul2(__half2 a, __half2 b) { return {(float)a.x * (float)b.x, (float)a.y * (float)b.y}; }
-inline __half2 __hadd2(__half2 a, __half2 b) { return {(float)a.x + (float)b.x, (float)a.y + (float)b.y}; }
 inline __half2 __hsub2(__half2 a, __half2 b) { return {(float)a.x - (float)b.x, (float)a.y - (float)b.y}; }
 // Products and sums are exact in double.
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
   return {(float)((double)(float)a.x * (float)b.x + (float)c.x), (float)((double)(float)a.y * (float)b.y + (float)c.y)};
-}
-inline __half2 __hfma2_sat(__half2 a, __half2 b, __half2 c) {
-  const __half2 x = __hfma2(a, b, c);
-  return {__saturatef(x.x), __saturatef(x.y)};
 }
