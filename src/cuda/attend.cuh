@@ -14,14 +14,29 @@ namespace halfbyte::gpu {
 
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
-  float factor[2], offset[2];  // score = factor · product + offset, and what the turning part of K's offset adds
-  float log_base;              // by which both are multiplied already
-  int lo[2], end[2];           // packed tokens seen
+  float factor[2], offset[2];  // score · log_base = factor · product + offset, and what the turning part of K's offset adds
   int open_from, open_to;      // seen by all columns of the tile
 };
 
+__device__ __forceinline__ float log_base(const AttendShape& s) { return s.softcap > 0.0f ? 1.0f : kLog2e; }
+
+// The packed tokens that a column sees.
+struct PackedSight {
+  int lo, end;
+};
+
+__device__ __forceinline__ PackedSight packed_sight(const AttendCall& call, int row) {
+  const AttendShape& s = call.shape;
+  const RowSight sight = sight_of(s, min(row, rows_of(s) - 1), call.buffers.mask != nullptr);
+  return {max(sight.lo, s.sink_tokens), sight.packed_end};  // sinks are raw
+}
+
 // How groups lie: each half of a span has its own, each span (or two, or more) has, or the whole head has one.
 enum Groups { kHalves, kSpans, kWhole };
+
+HALFBYTE_INLINE constexpr int most_groups(int d, Groups kind) {
+  return kind == kWhole ? 1 : d / kSpan * (kind == kHalves ? 2 : 1);
+}
 
 // Scales of tokens 2g, 2g+1. Scale: __half or float, as stored.
 template <class Scale>
@@ -117,10 +132,13 @@ __device__ __forceinline__ void add_block(int shift, const uint8_t* codes, const
   }
 }
 
-// Exponent of the largest of V's scales in a tile, within what fp16 can divide by. scales: V's of the first block.
+constexpr int kAtOnce = 2;  // blocks: one by one takes half the instructions in memory, which a short call waits for
+
+// Exponent of the largest of V's scales in kAtOnce blocks, within what fp16 can divide by. scales: V's of the first.
 template <class Scale>
 __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scales, int block_scales, int lane) {
-  const Scale* row = reinterpret_cast<const Scale*>(scales + lane / kBlockTokens * block_scales) + lane % kBlockTokens;
+  const Scale* row =
+      reinterpret_cast<const Scale*>(scales + lane / kBlockTokens % kAtOnce * block_scales) + lane % kBlockTokens;
   uint32_t largest = 0;
   for (int group = 0; group < groups; group++)
     largest = max(largest, __float_as_uint((float)row[group * kBlockTokens]) & 0x7fffffffu);
@@ -138,47 +156,52 @@ __device__ __forceinline__ const float* turn_tiles(const AttendCall& call, const
   if (!turn.waves) return nullptr;
   to = min(end, from + (room - 1) * turn.span / kTileTokens);
   const int first = (before + from) * kTileTokens / turn.span, last = ((before + to) * kTileTokens - 1) / turn.span;
-  turn_offsets(turn, work.products, first, last + 1 - first, work.slots, call.warps);
+  turn_offsets(turn, work, first, last + 1 - first, work.slots, call.warps);
   return work.slots - first * kTileRows;
 }
 
-// One tile of 32 tokens in shared memory joins the running softmax. turned: q·mu of the rows, [spans][kTileRows] from
-// the sequence's first span on, of which those of the tile exist; or null.
+// kAtOnce blocks of 16 tokens, of a tile in shared memory, join the running softmax. codes, scales: of the first block;
+// turned: q·mu of the rows, [spans][kTileRows] from the sequence's first span on, of which those of the tile exist; or
+// null.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* turned, int b,
-                                            int first_row, int token, const uint32_t q[D / 16][2],
-                                            const Columns& columns, int lane, Running<D>& r) {
+__device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint8_t* codes, const uint8_t* scales,
+                                              const float* turned, int b, int first_row, int token,
+                                              const uint32_t q[D / 16][2], const Columns& columns, int lane,
+                                              Running<D>& r) {
   const AttendShape& s = call.shape;
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
-  const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
   const int g = lane / 4, t = lane % 4;
-  float score[kTileBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
+  float score[kAtOnce][4], offset[2] = {columns.offset[0], columns.offset[1]};
 #pragma unroll
-  for (int i = 0; i < kTileBlocks; i++) {
+  for (int i = 0; i < kAtOnce; i++) {
     if (turned && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
       const int span = (token + i * kBlockTokens) >> (call.buffers.turn.span == kBlockTokens ? 4 : 6);
       const float2 own = reinterpret_cast<const float2*>(turned + span * kTileRows)[t];
-      offset[0] = columns.offset[0] + own.x * columns.log_base;
-      offset[1] = columns.offset[1] + own.y * columns.log_base;
+      offset[0] = columns.offset[0] + own.x * log_base(s);
+      offset[1] = columns.offset[1] + own.y * log_base(s);
     }
-    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
+    score_block<D, KBits, KGroups, Scale>(call.k_shift, codes + i * (kCodesK + kCodesV), scales + i * block_scales, q,
                                           lane, score[i]);
     for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + offset[j & 1];
   }
   if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
-    for (int i = 0; i < kTileBlocks; i++)
+    for (int i = 0; i < kAtOnce; i++)
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
-  if (call.buffers.mask || token < columns.open_from || token + kTileTokens > columns.open_to)
-    for (int i = 0; i < kTileBlocks; i++)
-      for (int j = 0; j < 4; j++) {
-        const int at = token + i * kBlockTokens + 2 * g + j / 2, row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
-        if (at < columns.lo[j & 1] || at >= columns.end[j & 1] || !mask_shows(s, call.buffers.mask, b, row, at))
-          score[i][j] = -INFINITY;
-      }
+  if (call.buffers.mask || token < columns.open_from || token + kAtOnce * kBlockTokens > columns.open_to)
+    for (int j = 0; j < 2; j++) {
+      const int row = min(first_row + 2 * t + j, rows_of(s) - 1);
+      const PackedSight sight = packed_sight(call, row);
+      for (int i = 0; i < kAtOnce; i++)
+        for (int of = 0; of < 2; of++) {
+          const int at = token + i * kBlockTokens + 2 * g + of;
+          if (at < sight.lo || at >= sight.end || !mask_shows(s, call.buffers.mask, b, row, at))
+            score[i][2 * of + j] = -INFINITY;
+        }
+    }
   float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
-  for (int i = 1; i < kTileBlocks; i++) {
+  for (int i = 1; i < kAtOnce; i++) {
     high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));
     high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
   }
@@ -192,13 +215,13 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   const float unit = power_of_two(-r.unit_exponent);
   const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
 #pragma unroll
-  for (int i = 0; i < kTileBlocks; i++) {
+  for (int i = 0; i < kAtOnce; i++) {
     const float p0 = exp2_fast(score[i][0] + base0), p1 = exp2_fast(score[i][1] + base1);
     const float p2 = exp2_fast(score[i][2] + base0), p3 = exp2_fast(score[i][3] + base1);
     r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
     const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
     const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
-    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK,
+    add_block<D, VBits, VGroups, Scale>(call.v_shift, codes + i * (kCodesK + kCodesV) + kCodesK,
                                         scales + i * block_scales + k_scales, even, odd, unit, lane, r);
   }
 }
@@ -207,14 +230,30 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
 
 constexpr int kLine = 128;  // bytes that one prefetch brings
 
-// Brings what finish_tile reads for a segment into the L2 cache while there is other work.
+// Brings `bytes` bytes into the L2 cache, by the whole block.
+__device__ __forceinline__ void prefetch_all(const AttendCall& call, const void* from, int bytes) {
+#pragma unroll 1
+  for (int at = threadIdx.x * kLine; at < bytes; at += call.warps * kSimd * kLine)
+    prefetch(static_cast<const char*>(from) + at);
+}
+
+// What preparing tiles [begin, end) of a segment reads, which should not queue behind the tiles themselves.
+template <int D>
+__device__ __forceinline__ void prefetch_before_tiles(const AttendCall& call, int begin, int end) {
+  const Turn& turn = call.buffers.turn;
+  prefetch_all(call, call.fragments[0], 2 * D * D);
+  if (!turn.waves || begin >= end) return;
+  const int first = (call.first_tile + begin) * kTileTokens / turn.span;
+  const int last = ((call.first_tile + end) * kTileTokens - 1) / turn.span;
+  prefetch_all(call, turn.waves + (long long)first * turn.pairs * 2, (last + 1 - first) * turn.pairs * 8);
+}
+
+// What finish_tile reads for a segment.
 template <int D>
 __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
-  for (int at = threadIdx.x * kLine; at < 2 * D * D; at += call.warps * kSimd * kLine)
-    prefetch(reinterpret_cast<const char*>(call.fragments[1]) + at);
+  prefetch_all(call, call.fragments[1], 2 * D * D);
   const float* mu = call.buffers.offset_v;
-  if (mu && threadIdx.x < D * 4 / kLine)
-    prefetch(mu + ((long long)b * call.shape.kv_heads + head) * D + threadIdx.x * (kLine / 4));
+  if (mu) prefetch_all(call, mu + ((long long)b * call.shape.kv_heads + head) * D, D * 4);
 }
 
 // The row tile's queries to shared memory, by the whole block. Ends with a barrier.
@@ -223,9 +262,11 @@ __device__ __forceinline__ void prepare_tile(const AttendCall& call, int b, int 
                                              int warp, int lane) {
   if (threadIdx.x < kTileRows)
     work.tops[threadIdx.x] = ordered_bits(kUnseen), work.largest[threadIdx.x] = 0, work.raw_sum[threadIdx.x] = 0.0f;
+  // Warps that have nothing to rotate take the offsets, if there are any.
+  const int rotating = min(call.warps, D / 16), helpers = call.warps - rotating;
   rotate_queries<D>(call, b, head, tile, work, warp, lane);
-  dot_offsets<D>(call, b, head, tile, work, warp, lane);
-  if (call.buffers.turn.waves) turn_products(call, b, head, tile, work);
+  if (helpers == 0 || warp >= rotating)
+    dot_offsets<D>(call, b, head, tile, work, helpers ? warp - rotating : warp, helpers ? helpers : call.warps, lane);
   __syncthreads();
 }
 
@@ -239,15 +280,14 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int tile, c
     const uint2 pair = work.fragments[i * kSimd + lane];
     q[i][0] = pair.x, q[i][1] = pair.y;
   }
-  const float log_base = columns.log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
+  PackedSight sight[2];
   for (int j = 0; j < 2; j++) {
     const int column = 2 * (lane % 4) + j;
-    columns.factor[j] = work.factor[column] * log_base, columns.offset[j] = work.offset[column] * log_base;
-    const RowSight sight = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
-    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;  // sinks are raw
+    columns.factor[j] = work.factor[column] * log_base(s), columns.offset[j] = work.offset[column] * log_base(s);
+    sight[j] = packed_sight(call, tile * kTileRows + column);
   }
-  columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));
-  columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));
+  columns.open_from = __reduce_max_sync(0xffffffffu, max(sight[0].lo, sight[1].lo));
+  columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));
 }
 
 // Hands a block's result to the segment's other blocks; true for the last of them, which then sees them all.
@@ -274,39 +314,35 @@ __device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sha
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_items(const AttendCall& call, float* memory) {
   const AttendShape& s = call.shape;
-  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
-  const int bytes = stage_bytes(s.format), raw_slots_here = raw_slots(D, call.warps);
+  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd;
+  const unsigned tiles = row_tiles(s);
+  constexpr int kCodes = kTileBlocks * D / kSpan * (kSpanBytes<KBits> + kSpanBytes<VBits>);
+  constexpr int kScales = kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
   const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
+  const int raw_slots_here = raw_slots(D, call.warps);
   const WorkPlan plan = work_plan(call);
   const Work work = work_at(memory, plan, raw_slots_here);
-  uint8_t* rings = reinterpret_cast<uint8_t*>(memory + plan.end);
-  Ring ring{rings + (size_t)warp * call.stages * bytes,
-            first + warp,
-            last,
-            0,
-            0,
-            0,
-            kTileBlocks * (int)block_code_bytes(s.format),
-            kTileBlocks * (int)block_scale_bytes(s.format),
-            nullptr};
-  // Few tiles before the queries are prepared, whose own loads would queue behind more; the rest after.
-  int ahead = 0;
-  for (; ahead < min(2, call.stages - 1); ahead++) ask_for_tile(call, ring, lane);
+  Ring ring{reinterpret_cast<uint8_t*>(memory + plan.end) + (size_t)warp * call.stages * call.bytes, 0, 0, nullptr};
+  const auto ask = [&] { ask_for_tile<kCodes, kScales>(call, ring, first + warp, last, lane); };
 
   int item = first + warp, begin = first;  // this warp's next tile; the first one of the segment
   do {
-    const int segment = call.n_tiles ? begin / call.n_tiles : (int)blockIdx.x;  // (sequence, head, row tile)
-    const int end = min(last, (segment + 1) * call.n_tiles);
-    const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
+    const unsigned segment = call.n_tiles ? begin / (unsigned)call.n_tiles : blockIdx.x;  // (sequence, head, row tile)
+    const unsigned of_heads = segment / tiles;
+    const int end = min(last, (int)(segment + 1) * call.n_tiles);
+    const int tile = (int)(segment % tiles), head = (int)(of_heads % s.kv_heads), b = (int)(of_heads / s.kv_heads);
     const Sharers sharers = sharers_of(call, segment);
     if (begin != first) __syncthreads();  // the last segment is finished
+    prefetch_before_tiles<D>(call, begin - (int)segment * call.n_tiles, end - (int)segment * call.n_tiles);
+    if (begin == first)
+#pragma unroll 1
+      for (int i = 0; i < call.stages; i++) ask();
     prefetch_for_finish<D>(call, b, head);
     prepare_tile<D>(call, b, head, tile, work, warp, lane);
-    for (; ahead < call.stages - 1; ahead++) ask_for_tile(call, ring, lane);
     uint32_t q[D / 16][2];
     Columns columns{};
     Running<D> running;
-    const int before = call.first_tile - segment * call.n_tiles;  // tiles of the sequence before item 0's
+    const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
     const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
     int to = begin;
     do {
@@ -319,14 +355,16 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
         clear(running);
       }
       for (; item < to; item += call.warps) {
-        ask_for_tile(call, ring, lane);
         copy_async_wait(call.stages - 1);
         __syncwarp();
-        attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, turned, b,
-                                                              tile * kTileRows, (before + item) * kTileTokens, q,
-                                                              columns, lane, running);
+        const uint8_t* stage = ring.memory + ring.slot * call.bytes;
+#pragma unroll 1
+        for (int i = 0; i < kTileBlocks; i += kAtOnce)
+          attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
+              call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
+              turned, b, tile * kTileRows, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
         __syncwarp();  // before the ring's slot is filled again
-        ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
+        ask();
       }
     } while (to < end);
     merge_warps(running, work, call.warps, slots, warp, lane);

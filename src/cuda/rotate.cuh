@@ -124,8 +124,6 @@ __device__ __forceinline__ void rotate_queries(const AttendCall& call, int b, in
                                                int warp, int lane) {
   const AttendShape& s = call.shape;
   if (warp >= D / 16) return;
-  uint4 a[D / 16];
-  load_fragments<D>(call.fragments[0], warp, lane, a);
   const QueryRow<D> row = load_row<D>(call, b, head, tile, lane);
   const int exponent = row_exponent(row, s.dtype), g = lane / 4, t = lane % 4;
   uint2 q[D / 16];
@@ -135,7 +133,8 @@ __device__ __forceinline__ void rotate_queries(const AttendCall& call, int b, in
   if (warp == 0 && t == 0) work.factor[g] = s.scale * power_of_two(exponent) * power_of_two(of_lambda);
 #pragma unroll 1
   for (int i = warp; i < D / 16; i += call.warps) {
-    if (i != warp) load_fragments<D>(call.fragments[0], i, lane, a);
+    uint4 a[D / 16];
+    load_fragments<D>(call.fragments[0], i, lane, a);
     float c[4];
     multiply_tile<D>(a, q, c);
     if (lambda) {
@@ -149,76 +148,116 @@ __device__ __forceinline__ void rotate_queries(const AttendCall& call, int b, in
   }
 }
 
-// q·mu of the rows to work.offset; of an offset that turns, that of the channels behind the pairs.
+// ---- q·mu
+
+// x as the sum of two fp16, of 22 bits together.
+struct Split {
+  uint32_t whole, rest;
+};
+
+__device__ __forceinline__ Split split_pair(float x, float y) {
+  const __half2 whole = __floats2half2_rn(x, y);
+  const float2 back = __half22float2(whole);
+  return {as_bits(whole), as_bits(__floats2half2_rn(x - back.x, y - back.y))};
+}
+
+// q·mu of an offset that turns is Σ product · wave over pairs, with
+//   products (qx mu_x + qy mu_y, qy mu_x − qx mu_y) and waves (cos, sin):
+// a row's products, of unit size, as B of a product: pair p is in step p / 8, thread p % 8 / 2, half p % 2.
+template <int D>
+__device__ __forceinline__ void turn_products(const AttendCall& call, const float* mu, long long q_at, int slot,
+                                              const Work& work, int lane) {
+  const AttendShape& s = call.shape;
+  const Turn& turn = call.buffers.turn;
+  constexpr int kEach = D / 2 / kSimd;
+  float2 product[kEach];
+  float most = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const int pair = lane + i * kSimd, x = min(pair, turn.pairs - 1) * turn.pair_step, y = x + turn.pair_gap;
+    const float in = pair < turn.pairs ? s.scale : 0.0f;
+    const float qx = load_as<false>(call.buffers.q, s.dtype, q_at + x) * in;
+    const float qy = load_as<false>(call.buffers.q, s.dtype, q_at + y) * in;
+    product[i] = float2{qx * mu[x] + qy * mu[y], qy * mu[x] - qx * mu[y]};
+    most = fmaxf(most, fmaxf(fabsf(product[i].x), fabsf(product[i].y)));
+  }
+  const int exponent = min(max((int)(float_as_bits(simd_max(most)) >> 23) - 127, -100), 100);
+  const float unit = power_of_two(-exponent);
+  if (lane == 0) work.turn_factor[slot] = power_of_two(exponent);
+#pragma unroll
+  for (int i = 0; i < kEach; i++) {
+    const int pair = lane + i * kSimd;
+    if (pair >= turn_steps(turn) * 8) continue;
+    const Split split = split_pair(product[i].x * unit, product[i].y * unit);
+    uint32_t* to = reinterpret_cast<uint32_t*>(work.products + pair / 8 * kSimd + slot * 4 + pair % 8 / 2) + pair % 2;
+    to[0] = split.whole, to[2] = split.rest;
+  }
+}
+
+// q·mu of the rows to work.offset; of an offset that turns, that of the channels behind the pairs, and the products of
+// the others. Rows are dealt to `helpers` warps.
 template <int D>
 __device__ __forceinline__ void dot_offsets(const AttendCall& call, int b, int head, int tile, const Work& work,
-                                            int warp, int lane) {
+                                            int helper, int helpers, int lane) {
   const AttendShape& s = call.shape;
   const AttendBuffers& in = call.buffers;
   const float* mu = in.offset_k + ((long long)b * s.kv_heads + head) * D;
   const int first = in.turn.waves ? 2 * in.turn.pairs : 0;
 #pragma unroll 1
-  for (int slot = call.warps - 1 - warp; slot < kTileRows; slot += call.warps) {  // the last warps have the least to do
+  for (int slot = helper; slot < kTileRows; slot += helpers) {
     const int row = min(tile * kTileRows + slot, rows_of(s) - 1);
     const long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
     float dot = 0.0f;
+    if (in.offset_k && first < D) {
 #pragma unroll
-    for (int c = lane; c < D; c += kSimd)
-      if (in.offset_k && c >= first) dot += load_as<false>(in.q, s.dtype, at + c) * mu[c];
-    dot = simd_sum(dot);
-    if (lane == 0) work.offset[slot] = dot * s.scale;
-  }
-}
-
-// q·mu of an offset that turns is Σ product · wave over pairs: those products, to work.products.
-__device__ __forceinline__ void turn_products(const AttendCall& call, int b, int head, int tile, const Work& work) {
-  const AttendShape& s = call.shape;
-  const Turn& turn = call.buffers.turn;
-  const float* mu = call.buffers.offset_k + ((long long)b * s.kv_heads + head) * s.format.k.head_dim;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < turn.pairs * kTileRows; i += call.warps * kSimd) {
-    const int pair = i % turn.pairs, slot = i / turn.pairs, x = pair * turn.pair_step, y = x + turn.pair_gap;
-    const int row = min(tile * kTileRows + slot, rows_of(s) - 1);
-    const long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
-    const float qx = load_as<false>(call.buffers.q, s.dtype, at + x) * s.scale;
-    const float qy = load_as<false>(call.buffers.q, s.dtype, at + y) * s.scale;
-    reinterpret_cast<float2*>(work.products)[pair * kTileRows + slot] =
-        float2{qx * mu[x] + qy * mu[y], qy * mu[x] - qx * mu[y]};
-  }
-}
-
-// q·mu in spans first, first + 1, … (AtOnce of them, fewer if `left` are left) of a row tile's rows, by one warp.
-template <int AtOnce>
-__device__ __forceinline__ void turn_spans(const Turn& turn, const float* products, int first, int left, float* turned,
-                                           int lane) {
-  const int row = lane % kTileRows, part = lane / kTileRows;
-  const float2* waves = reinterpret_cast<const float2*>(turn.waves) + (size_t)first * turn.pairs;
-  float sum[AtOnce] = {};
-#pragma unroll 8 / AtOnce
-  for (int pair = part; pair < turn.pairs; pair += kSimd / kTileRows) {
-    const float2 product = reinterpret_cast<const float2*>(products)[pair * kTileRows + row];
-#pragma unroll
-    for (int i = 0; i < AtOnce; i++) {
-      const float2 wave = waves[min(i, left - 1) * turn.pairs + pair];
-      sum[i] += product.x * wave.x + product.y * wave.y;
+      for (int c = lane; c < D; c += kSimd)
+        if (c >= first) dot += load_as<false>(in.q, s.dtype, at + c) * mu[c];
+      dot = simd_sum(dot);
     }
-  }
-#pragma unroll
-  for (int i = 0; i < AtOnce; i++) {
-    for (int mask = kTileRows; mask < kSimd; mask <<= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], mask);
-    if (part == i % 4 && i < left) turned[i * kTileRows + row] = sum[i];
+    if (lane == 0) work.offset[slot] = dot * s.scale;
+    if (in.turn.waves) turn_products<D>(call, mu, at, slot, work, lane);
   }
 }
 
-// The same for all spans from `first` on, to turned [spans][kTileRows], by the whole block. Ends with a barrier.
-__device__ __forceinline__ void turn_offsets(const Turn& turn, const float* products, int first, int spans,
-                                             float* turned, int warps) {
-  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd;
-  if (spans <= warps) {
-    if (warp < spans) turn_spans<1>(turn, products, first + warp, 1, turned + warp * kTileRows, lane);
-  } else {
-    for (int span = 4 * warp; span < spans; span += 4 * warps)
-      turn_spans<4>(turn, products, first + span, spans - span, turned + span * kTileRows, lane);
+// q·mu in `spans` spans from `first` on, to turned [spans][kTileRows], by the whole block: a warp takes 16 at a time, as
+// rows of A. Ends with a barrier.
+__device__ __forceinline__ void turn_offsets(const Turn& turn, const Work& work, int first, int spans, float* turned,
+                                             int warps) {
+  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4;
+  constexpr int kAtOnce = 4;  // steps whose loads are under way
+#pragma unroll 1
+  for (int from = 16 * warp; from < spans; from += 16 * warps) {
+    const float2* waves = reinterpret_cast<const float2*>(turn.waves);
+    const float2* row[2] = {waves + (long long)(first + min(from + g, spans - 1)) * turn.pairs,
+                            waves + (long long)(first + min(from + g + 8, spans - 1)) * turn.pairs};
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int step = 0; step < turn_steps(turn); step += kAtOnce) {
+      float2 wave[kAtOnce][4];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) wave[i][j] = row[j % 2][min((step + i) * 8 + 2 * t + j / 2, turn.pairs - 1)];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        if (step + i >= turn_steps(turn)) break;
+        uint32_t whole[4], rest[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const Split split = split_pair(wave[i][j].x, wave[i][j].y);
+          whole[j] = split.whole, rest[j] = split.rest;
+        }
+        const uint4 b = work.products[(step + i) * kSimd + lane];
+        mma(sum, rest, b.x, b.y);
+        mma(sum, whole, b.z, b.w);
+        mma(sum, whole, b.x, b.y);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      if (from + g + 8 * half < spans)
+        *reinterpret_cast<float2*>(turned + (from + g + 8 * half) * kTileRows + 2 * t) =
+            float2{sum[2 * half] * work.turn_factor[2 * t], sum[2 * half + 1] * work.turn_factor[2 * t + 1]};
   }
   __syncthreads();
 }

@@ -23,6 +23,7 @@ struct AttendCall {
   int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
   int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
   int warps, stages;        // stages: tiles of each warp that are under way
+  int bytes;                // of a stage
   int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
   int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
 };
@@ -49,7 +50,7 @@ HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turnin
   plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
   plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
   plan.products = plan.slots + warps / 2 * kTileRows * head_dim;
-  plan.end = (plan.products + 2 * kTileRows * turning_pairs + 31) / 32 * 32;
+  plan.end = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
   return plan;
 }
 
@@ -57,6 +58,9 @@ HALFBYTE_INLINE WorkPlan work_plan(const AttendCall& call) {
   const Turn& turn = call.buffers.turn;
   return work_plan(call.shape.format.k.head_dim, call.warps, turn.waves ? turn.pairs : 0);
 }
+
+// Steps of a product over all pairs.
+__device__ __forceinline__ int turn_steps(const Turn& turn) { return (turn.pairs + 7) / 8; }
 
 // That memory while a segment is worked on.
 struct Work {
@@ -73,7 +77,8 @@ struct Work {
   float* raw_sums;     // [raw slots][kTileRows]
   float* raw;          // [raw slots][kTileRows][raw_pitch]
   float* slots;        // [warps / 2][d / 16][4][32]; before, offsets that turn: [spans][kTileRows]
-  float* products;     // [pairs][kTileRows][2]: see turn_products
+  float* turn_factor;  // [kTileRows]
+  uint4* products;     // [turn_steps][32]: see turn_products
 };
 
 __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int slots) {
@@ -91,7 +96,8 @@ __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int
           memory + plan.raw_rows + slots * kTileRows,
           memory + plan.raw,
           memory + plan.slots,
-          memory + plan.products};
+          rows + 7 * kTileRows,
+          reinterpret_cast<uint4*>(memory + plan.products)};
 }
 
 HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
@@ -135,8 +141,8 @@ HALFBYTE_INLINE void deal_tiles(AttendCall& call, int begin, int end, int segmen
 
 // First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
 HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
-  if (call.splits)
-    return block / call.splits * call.n_tiles + (int)((long long)call.n_tiles * (block % call.splits) / call.splits);
+  const unsigned tiles = call.n_tiles, splits = call.splits, of = block;
+  if (splits) return (int)(of / splits * tiles + tiles * (of % splits) / splits);
   return block * call.share + (block < call.larger ? block : call.larger);
 }
 
@@ -161,43 +167,44 @@ HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
 
 struct Ring {
   uint8_t* memory;       // [stages][stage_bytes]
-  int next, end;         // work items not yet asked for: next, next + warps, …
+  int slot;              // the one to read, and then to fill, next
   unsigned asked;        // tiles asked for so far
-  int fill, take;        // the slots to fill and to read next
-  int codes, scales;     // bytes of a tile
   const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
 };
 
-__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, unsigned item) {
   const AttendShape& s = call.shape;
-  const int tile = call.first_tile + item % call.n_tiles;
-  const int row = item / call.n_tiles / row_tiles(s);
-  const int token = tile * kTileTokens;
-  return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
+  const unsigned n_tiles = call.n_tiles, row = item / n_tiles / row_tiles(s), heads = s.kv_heads;
+  const int token = (call.first_tile + (int)(item % n_tiles)) * kTileTokens;
+  return page_of(call.buffers.pages, s.format, (int)(row / heads), (int)(row % heads), token) +
          token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
 }
 
-// Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
-__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
+// Starts copying the warp's next tile, of work items first, first + warps, … before `last`, to the ring's slot, and moves
+// on to the next slot; an empty group once there is none, so that waiting counts on. Codes, MostScales: bytes.
+template <int Codes, int MostScales>
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int first, int last, int lane) {
   if (ring.asked % kSimd == 0) {
-    const int item = ring.next + lane * call.warps;
-    ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
+    const int item = first + (ring.asked + lane) * call.warps;
+    ring.ahead = item < last ? tile_address(call, item) : nullptr;
   }
   const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
   if (tagged) {
-    const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
-    const int second_half = (int)(tagged & 1);
-    uint8_t* to = ring.memory + ring.fill * (ring.codes + ring.scales);
-    const uint8_t* from_codes = page + second_half * ring.codes;
-    const uint8_t* from_scales = page + kPageBlocks / kTileBlocks * ring.codes + second_half * ring.scales;
-#pragma unroll 8
-    for (int at = lane * 16; at < ring.codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
-    for (int at = lane * 16; at < ring.scales; at += kSimd * 16) copy_async_16(to + ring.codes + at, from_scales + at);
+    const int second_half = (int)(tagged & 1), scales = call.bytes - Codes;
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(tagged & ~1ull) + second_half * Codes + lane * 16;
+    uint8_t* to = ring.memory + ring.slot * call.bytes + lane * 16;
+    static_assert(Codes % (kSimd * 16) == 0);
+#pragma unroll
+    for (int at = 0; at < Codes; at += kSimd * 16) copy_async_16(to + at, from + at);
+    from += kPageBlocks / kTileBlocks * Codes + second_half * (scales - Codes);
+    to += Codes;
+#pragma unroll
+    for (int at = 0; at < MostScales; at += kSimd * 16)
+      if (at + lane * 16 < scales) copy_async_16(to + at, from + at);
   }
   copy_async_commit();
   ring.asked++;
-  ring.fill = ring.fill + 1 == call.stages ? 0 : ring.fill + 1;
-  ring.next += call.warps;
+  ring.slot = ring.slot + 1 == call.stages ? 0 : ring.slot + 1;
 }
 
 }  // namespace halfbyte::gpu
