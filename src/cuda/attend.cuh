@@ -14,8 +14,9 @@ namespace halfbyte::gpu {
 
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
-  float factor[2], offset[2];  // score · log_base = factor · product + offset, and what the turning part of K's offset adds
-  int open_from, open_to;      // seen by all columns of the tile
+  float factor[2],
+      offset[2];           // score · log_base = factor · product + offset, and what the turning part of K's offset adds
+  int open_from, open_to;  // seen by all columns of the tile
 };
 
 __device__ __forceinline__ float log_base(const AttendShape& s) { return s.softcap > 0.0f ? 1.0f : kLog2e; }
@@ -132,13 +133,14 @@ __device__ __forceinline__ void add_block(int shift, const uint8_t* codes, const
   }
 }
 
-constexpr int kAtOnce = 2;  // blocks: one by one takes half the instructions in memory, which a short call waits for
+// Blocks that a warp takes at once: one by one needs half the instructions in memory, which a short call waits for.
+HALFBYTE_INLINE constexpr int at_once(int d) { return d > 128 ? 1 : 2; }
 
-// Exponent of the largest of V's scales in kAtOnce blocks, within what fp16 can divide by. scales: V's of the first.
-template <class Scale>
+// Exponent of the largest of V's scales in Blocks blocks, within what fp16 can divide by. scales: V's of the first.
+template <class Scale, int Blocks>
 __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scales, int block_scales, int lane) {
   const Scale* row =
-      reinterpret_cast<const Scale*>(scales + lane / kBlockTokens % kAtOnce * block_scales) + lane % kBlockTokens;
+      reinterpret_cast<const Scale*>(scales + lane / kBlockTokens % Blocks * block_scales) + lane % kBlockTokens;
   uint32_t largest = 0;
   for (int group = 0; group < groups; group++)
     largest = max(largest, __float_as_uint((float)row[group * kBlockTokens]) & 0x7fffffffu);
@@ -160,22 +162,23 @@ __device__ __forceinline__ const float* turn_tiles(const AttendCall& call, const
   return work.slots - first * kTileRows;
 }
 
-// kAtOnce blocks of 16 tokens, of a tile in shared memory, join the running softmax. codes, scales: of the first block;
-// turned: q·mu of the rows, [spans][kTileRows] from the sequence's first span on, of which those of the tile exist; or
-// null.
+// at_once(D) blocks of 16 tokens, of a tile in shared memory, join the running softmax. codes, scales: of the first
+// block; turned: q·mu of the rows, [spans][kTileRows] from the sequence's first span on, of which those of the tile
+// exist; or null.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint8_t* codes, const uint8_t* scales,
                                               const float* turned, int b, int first_row, int token,
                                               const uint32_t q[D / 16][2], const Columns& columns, int lane,
                                               Running<D>& r) {
   const AttendShape& s = call.shape;
+  constexpr int kBlocks = at_once(D);
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const int g = lane / 4, t = lane % 4;
-  float score[kAtOnce][4], offset[2] = {columns.offset[0], columns.offset[1]};
+  float score[kBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
 #pragma unroll
-  for (int i = 0; i < kAtOnce; i++) {
+  for (int i = 0; i < kBlocks; i++) {
     if (turned && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
       const int span = (token + i * kBlockTokens) >> (call.buffers.turn.span == kBlockTokens ? 4 : 6);
       const float2 own = reinterpret_cast<const float2*>(turned + span * kTileRows)[t];
@@ -187,13 +190,13 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
     for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + offset[j & 1];
   }
   if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
-    for (int i = 0; i < kAtOnce; i++)
+    for (int i = 0; i < kBlocks; i++)
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
-  if (call.buffers.mask || token < columns.open_from || token + kAtOnce * kBlockTokens > columns.open_to)
+  if (call.buffers.mask || token < columns.open_from || token + kBlocks * kBlockTokens > columns.open_to)
     for (int j = 0; j < 2; j++) {
       const int row = min(first_row + 2 * t + j, rows_of(s) - 1);
       const PackedSight sight = packed_sight(call, row);
-      for (int i = 0; i < kAtOnce; i++)
+      for (int i = 0; i < kBlocks; i++)
         for (int of = 0; of < 2; of++) {
           const int at = token + i * kBlockTokens + 2 * g + of;
           if (at < sight.lo || at >= sight.end || !mask_shows(s, call.buffers.mask, b, row, at))
@@ -201,12 +204,12 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
         }
     }
   float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
-  for (int i = 1; i < kAtOnce; i++) {
+  for (int i = 1; i < kBlocks; i++) {
     high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));
     high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
   }
   if (__any_sync(0xffffffffu, high0 > r.top[0] + kSlack || high1 > r.top[1] + kSlack)) raise_tops(r, high0, high1);
-  const int exponent = largest_exponent<Scale>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
+  const int exponent = largest_exponent<Scale, kBlocks>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
   if (exponent > r.unit_exponent) {
     const float keep = power_of_two(r.unit_exponent - exponent);
     rescale(r, keep, keep);
@@ -215,7 +218,7 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
   const float unit = power_of_two(-r.unit_exponent);
   const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
 #pragma unroll
-  for (int i = 0; i < kAtOnce; i++) {
+  for (int i = 0; i < kBlocks; i++) {
     const float p0 = exp2_fast(score[i][0] + base0), p1 = exp2_fast(score[i][1] + base1);
     const float p2 = exp2_fast(score[i][2] + base0), p3 = exp2_fast(score[i][3] + base1);
     r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
@@ -262,10 +265,10 @@ __device__ __forceinline__ void prepare_tile(const AttendCall& call, int b, int 
                                              int warp, int lane) {
   if (threadIdx.x < kTileRows)
     work.tops[threadIdx.x] = ordered_bits(kUnseen), work.largest[threadIdx.x] = 0, work.raw_sum[threadIdx.x] = 0.0f;
-  // Warps that have nothing to rotate take the offsets, if there are any.
-  const int rotating = min(call.warps, D / 16), helpers = call.warps - rotating;
+  // Warps that have nothing to rotate take the offsets, if there are any beside the last, which fetches tiles.
+  const int rotating = min(call.warps, D / 16), helpers = max(call.warps - 1 - rotating, 0);
   rotate_queries<D>(call, b, head, tile, work, warp, lane);
-  if (helpers == 0 || warp >= rotating)
+  if (helpers == 0 || (warp >= rotating && warp < rotating + helpers))
     dot_offsets<D>(call, b, head, tile, work, helpers ? warp - rotating : warp, helpers ? helpers : call.warps, lane);
   __syncthreads();
 }
@@ -297,16 +300,17 @@ __device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sha
   __shared__ int arrived;
   const int threads = call.warps * kSimd;
   sum_slots<D>(work, call.warps / 2, nullptr, threads);
-  store_partial<D>(work, partial_at(call, D, blockIdx.x + segment),
-                   (int)blockIdx.x == sharers.first ? raw : nullptr, threads);
-  __threadfence();
+  store_partial<D>(work, partial_at(call, D, blockIdx.x + segment), (int)blockIdx.x == sharers.first ? raw : nullptr,
+                   threads);
   __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(&call.arrivals[segment], 1);
+  if (threadIdx.x == 0) {  // fences reach what the barriers order
+    __threadfence();
+    arrived = atomicAdd(&call.arrivals[segment], 1);
+    if (arrived == sharers.n - 1) call.arrivals[segment] = 0;
+    __threadfence();
+  }
   __syncthreads();
-  if (arrived != sharers.n - 1) return false;
-  __threadfence();
-  if (threadIdx.x == 0) call.arrivals[segment] = 0;
-  return true;
+  return arrived == sharers.n - 1;
 }
 
 // This thread block's part of a call: its tiles, and whatever segments it is the last one to work on. Without packed
@@ -317,13 +321,14 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd;
   const unsigned tiles = row_tiles(s);
   constexpr int kCodes = kTileBlocks * D / kSpan * (kSpanBytes<KBits> + kSpanBytes<VBits>);
-  constexpr int kScales = kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
+  constexpr int kScales =
+      kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
   const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
   const int raw_slots_here = raw_slots(D, call.warps);
   const WorkPlan plan = work_plan(call);
   const Work work = work_at(memory, plan, raw_slots_here);
-  Ring ring{reinterpret_cast<uint8_t*>(memory + plan.end) + (size_t)warp * call.stages * call.bytes, 0, 0, nullptr};
-  const auto ask = [&] { ask_for_tile<kCodes, kScales>(call, ring, first + warp, last, lane); };
+  Ring ring = start_ring(call, memory, plan, first, last, warp, lane);
+  const auto ask = [&](int slot) { ask_for_tile<kCodes, kScales>(call, ring, slot, first + warp, last, lane); };
 
   int item = first + warp, begin = first;  // this warp's next tile; the first one of the segment
   do {
@@ -334,11 +339,20 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
     const Sharers sharers = sharers_of(call, segment);
     if (begin != first) __syncthreads();  // the last segment is finished
     prefetch_before_tiles<D>(call, begin - (int)segment * call.n_tiles, end - (int)segment * call.n_tiles);
-    if (begin == first)
-#pragma unroll 1
-      for (int i = 0; i < call.stages; i++) ask();
     prefetch_for_finish<D>(call, b, head);
+    // Whoever asks for tiles waits once memory has enough to do. Where one warp has nothing to rotate it asks for all,
+    // while the others prepare: for part of the tiles, if there is one more barrier to come.
+    const bool one_asks = call.warps > D / 16, asks = begin == first && (!one_asks || warp == call.warps - 1);
+    const int early = one_asks && call.buffers.turn.waves ? 1 : call.stages;
+    const auto fill = [&](int from, int to) {
+      fill_rings<kCodes>(call, ring, from, to, one_asks ? 0 : warp, one_asks ? call.warps : 1, first, last, warp, lane);
+    };
+    if (kBulkCopies && asks) fill(0, early);
+    if (!kBulkCopies && begin == first)
+#pragma unroll 1
+      for (int i = 0; i < call.stages; i++) ask(i);
     prepare_tile<D>(call, b, head, tile, work, warp, lane);
+    if (kBulkCopies && asks) fill(early, call.stages);
     uint32_t q[D / 16][2];
     Columns columns{};
     Running<D> running;
@@ -355,16 +369,16 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
         clear(running);
       }
       for (; item < to; item += call.warps) {
-        copy_async_wait(call.stages - 1);
-        __syncwarp();
+        wait_for_tile(call, ring);
         const uint8_t* stage = ring.memory + ring.slot * call.bytes;
 #pragma unroll 1
-        for (int i = 0; i < kTileBlocks; i += kAtOnce)
+        for (int i = 0; i < kTileBlocks; i += at_once(D))
           attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
               call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
               turned, b, tile * kTileRows, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
         __syncwarp();  // before the ring's slot is filled again
-        ask();
+        ask(ring.slot);
+        next_slot(call, ring);
       }
     } while (to < end);
     merge_warps(running, work, call.warps, slots, warp, lane);

@@ -76,8 +76,9 @@ __device__ __forceinline__ void split_weights(bool is_bf16, float p0, float p1, 
 
 // n tokens from `from` on join the running softmax, in the order of raw_channel.
 template <int D>
-__device__ __forceinline__ void attend_raw_block(const AttendCall& call, const RawTokens& raw, int b, int head, int tile,
-                                                 int from, int n, const RawQueries<D>& q, int lane, Running<D>& r) {
+__device__ __forceinline__ void attend_raw_block(const AttendCall& call, const RawTokens& raw, int b, int head,
+                                                 int tile, int from, int n, const RawQueries<D>& q, int lane,
+                                                 Running<D>& r) {
   const bool is_bf16 = call.shape.dtype == kBfloat16;
   float score[4];
   score_raw_block<D>(call, raw, b, head, tile, from, n, q, lane, score);

@@ -19,7 +19,7 @@ __device__ __forceinline__ void merge_raw(const Work& work, int slots, int threa
     float sum = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < slots; i++)
-      sum += work.raw[i * kTileRows * raw_pitch(D) + at] * exp2f(work.raw_tops[i * kTileRows + row] - top);
+      sum += work.raw[i * kTileRows * raw_pitch(D) + at] * exp2_fast(work.raw_tops[i * kTileRows + row] - top);
     work.raw[at] = sum;
   }
   if (threadIdx.x < kTileRows) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void merge_raw(const Work& work, int slots, int threa
 #pragma unroll 1
     for (int i = 0; i < slots; i++) {
       const int at = i * kTileRows + threadIdx.x;
-      sum += work.raw_sums[at] * exp2f(work.raw_tops[at] - from_ordered(work.tops[threadIdx.x]));
+      sum += work.raw_sums[at] * exp2_fast(work.raw_tops[at] - from_ordered(work.tops[threadIdx.x]));
     }
     work.raw_sum[threadIdx.x] = sum;
   }
@@ -44,7 +44,7 @@ __device__ __forceinline__ void merge_warps(Running<D>& r, const Work& work, int
   __syncthreads();
   float keep[2];
   for (int j = 0; j < 2; j++) {
-    keep[j] = exp2f(r.top[j] - from_ordered(work.tops[2 * t + j]));
+    keep[j] = exp2_fast(r.top[j] - from_ordered(work.tops[2 * t + j]));
     if (g == 0) work.sums[warp * kTileRows + 2 * t + j] = r.sum[j] * keep[j];
   }
   const float unit = power_of_two(r.unit_exponent);
@@ -58,10 +58,10 @@ __device__ __forceinline__ void merge_warps(Running<D>& r, const Work& work, int
   if (warp < half)
     for (int i = 0; i < D / 16; i++)
       for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] += r.acc[i][j];
-  if (threadIdx.x < kTileRows) {
-    float sum = 0.0f;
-    for (int i = 0; i < warps; i++) sum += work.sums[i * kTileRows + threadIdx.x];
-    work.packed_sum[threadIdx.x] = sum;
+#pragma unroll 1
+  for (int row = warp; row < kTileRows; row += warps) {
+    const float sum = simd_sum(lane < warps ? work.sums[lane * kTileRows + row] : 0.0f);
+    if (lane == 0) work.packed_sum[row] = sum;
   }
   __syncthreads();
 }
@@ -110,9 +110,9 @@ __device__ __forceinline__ uint2 unit_pairs(const Work& work, int i, int lane) {
 
 // A block's result in global memory.
 struct Partial {
-  uint2* pairs;  // [d / 16][32], see unit_pairs
-  float* top;    // [kTileRows]
-  float* sum;    // [kTileRows]
+  uint2* pairs;    // [d / 16][32], see unit_pairs
+  float* top;      // [kTileRows]
+  float* sum;      // [kTileRows]
   float* largest;  // [kTileRows], to multiply by
 };
 
@@ -127,7 +127,8 @@ __device__ __forceinline__ Partial partial_at(const AttendCall& call, int d, int
 
 // What raw tokens gave a segment, relative to the first sharer's maxima: [kTileRows][raw_pitch], then the sums.
 __device__ __forceinline__ float* raw_partial_at(const AttendCall& call, int d, int segments, int segment) {
-  uchar* after = reinterpret_cast<uchar*>(call.buffers.partials) + (long long)(call.blocks + segments) * partial_bytes(d);
+  uchar* after =
+      reinterpret_cast<uchar*>(call.buffers.partials) + (long long)(call.blocks + segments) * partial_bytes(d);
   return reinterpret_cast<float*>(after + (long long)segment * raw_bytes(d));
 }
 
@@ -171,7 +172,8 @@ __device__ __forceinline__ void add_partials(const AttendCall& call, int first_s
   }
 }
 
-// All n partial results of a segment to slots, of which it returns the number, and to this block's sums and raw results.
+// All n partial results of a segment to slots, of which it returns the number, and to this block's sums and raw
+// results.
 template <int D>
 __device__ __forceinline__ int merge_partials(const AttendCall& call, int first_slot, int n, const float* raw,
                                               const Work& work, int warp, int lane) {
@@ -187,7 +189,7 @@ __device__ __forceinline__ int merge_partials(const AttendCall& call, int first_
 #pragma unroll 4
     for (int k = lane; k < n; k += kSimd) {
       const Partial part = partial_at(call, D, first_slot + k);
-      sum += part.sum[row] * exp2f(part.top[row] - from_ordered(work.tops[row]));
+      sum += part.sum[row] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
     }
     sum = simd_sum(sum);
     if (lane == 0) work.packed_sum[row] = sum;
@@ -200,7 +202,7 @@ __device__ __forceinline__ int merge_partials(const AttendCall& call, int first_
     for (int i = threadIdx.x; i < (to - from) * kTileRows; i += threads) {
       const Partial part = partial_at(call, D, first_slot + from + i / kTileRows);
       const int row = i % kTileRows;
-      work.raw[i] = part.largest[row] * exp2f(part.top[row] - from_ordered(work.tops[row]));
+      work.raw[i] = part.largest[row] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
     }
     __syncthreads();
     add_partials<D>(call, first_slot, from, to, work.raw, work, groups, threads);
@@ -211,7 +213,7 @@ __device__ __forceinline__ int merge_partials(const AttendCall& call, int first_
   for (int at = threadIdx.x; at < kTileRows * (raw_pitch(D) + 1); at += threads) {
     const bool is_sum = at >= kTileRows * raw_pitch(D);
     const int row = is_sum ? at - kTileRows * raw_pitch(D) : at / raw_pitch(D);
-    const float value = raw[at] * exp2f(part.top[row] - from_ordered(work.tops[row]));
+    const float value = raw[at] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
     if (is_sum)
       work.raw_sum[row] = value;
     else
@@ -232,8 +234,8 @@ __device__ __forceinline__ float norm_of(const AttendCall& call, const Work& wor
   // One more logit in the denominator.
   const int row = min(tile * kTileRows + slot, rows_of(s) - 1);
   const float sink = call.buffers.sinks[head * s.group + row % s.group] * kLog2e;
-  const float own = from_ordered(work.tops[slot]) - kWeightBias, top = fmaxf(own, sink), keep = exp2f(own - top);
-  return keep / (sum * keep + exp2f(sink - top));
+  const float own = from_ordered(work.tops[slot]) - kWeightBias, top = fmaxf(own, sink), keep = exp2_fast(own - top);
+  return keep / (sum * keep + exp2_fast(sink - top));
 }
 
 __device__ __forceinline__ uint32_t pack_pair(int dtype, float x, float y) {

@@ -51,7 +51,8 @@ __device__ __forceinline__ void multiply_tile(const uint4 a[D / 16], const uint2
 
 // ---- Queries
 
-// A thread's part of its row g of queries as they are: channels 32p + 8t … + 7 in words[p]. Zeros where there is no row.
+// A thread's part of its row g of queries as they are: channels 32p + 8t … + 7 in words[p]. Zeros where there is no
+// row.
 template <int D>
 struct QueryRow {
   uint4 words[D / 32];
@@ -65,8 +66,7 @@ __device__ __forceinline__ QueryRow<D> load_row(const AttendCall& call, int b, i
   QueryRow<D> out;
 #pragma unroll
   for (int p = 0; p < D / 32; p++)
-    out.words[p] =
-        row < rows_of(s) ? *reinterpret_cast<const uint4*>(from + 2 * (32 * p + 8 * t)) : uint4{0, 0, 0, 0};
+    out.words[p] = row < rows_of(s) ? *reinterpret_cast<const uint4*>(from + 2 * (32 * p + 8 * t)) : uint4{0, 0, 0, 0};
   return out;
 }
 
@@ -219,12 +219,12 @@ __device__ __forceinline__ void dot_offsets(const AttendCall& call, int b, int h
   }
 }
 
-// q·mu in `spans` spans from `first` on, to turned [spans][kTileRows], by the whole block: a warp takes 16 at a time, as
-// rows of A. Ends with a barrier.
+// q·mu in `spans` spans from `first` on, to turned [spans][kTileRows], by the whole block: a warp takes 16 at a time,
+// as rows of A. Ends with a barrier.
 __device__ __forceinline__ void turn_offsets(const Turn& turn, const Work& work, int first, int spans, float* turned,
                                              int warps) {
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4;
-  constexpr int kAtOnce = 4;  // steps whose loads are under way
+  constexpr int kAhead = 4;  // steps whose loads are under way
 #pragma unroll 1
   for (int from = 16 * warp; from < spans; from += 16 * warps) {
     const float2* waves = reinterpret_cast<const float2*>(turn.waves);
@@ -232,14 +232,14 @@ __device__ __forceinline__ void turn_offsets(const Turn& turn, const Work& work,
                             waves + (long long)(first + min(from + g + 8, spans - 1)) * turn.pairs};
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-    for (int step = 0; step < turn_steps(turn); step += kAtOnce) {
-      float2 wave[kAtOnce][4];
+    for (int step = 0; step < turn_steps(turn); step += kAhead) {
+      float2 wave[kAhead][4];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++)
+      for (int i = 0; i < kAhead; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++) wave[i][j] = row[j % 2][min((step + i) * 8 + 2 * t + j / 2, turn.pairs - 1)];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int i = 0; i < kAhead; i++) {
         if (step + i >= turn_steps(turn)) break;
         uint32_t whole[4], rest[4];
 #pragma unroll

@@ -15,7 +15,7 @@ constexpr int kMaxStages = 8;
 
 struct AttendCall {
   AttendShape shape;
-  AttendBuffers buffers;    // partials are of another kind here, see merge.cuh
+  AttendBuffers buffers;                 // partials are of another kind here, see merge.cuh
   gpu_global const uint4* fragments[2];  // R of K and the transpose of V's, see fragment_at
   RawTokens raw[kMaxRaw];
   int n_raw;
@@ -39,7 +39,7 @@ HALFBYTE_INLINE constexpr int raw_pitch(int head_dim) { return head_dim + 2; }  
 
 // What a thread block has beside its rings, in floats, each part a multiple of four.
 struct WorkPlan {
-  int fragments, rows, sums, raw_rows, raw, slots, products, end;
+  int fragments, rows, sums, raw_rows, raw, slots, products, barriers, end;
 };
 
 HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turning_pairs) {
@@ -50,7 +50,8 @@ HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turnin
   plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
   plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
   plan.products = plan.slots + warps / 2 * kTileRows * head_dim;
-  plan.end = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
+  plan.barriers = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
+  plan.end = plan.barriers + warps * kMaxStages * 2;
   return plan;
 }
 
@@ -166,11 +167,16 @@ HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
 // ---- One warp's ring of tiles
 
 struct Ring {
-  uint8_t* memory;       // [stages][stage_bytes]
-  int slot;              // the one to read, and then to fill, next
-  unsigned asked;        // tiles asked for so far
-  const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
+  uint8_t* memory;        // [stages][bytes of a stage]
+  CopyBarrier* barriers;  // [stages], where copies are bulk copies
+  int slot, round;        // the slot to read, and then to fill, next; how often the ring has begun anew, modulo 2
+  unsigned asked;         // tiles asked for so far
+  const uint8_t* ahead;   // lane i: address of the i-th tile from asked / 32 · 32
 };
+
+__device__ __forceinline__ void next_slot(const AttendCall& call, Ring& ring) {
+  if (++ring.slot == call.stages) ring.slot = 0, ring.round ^= 1;
+}
 
 __device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, unsigned item) {
   const AttendShape& s = call.shape;
@@ -180,31 +186,94 @@ __device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, u
          token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
 }
 
-// Starts copying the warp's next tile, of work items first, first + warps, … before `last`, to the ring's slot, and moves
-// on to the next slot; an empty group once there is none, so that waiting counts on. Codes, MostScales: bytes.
+// Where the pieces of a tile lie: codes, then scales. tagged: see tile_address.
+template <int Codes>
+struct TilePieces {
+  const uint8_t *codes, *scales;
+  __device__ __forceinline__ TilePieces(const AttendCall& call, const uint8_t* tagged) {
+    const int second_half = (int)((uint64_t)tagged & 1);
+    codes = reinterpret_cast<const uint8_t*>((uint64_t)tagged & ~1ull) + second_half * Codes;
+    scales = codes + kPageBlocks / kTileBlocks * Codes + second_half * (call.bytes - 2 * Codes);
+  }
+};
+
+// By one thread: Hopper's way to fetch a tile.
+template <int Codes>
+__device__ __forceinline__ void copy_tile(const AttendCall& call, const uint8_t* tagged, uint8_t* to,
+                                          CopyBarrier* barrier) {
+  const TilePieces<Codes> from(call, tagged);
+  copy_bulk_expect(barrier, call.bytes);
+  copy_bulk(to, from.codes, Codes, barrier);
+  copy_bulk(to + Codes, from.scales, call.bytes - Codes, barrier);
+}
+
+// Starts copying the warp's next tile, of work items first, first + warps, … before `last`, to slot `slot`; an empty
+// group once there is none, so that waiting counts on. Codes, MostScales: bytes.
 template <int Codes, int MostScales>
-__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int first, int last, int lane) {
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int slot, int first, int last,
+                                             int lane) {
   if (ring.asked % kSimd == 0) {
     const int item = first + (ring.asked + lane) * call.warps;
     ring.ahead = item < last ? tile_address(call, item) : nullptr;
   }
-  const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
-  if (tagged) {
-    const int second_half = (int)(tagged & 1), scales = call.bytes - Codes;
-    const uint8_t* from = reinterpret_cast<const uint8_t*>(tagged & ~1ull) + second_half * Codes + lane * 16;
-    uint8_t* to = ring.memory + ring.slot * call.bytes + lane * 16;
+  const auto tagged = (const uint8_t*)__shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked++ % kSimd);
+  uint8_t* to = ring.memory + slot * call.bytes;
+  if constexpr (kBulkCopies) {
+    if (tagged && lane == 0) copy_tile<Codes>(call, tagged, to, ring.barriers + slot);
+  } else {
     static_assert(Codes % (kSimd * 16) == 0);
+    if (tagged) {
+      const TilePieces<Codes> from(call, tagged);
 #pragma unroll
-    for (int at = 0; at < Codes; at += kSimd * 16) copy_async_16(to + at, from + at);
-    from += kPageBlocks / kTileBlocks * Codes + second_half * (scales - Codes);
-    to += Codes;
+      for (int at = lane * 16; at < Codes; at += kSimd * 16) copy_async_16(to + at, from.codes + at);
 #pragma unroll
-    for (int at = 0; at < MostScales; at += kSimd * 16)
-      if (at + lane * 16 < scales) copy_async_16(to + at, from + at);
+      for (int at = lane * 16; at < MostScales; at += kSimd * 16)
+        if (at < call.bytes - Codes) copy_async_16(to + Codes + at, from.scales + at);
+    }
+    copy_async_commit();
   }
-  copy_async_commit();
-  ring.asked++;
-  ring.slot = ring.slot + 1 == call.stages ? 0 : ring.slot + 1;
+}
+
+// The same for slots [begin, end) of the rings of `rings` warps from `from` on, one lane a ring. own: of this warp.
+template <int Codes>
+__device__ __forceinline__ void fill_rings(const AttendCall& call, const Ring& own, int begin, int end, int from,
+                                           int rings, int first, int last, int warp, int lane) {
+  if (lane >= rings) return;
+  const int behind = from + lane - warp;
+#pragma unroll 1
+  for (int slot = begin; slot < end; slot++) {
+    CopyBarrier* barrier = own.barriers + behind * kMaxStages + slot;
+    copy_barrier_start(barrier);
+    const int item = first + from + lane + slot * call.warps;
+    if (item < last)
+      copy_tile<Codes>(call, tile_address(call, item), own.memory + (behind * call.stages + slot) * call.bytes,
+                       barrier);
+  }
+}
+
+// A warp's ring, of which no tile is asked for; where copies are bulk copies, fill_rings does that for the first ones.
+__device__ __forceinline__ Ring start_ring(const AttendCall& call, float* memory, const WorkPlan& plan, int first,
+                                           int last, int warp, int lane) {
+  Ring ring{reinterpret_cast<uint8_t*>(memory + plan.end) + (size_t)warp * call.stages * call.bytes,
+            reinterpret_cast<CopyBarrier*>(memory + plan.barriers) + warp * kMaxStages,
+            0,
+            0,
+            0,
+            nullptr};
+  if constexpr (kBulkCopies) {
+    const int item = first + warp + lane * call.warps;
+    ring.asked = call.stages, ring.ahead = item < last ? tile_address(call, item) : nullptr;
+  }
+  return ring;
+}
+
+// Waits for the tile in the ring's slot, in every lane's eyes.
+__device__ __forceinline__ void wait_for_tile(const AttendCall& call, const Ring& ring) {
+  if constexpr (kBulkCopies)
+    copy_bulk_wait(ring.barriers + ring.slot, ring.round);
+  else
+    copy_async_wait(call.stages - 1);
+  __syncwarp();
 }
 
 }  // namespace halfbyte::gpu
