@@ -156,8 +156,7 @@ def bind(path):
         getattr(library, f"halfbyte_cuda_{structure.__name__.lower()}").argtypes = [pointer(structure)]
     library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
     library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
-    library.halfbyte_cuda_attend_fragment_bytes.argtypes = [pointer(LayerDescription)]
-    for name in ("fragment_bytes", "fast_bytes"):
+    for name in ("fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(LayerDescription), _INT]
     for name in ("attend_space", "page_bytes", "fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").restype = _INT

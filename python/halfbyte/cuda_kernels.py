@@ -248,7 +248,7 @@ def _tables(library, description, device, side, matrix):
     fragments = []
     for kind, size in (
         ("fragments", library.halfbyte_cuda_fragment_bytes(description, side)),
-        ("attend_fragments", library.halfbyte_cuda_attend_fragment_bytes(description)),
+        ("attend_fragments", library.halfbyte_cuda_attend_fragment_bytes(description, side)),
     ):
         made = torch.empty(size, dtype=torch.uint8)
         if size:

@@ -295,8 +295,9 @@ extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
   return std::max(portable, slots * partial_bytes(d) + segments * raw_bytes(d));
 }
 
-extern "C" int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer) {
-  return kernels_for(page_format(*layer), (int)layer->dtype).call ? 2 * layer->head_dim_k * layer->head_dim_k : 0;
+extern "C" int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
+  const int64_t d = layer->head_dim_k;
+  return kernels_for(page_format(*layer), (int)layer->dtype).call ? (is_v ? 1 : kQueryTerms) * 2 * d * d : 0;
 }
 
 extern "C" void halfbyte_cuda_attend_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
@@ -308,7 +309,11 @@ extern "C" void halfbyte_cuda_attend_fragments(const HalfbyteCudaLayer* layer, i
       for (int lane = 0; lane < kSimd; lane++)
         for (int e = 0; e < 8; e++) {
           const Element at = is_v ? result_element(tile, step, lane, e) : query_element(tile, step, lane, e);
-          const float r = is_v ? rotation[at.column * d + at.row] : rotation[at.row * d + at.column];
-          out[fragment_at(d, tile, step, lane) * 8 + e] = float_to_half(r);
+          float rest = is_v ? rotation[at.column * d + at.row] : rotation[at.row * d + at.column];
+          for (int term = 0; term < (is_v ? 1 : kQueryTerms); term++) {
+            const ushort bits = float_to_half(rest);
+            out[(term * fragment_at(d, d / 16, 0, 0) + fragment_at(d, tile, step, lane)) * 8 + e] = bits;
+            rest -= half_to_float(bits);
+          }
         }
 }

@@ -244,7 +244,7 @@ __device__ __forceinline__ void prefetch_all(const AttendCall& call, const void*
 template <int D>
 __device__ __forceinline__ void prefetch_before_tiles(const AttendCall& call, int begin, int end) {
   const Turn& turn = call.buffers.turn;
-  prefetch_all(call, call.fragments[0], 2 * D * D);
+  prefetch_all(call, call.fragments[0], kQueryTerms * 2 * D * D);
   if (!turn.waves || begin >= end) return;
   const int first = (call.first_tile + begin) * kTileTokens / turn.span;
   const int last = ((call.first_tile + end) * kTileTokens - 1) / turn.span;

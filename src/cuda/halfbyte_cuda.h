@@ -175,7 +175,7 @@ int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
-int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer); /* the same for K and V */
+int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 
 /* Fill host memory: R as [d][d] of a rotation that is not dense, what its fast transform reads (factors of the
  * channels, then roots of srft), and any R as the encoding kernel reads it. */

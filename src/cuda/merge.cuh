@@ -268,7 +268,7 @@ __device__ __forceinline__ void finish_tile(const AttendCall& call, int b, int h
   for (int i = warp; i < D / 16; i += call.warps) {
     uint4 a[D / 16];
     load_fragments<D>(call.fragments[1], i, lane, a);
-    float c[4];
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     multiply_tile<D>(a, y, c);
     const int channel = 16 * i + 2 * g;
     const float2 offset = mu ? *reinterpret_cast<const float2*>(mu + channel) : float2{0.0f, 0.0f};

@@ -6,11 +6,14 @@
 
 namespace halfbyte::gpu {
 
-// The matrix as A of the product, in fp16, in the order in which threads read it: [d / 16 tiles of 16 results][d / 16
-// steps of 16 that are summed over][32 lanes] of 16 bytes.
+// The matrix as A of the product, in the order in which threads read it: [d / 16 tiles of 16 results][d / 16 steps of 16
+// that are summed over][32 lanes] of 16 bytes. It is in fp16, and R of K once more as what that leaves: errors of
+// queries come back as relative errors of weights, as many times larger as scores are.
 HALFBYTE_INLINE constexpr int fragment_at(int d, int tile, int step, int lane) {
   return (tile * (d / 16) + step) * kSimd + lane;
 }
+
+constexpr int kQueryTerms = 2;
 
 // Which element of the matrix a lane holds as number e (0 … 7) of a fragment: row and column.
 struct Element {
@@ -36,11 +39,10 @@ __device__ __forceinline__ void load_fragments(const uint4* fragments, int tile,
   for (int step = 0; step < D / 16; step++) a[step] = fragments[fragment_at(D, tile, step, lane)];
 }
 
-// 16 results by 8 rows. b: [D / 16] of the rows.
+// Adds 16 results by 8 rows to c. b: [D / 16] of the rows.
 template <int D>
 __device__ __forceinline__ void multiply_tile(const uint4 a[D / 16], const uint2 b[D / 16], float c[4]) {
   float odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // two sums, neither of which waits for the other
-  for (int j = 0; j < 4; j++) c[j] = 0.0f;
 #pragma unroll
   for (int step = 0; step < D / 16; step++) {
     const uint32_t words[4] = {a[step].x, a[step].y, a[step].z, a[step].w};
@@ -133,10 +135,13 @@ __device__ __forceinline__ void rotate_queries(const AttendCall& call, int b, in
   if (warp == 0 && t == 0) work.factor[g] = s.scale * power_of_two(exponent) * power_of_two(of_lambda);
 #pragma unroll 1
   for (int i = warp; i < D / 16; i += call.warps) {
-    uint4 a[D / 16];
-    load_fragments<D>(call.fragments[0], i, lane, a);
-    float c[4];
-    multiply_tile<D>(a, q, c);
+    float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int term = kQueryTerms - 1; term >= 0; term--) {  // the small ones first
+      uint4 a[D / 16];
+      load_fragments<D>(call.fragments[0] + term * fragment_at(D, D / 16, 0, 0), i, lane, a);
+      multiply_tile<D>(a, q, c);
+    }
     if (lambda) {
       const Element first = query_element(i, 0, lane, 0);
       const float unit = power_of_two(-of_lambda), low = lambda[first.row] * unit, high = lambda[first.row + 2] * unit;

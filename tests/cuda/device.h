@@ -152,7 +152,7 @@ struct Tables {
   }
   static std::vector<uint8_t> make_attend_fragments(const HalfbyteCudaLayer& layer, bool is_v,
                                                     const std::vector<float>& m) {
-    std::vector<uint8_t> bytes(halfbyte_cuda_attend_fragment_bytes(&layer));
+    std::vector<uint8_t> bytes(halfbyte_cuda_attend_fragment_bytes(&layer, is_v));
     if (!bytes.empty()) halfbyte_cuda_attend_fragments(&layer, is_v, m.data(), bytes.data());
     return bytes;
   }
