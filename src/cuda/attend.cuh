@@ -302,7 +302,7 @@ __device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sha
   sum_slots<D>(work, call.warps / 2, nullptr, threads);
   store_partial<D>(work, partial_at(call, D, blockIdx.x + segment), (int)blockIdx.x == sharers.first ? raw : nullptr,
                    threads);
-  __syncthreads();
+  __syncthreads();  // all of it is stored         // all of it is stored
   if (threadIdx.x == 0) {  // fences reach what the barriers order
     __threadfence();
     arrived = atomicAdd(&call.arrivals[segment], 1);
@@ -376,7 +376,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
           attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
               call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
               turned, b, tile * kTileRows, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
-        __syncwarp();  // before the ring's slot is filled again
+        __syncwarp();  // before the slot is filled again
         ask(ring.slot);
         next_slot(call, ring);
       }

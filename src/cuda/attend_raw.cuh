@@ -66,12 +66,12 @@ __device__ __forceinline__ void score_raw_block(const AttendCall& call, const Ra
   }
 }
 
-// Weights of two tokens as B, and, as bf16 keeps too few bits, what is left of them.
-__device__ __forceinline__ void split_weights(bool is_bf16, float p0, float p1, uint32_t& whole, uint32_t& rest) {
-  whole = is_bf16 ? __byte_perm(__float_as_uint(p0), __float_as_uint(p1), 0x7632) : as_bits(__floats2half2_rn(p0, p1));
-  const float rest0 = p0 - __uint_as_float(whole << 16), rest1 = p1 - __uint_as_float(whole & 0xffff0000u);
-  whole = transpose_8x8(whole);
-  rest = transpose_8x8(__byte_perm(__float_as_uint(rest0), __float_as_uint(rest1), 0x7632));
+// Weights of two tokens as B. What bf16 can not hold of them is taken off, so that their sums leave it out as well.
+__device__ __forceinline__ uint32_t take_weights(bool is_bf16, float& p0, float& p1) {
+  if (!is_bf16) return transpose_8x8(as_bits(__floats2half2_rn(p0, p1)));
+  const uint32_t pair = __byte_perm(__float_as_uint(p0), __float_as_uint(p1), 0x7632);
+  p0 = __uint_as_float(pair << 16), p1 = __uint_as_float(pair & 0xffff0000u);
+  return transpose_8x8(pair);
 }
 
 // n tokens from `from` on join the running softmax, in the order of raw_channel.
@@ -84,23 +84,20 @@ __device__ __forceinline__ void attend_raw_block(const AttendCall& call, const R
   score_raw_block<D>(call, raw, b, head, tile, from, n, q, lane, score);
   raise_tops(r, fmaxf(score[0], score[2]), fmaxf(score[1], score[3]));
   const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
-  const float p0 = exp2_fast(score[0] + base0), p1 = exp2_fast(score[1] + base1);
-  const float p2 = exp2_fast(score[2] + base0), p3 = exp2_fast(score[3] + base1);
+  float p0 = exp2_fast(score[0] + base0), p1 = exp2_fast(score[1] + base1);
+  float p2 = exp2_fast(score[2] + base0), p3 = exp2_fast(score[3] + base1);
+  const uint32_t w0 = take_weights(is_bf16, p0, p1), w1 = take_weights(is_bf16, p2, p3);
   r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
-  uint32_t whole[2], rest[2];
-  split_weights(is_bf16, p0, p1, whole[0], rest[0]), split_weights(is_bf16, p2, p3, whole[1], rest[1]);
   const RawRows<D> v = load_raw<D>(raw.v, raw.v_strides, b, head, from - raw.first, n, lane);
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
     uint32_t a[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) a[j] = transpose_8x8(word_of(v.words[i / 2][j / 2], i % 2 * 2 + j % 2));
-    if (is_bf16) {
-      mma_bf16(r.acc[i], a, whole[0], whole[1]);
-      mma_bf16(r.acc[i], a, rest[0], rest[1]);
-    } else {
-      mma(r.acc[i], a, whole[0], whole[1]);
-    }
+    if (is_bf16)
+      mma_bf16(r.acc[i], a, w0, w1);
+    else
+      mma(r.acc[i], a, w0, w1);
   }
 }
 

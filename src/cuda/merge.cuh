@@ -83,8 +83,8 @@ __device__ __forceinline__ void sum_slots(const Work& work, int n, const float* 
     }
     float high0 = fmaxf(fabsf(y[0]), fabsf(y[2])), high1 = fmaxf(fabsf(y[1]), fabsf(y[3]));
     for (int mask = 4; mask < kSimd; mask <<= 1) {
-      high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));
-      high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));
+      high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));  // a row's unit
+      high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));  // a row's unit
     }
     if (g == 0) atomicMax(&work.largest[2 * t], __float_as_uint(high0));
     if (g == 0) atomicMax(&work.largest[2 * t + 1], __float_as_uint(high1));

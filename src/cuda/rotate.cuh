@@ -6,8 +6,8 @@
 
 namespace halfbyte::gpu {
 
-// The matrix as A of the product, in the order in which threads read it: [d / 16 tiles of 16 results][d / 16 steps of 16
-// that are summed over][32 lanes] of 16 bytes. It is in fp16, and R of K once more as what that leaves: errors of
+// The matrix as A of the product, in the order in which threads read it: [d / 16 tiles of 16 results][d / 16 steps of
+// 16 that are summed over][32 lanes] of 16 bytes. It is in fp16, and R of K once more as what that leaves: errors of
 // queries come back as relative errors of weights, as many times larger as scores are.
 HALFBYTE_INLINE constexpr int fragment_at(int d, int tile, int step, int lane) {
   return (tile * (d / 16) + step) * kSimd + lane;

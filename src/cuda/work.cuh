@@ -269,11 +269,12 @@ __device__ __forceinline__ Ring start_ring(const AttendCall& call, float* memory
 
 // Waits for the tile in the ring's slot, in every lane's eyes.
 __device__ __forceinline__ void wait_for_tile(const AttendCall& call, const Ring& ring) {
-  if constexpr (kBulkCopies)
+  if constexpr (kBulkCopies) {
     copy_bulk_wait(ring.barriers + ring.slot, ring.round);
-  else
+  } else {
     copy_async_wait(call.stages - 1);
-  __syncwarp();
+    __syncwarp();
+  }
 }
 
 }  // namespace halfbyte::gpu
