@@ -302,9 +302,9 @@ __device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sha
   sum_slots<D>(work, call.warps / 2, nullptr, threads);
   store_partial<D>(work, partial_at(call, D, blockIdx.x + segment), (int)blockIdx.x == sharers.first ? raw : nullptr,
                    threads);
-  __syncthreads();  // all of it is stored         // all of it is stored
-  if (threadIdx.x == 0) {  // fences reach what the barriers order
-    __threadfence();
+  __syncthreads();  // all of it is stored
+  if (threadIdx.x == 0) {
+    __threadfence();  // reaches what the barriers order
     arrived = atomicAdd(&call.arrivals[segment], 1);
     if (arrived == sharers.n - 1) call.arrivals[segment] = 0;
     __threadfence();
