@@ -32,6 +32,7 @@ def check_device():
 def graph_us(call, rounds=REPEATS) -> list[float]:
     """Microseconds of each replay of `call` as a CUDA graph, with a cold L2 cache."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # what `call` reads may still be on its way
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
@@ -117,7 +118,7 @@ def _attend_row(geometry, recipe, tokens, batch, copy, rounds, seed):
     with torch.inference_mode():
         us = {name: statistics.median(graph_us(call, rounds)) for name, call in arms.items()}
         want = arms["sdpa_folded"]().view(batch, heads, d).float()
-    rate = sum(x.numel() for x in layer._pages.tensors() if x.dtype == torch.uint8) / us["int4"] * 1e-6
+    rate = layer._pages.nbytes / us["int4"] * 1e-6
     return {
         "geometry": geometry.name,
         "recipe": recipe,
@@ -155,7 +156,7 @@ def _encode(head_dim, vectors, dtype, recipe, rounds, seed):
     k, v = (torch.randn(1, 2, tokens + 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
     layer.append(k, v)  # fixes the offset and has pages; the same tokens are packed again and again
     us = statistics.median(graph_us(lambda: layer.kernels.encode((k, v), 0, 0, tokens), rounds))
-    return us, 2 * k.numel() * k.element_size() + sum(x.numel() for x in layer._pages.tensors())
+    return us, 2 * k.numel() * k.element_size() + layer._pages.nbytes
 
 
 # ---------------------------------------------------------------------------------------------------- whole models

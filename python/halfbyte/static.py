@@ -258,18 +258,18 @@ class Int4StaticCache(Int4Cache):
     def __init__(self, config, max_cache_len, recipe="default", calibration=None, prefill="exact", **overrides):
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len: got {max_cache_len!r}, takes a positive number of tokens")
-        self.max_cache_len = max_cache_len
+        self._capacity = max_cache_len  # not max_cache_len: a property of Cache before transformers 5.20
         super().__init__(config, recipe, calibration, prefill, **overrides)
 
     def _make_packed_layer(self, *args):
-        return Int4StaticLayer(*args, max_cache_len=self.max_cache_len)
+        return Int4StaticLayer(*args, max_cache_len=self._capacity)
 
     def _make_library_layer(self, kind, options):
-        return STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=self.max_cache_len, **options)
+        return STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=self._capacity, **options)
 
     @property
     def _own_options(self):
-        return {"max_cache_len": self.max_cache_len}
+        return {"max_cache_len": self._capacity}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         return self.layers[layer_idx].update(key_states, value_states)
