@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 
-from .attention import Pending, States, Step, attend, check_options
+from .attention import Pending, States, Step, check_options, halfbyte_attention
 from .cuda_kernels import CudaKernels
 from .cuda_step import step, tokens_seen
 from .hf import Int4Cache
@@ -169,7 +169,7 @@ class Int4StaticLayer(Int4Layer):
         module = SimpleNamespace(
             is_causal=causal, num_key_value_groups=query.shape[1] // self.kv_heads, config=self._shared.config
         )
-        out, _ = attend(
+        out, _ = halfbyte_attention(
             module, query, keys, values, mask, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=sinks
         )
         return out
@@ -307,7 +307,7 @@ def _(query, key, value, mask, state, causal, scaling, softcap, sinks, append):
     return query.new_empty(batch, queries, heads, value.shape[-1])
 
 
-def attend_pending(module, query, pending, mask, scaling=None, is_causal=None, softcap=None, s_aux=None, **kwargs):
+def attend_pending(module, query, pending, _, mask, scaling=None, is_causal=None, softcap=None, s_aux=None, **kwargs):
     """attn_implementation="halfbyte" on what Int4StaticCache.update returned."""
     check_options(module, kwargs)
     for name in ("dropout", "position_bias"):
