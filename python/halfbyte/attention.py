@@ -171,14 +171,10 @@ def halfbyte_attention(
     if not REFUSED.isdisjoint(kwargs):
         check_options(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-
-    def dense(key, value, mask):
-        extras = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}
-        return _attend_dense(module, query, key, value, mask, scaling, causal, **extras)
-
+    rest = scaling, causal, dropout, softcap, s_aux, position_bias
     if type(key) is not States or type(value) is not States or value.step is not key.step:
         _adopt(key, module)
-        return dense(_densify(key), _densify(value), attention_mask)
+        return _attend_dense(module, query, _densify(key), _densify(value), attention_mask, *rest, **kwargs)
 
     step = key.step
     layer = step.layer
@@ -187,7 +183,7 @@ def halfbyte_attention(
         _check_mask(attention_mask, query, step)
     if step.start == 0 and not layer.consistent:
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        result = dense(step.k, step.v, mask)
+        result = _attend_dense(module, query, step.k, step.v, mask, *rest, **kwargs)
         layer.commit(step, attention_mask, module)
         return result
 
@@ -201,7 +197,7 @@ def halfbyte_attention(
                 f'prefill="consistent": layer {layer.layer_idx} takes causal attention, with masks that show or hide'
             )
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        return dense(*step.dense(), mask)
+        return _attend_dense(module, query, *step.dense(), mask, *rest, **kwargs)
     if layer.consistent:
         layer.commit(step, attention_mask, module)
     out = layer.attend(step, query, mask, scaling, softcap, s_aux)
@@ -274,10 +270,10 @@ def _attend_dense(
     mask,
     scaling,
     causal,
-    dropout=0.0,
-    softcap=None,
-    s_aux=None,
-    position_bias=None,
+    dropout,
+    softcap,
+    s_aux,
+    position_bias,
     **kwargs,
 ):
     """Attention on tensors: the library's SDPA, or, with soft-capping or sinks, the formula itself."""

@@ -107,7 +107,7 @@ class CudaKernels(GpuKernels):
         self._q, self._out, self._raw = call.q, call.out, list(call.raw)
         self._new_k, self._new_v = call.new_k, call.new_v
         self._k, self._v = self._copy.k, self._copy.v
-        self._room = self._form = self._new_strides = self._stream_seen = None
+        self._room = self._form = self._stream_seen = None
         self._spans = [None] * len(self._raw)
 
     def _stream(self):
@@ -163,16 +163,23 @@ class CudaKernels(GpuKernels):
             tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
             tables.offset_span, tables.offset_first, tables.offset_count = span, first, count
 
-    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None):
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None, strides=None):
         """As GpuLayer.attend, to an `out` in one piece. counts: length, first, packed_end, kept.
 
-        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens. new: K, V and their strides, of a
-        token that goes to the last place of the last of them before anything is read.
+        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens. new: K, V of a token that goes to
+        the last place of the last of them before anything is read; then strides are those of query, K and V.
         """
         call = self._attend
-        form = query.shape, query.stride(), scale, softcap
-        if form != self._form:
-            self._take_form(*form)
+        form = query.shape, strides, scale, softcap
+        if new is None:
+            self._take_form(query, None, scale, softcap)
+            self._new_k.data = None
+        else:
+            k, v = new
+            if form != self._form:
+                self._take_form(query, new, scale, softcap)
+                self._form = form
+            self._new_k.data, self._new_v.data = k.data_ptr(), v.data_ptr()
         self._q.data, self._out.data = query.data_ptr(), out.data_ptr()
         call.length, call.first, call.packed_end, call.kept = counts
         call.sinks = None if sinks is None else sinks.data_ptr()
@@ -180,15 +187,15 @@ class CudaKernels(GpuKernels):
         if mask is not None:
             call.mask, call.mask_tokens = mask.data_ptr(), mask.shape[3]
             call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
+        raws, described = self._raw, self._spans
         for i, (pair, first, begin, end, are_sinks) in enumerate(spans):
-            raw = self._raw[i]
-            if pair is not self._spans[i]:
-                self._spans[i] = pair
+            raw = raws[i]
+            if pair is not described[i]:
+                described[i] = pair
                 describe(raw.k, pair[0])
                 describe(raw.v, pair[1])
             raw.first, raw.begin, raw.end, raw.are_sinks = first, begin, end, are_sinks
         call.n_raw = len(spans)
-        self._take_new(new)
         stream = self._stream()
         if stream != self._stream_seen:
             self._scratch = Scratch.of(self.device, stream)
@@ -196,29 +203,21 @@ class CudaKernels(GpuKernels):
             self._stream_seen = stream
         call.space, call.arrivals = self._scratch.where
         self._launch("attend", call, stream)
-        if call.queries > 1:
-            self._spans = [None] * len(self._raw)  # the chunk is not this layer's to keep
+        if new is None:
+            self._spans = [None] * len(raws)  # a chunk is not this layer's to keep
 
-    def _take_form(self, shape, strides, scale, softcap):
-        """What decoding steps have in common."""
-        call, q, out = self._attend, self._q, self._out
-        _, call.heads, call.queries, _ = shape
-        q.batch_stride, q.head_stride, q.token_stride, _ = strides
+    def _take_form(self, query, new, scale, softcap):
+        """What decoding steps have in common: shapes, strides, scales."""
+        call, out = self._attend, self._out
+        _, call.heads, call.queries, _ = query.shape
+        call.scale, call.softcap = scale, softcap
+        describe(self._q, query)
         out.head_stride, out.token_stride = self.dims[1], call.heads * self.dims[1]
         out.batch_stride = call.queries * out.token_stride
-        call.scale, call.softcap = scale, softcap
-        self._form, self._stream_seen = (shape, strides, scale, softcap), None
-
-    def _take_new(self, new):
-        if new is None:
-            self._new_k.data = None
-            return
-        k, v, *strides = new
-        if strides != self._new_strides:
-            self._new_strides = strides
-            describe(self._new_k, k)
-            describe(self._new_v, v)
-        self._new_k.data, self._new_v.data = k.data_ptr(), v.data_ptr()
+        if new is not None:
+            describe(self._new_k, new[0])
+            describe(self._new_v, new[1])
+        self._form = self._stream_seen = None
 
 
 class Scratch:

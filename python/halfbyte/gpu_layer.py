@@ -238,11 +238,12 @@ class GpuLayer:
         the newest tokens, or None; softcap: 0 for none; sinks: float32 [heads] or None. exact: for kernels whose
         why_not takes it, which compute in float32 in any case.
         """
+        query = query if query.stride(3) == 1 else query.contiguous()
         length, kept = self.length, self.packed_end
         sink, spans = min(self.sink, length), []
         if sink and self._sinks is not None:
             spans.append((self._sinks, 0, 0, sink, 1))
-        if chunk is None:
+        if query.shape[2] == 1:
             if kept < length:
                 spans.append((self._tail, kept, kept, length, 0))
         else:
@@ -260,13 +261,15 @@ class GpuLayer:
 
     def step(self, k, v, query, out, scale, chunk, mask, softcap, sinks):
         """`append` of a token and `attend` to it: one call of kernels that take it, where no token is packed."""
-        old, packed, k_strides, v_strides = self.length, self.packed_end, k.stride(), v.stride()
+        old, packed = self.length, self.packed_end
+        strides = q_strides, k_strides, v_strides = query.stride(), k.stride(), v.stride()
         packs = packed % BLOCK_TOKENS or self._raw_start(old) > packed
-        if packs or old < self.sink or k_strides[3] != 1 or v_strides[3] != 1:
+        if packs or old < self.sink or not q_strides[3] == k_strides[3] == v_strides[3] == 1:
             self.append(k, v)
             self.attend(query, out, scale, chunk, mask, softcap, sinks)
             return
-        self._check()
+        if self.kernels.failed:
+            self._check()
         if self.window:
             self._drop_behind_window(old)
         self._before = self._undo = None
@@ -275,7 +278,7 @@ class GpuLayer:
         if self._sinks is not None:
             spans = [(self._sinks, 0, 0, self.sink, 1), *spans]
         counts = old + 1, self.first, packed, packed
-        self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans, (k, v, k_strides, v_strides))
+        self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans, (k, v), strides)
 
     def unpack(self, tokens, dtype):
         """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of `dtype`."""

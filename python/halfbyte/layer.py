@@ -327,7 +327,6 @@ class Int4Layer(CacheLayerMixin):
             if self._staged is step:
                 self._flush()
             self.drift.observe(self, query, step, scaling)
-        query = query if query.stride(3) == 1 else query.contiguous()
         out = query.new_empty(batch, queries, heads, self.head_dim_v)
         chunk = None
         if queries > 1:
@@ -341,7 +340,13 @@ class Int4Layer(CacheLayerMixin):
         sinks = None if s_aux is None else s_aux.detach().float().contiguous()
         arguments = query, out, scaling if scaling is not None else head_dim**-0.5, chunk, mask, softcap or 0.0, sinks
         if self._staged is step:
-            self._step(step, arguments)
+            self._staged, self.seen = None, step.start
+            try:
+                self.native.step(step.k, step.v, *arguments)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                self._fail(step.start)
+                raise type(error)(f"layer {self.layer_idx}: {error}") from None
+            self.seen = step.length
             return out
         exact = {"exact": True} if self.consistent else {}
         if self._on_cpu:
@@ -349,16 +354,6 @@ class Int4Layer(CacheLayerMixin):
         else:
             self.native.attend(*arguments, **exact)
         return out
-
-    def _step(self, step, arguments):
-        """Appends the staged token and attends to it."""
-        self._staged, self.seen = None, step.start
-        try:
-            self.native.step(step.k, step.v, *arguments)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            self._fail(step.start)
-            raise type(error)(f"layer {self.layer_idx}: {error}") from None
-        self.seen = step.length
 
     def _unpack(self, tokens):
         """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of the layer's dtype."""

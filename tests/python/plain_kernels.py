@@ -67,10 +67,10 @@ class PlainKernels(GpuKernels):
                 for out, x in zip(parts, block, strict=True):
                     out[b, :, first_token - out_first :][:, here] = x[:, there]
 
-    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None):
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None, strides=None):
         if new is not None:
-            (room, at, _, end, _), (*pair, _, _) = spans[-1], new
-            self.copy_raw(pair, room, end - 1 - at)
+            room, at, _, end, _ = spans[-1]
+            self.copy_raw(new, room, end - 1 - at)
         length, first, packed_end, kept = counts
         sink, window, raw_window = self.recipe.sink_tokens, self.sliding_window, self.recipe.raw_window
         batch, heads, queries, _ = query.shape
