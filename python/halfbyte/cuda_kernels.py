@@ -44,7 +44,7 @@ class CudaKernels(GpuKernels):
             recipe.signed_scale, ROTATIONS[recipe.rotation], recipe.seed, self.layer_index,
         )  # fmt: skip
         self.page_bytes = self.kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
-        self._rotations = [(None, None, None, None)] * 2
+        self._rotations = [(None,) * 5] * 2
         if recipe.rotation != "dense":
             self._rotations = _shared_tables(bytes(self._description), device)
         self._own_flag()
@@ -263,16 +263,21 @@ def _shared_tables(description, device):
 
 
 def _tables(library, description, device, side, matrix):
-    """(R, its transpose, R as the encoding kernel reads it, its fast transform) on the device; None for what is not."""
-    fragments = torch.empty(library.halfbyte_cuda_fragment_bytes(description, side), dtype=torch.uint8)
-    if fragments.numel():
-        matrix = matrix.contiguous()
-        library.halfbyte_cuda_fragments(description, side, matrix.data_ptr(), fragments.data_ptr())
-    fragments = fragments.to(device) if fragments.numel() else None
+    """(R, its transpose, R as encoding and as attention read it, its fast transform) on the device; None for none."""
+    matrix = matrix.contiguous()
+    fragments = []
+    for kind, size in (
+        ("fragments", library.halfbyte_cuda_fragment_bytes(description, side)),
+        ("attend_fragments", library.halfbyte_cuda_attend_fragment_bytes(description)),
+    ):
+        made = torch.empty(size, dtype=torch.uint8)
+        if size:
+            getattr(library, f"halfbyte_cuda_{kind}")(description, side, matrix.data_ptr(), made.data_ptr())
+        fragments.append(made.to(device) if size else None)
     if description.rotation == 0:
-        return None, None, fragments, None
+        return None, None, *fragments, None
     fast = torch.empty(library.halfbyte_cuda_fast_bytes(description, side) // 4)
     if fast.numel():
         library.halfbyte_cuda_fast(description, side, fast.data_ptr())
     fast = fast.to(device) if fast.numel() else None
-    return matrix.to(device), matrix.T.contiguous().to(device), fragments, fast
+    return matrix.to(device), matrix.T.contiguous().to(device), *fragments, fast

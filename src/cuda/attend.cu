@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/layer.h"
+#include "numbers.h"
 
 namespace halfbyte::gpu {
 namespace {
@@ -13,7 +14,7 @@ namespace {
 
 struct PortableCall {
   AttendCall base;
-  int begin, end;   // packed tokens that any query sees
+  int begin, end;  // packed tokens that any query sees
   int splits;
   int most_splits;  // whatever the tokens
   LengthRule rule;  // without cells, the counts are those of the call
@@ -150,7 +151,7 @@ int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 *
 bool plan_memory(AttendCall& call, size_t other) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - (int)other - ring_start(call) * 4;
+    const int room = shared_memory_limit() - 64 - (int)other - work_plan(call).end * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -175,6 +176,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.inverse_lambda_k = a.k.inverse_lambda, in.inverse_lambda_v = a.v.inverse_lambda;
   if (a.k.offset) in.turn = turn_of(a.turn);
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
+  call.new_token = {bytes_of(a.new_k.data), bytes_of(a.new_v.data), strides_of(a.new_k), strides_of(a.new_v)};
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
   for (int i = 0; i < call.n_raw; i++) {
     const HalfbyteCudaRaw& raw = a.raw[i];
@@ -184,25 +186,35 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   return call;
 }
 
+// Rows that the kernel can load 16 bytes at a time, and write 4.
+bool is_aligned(const HalfbyteCudaAttend& a) {
+  const auto fits = [](const HalfbyteCudaView& view, uintptr_t bytes) {
+    return ((uintptr_t)view.data | 2 * (view.batch_stride | view.head_stride | view.token_stride)) % bytes == 0;
+  };
+  bool all = fits(a.q, 16) && fits(a.out, 4);
+  for (int i = 0; i < a.n_raw; i++) all = all && fits(a.raw[i].k, 16) && fits(a.raw[i].v, 16);
+  return all;
+}
+
 // Completes what does not depend on the tokens, of which there are at most so many; false if the call is one for the
 // portable kernels. other: bytes of shared memory that the kernel has beside its work space.
 bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_t other) {
   const AttendShape& s = call.shape;
-  if (a.portable || !kernels_for(s.format, s.dtype).call || !plan_memory(call, other)) return false;
+  if (a.portable || !a.k.attend_fragments || !is_aligned(a) || !kernels_for(s.format, s.dtype).call) return false;
+  if (!plan_memory(call, other)) return false;
   if (segments_of(s) * ((tokens + kTileTokens - 1) / kTileTokens + 1) >= 1 << 30) return false;  // counted in 32 bits
+  call.bytes = stage_bytes(s.format);
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
-  if (const int d = fast_dim(s.format.k.head_dim)) {
-    call.buffers.rotation_k = fast_table_of(a.layer, a.k, d);
-    call.buffers.rotation_v = fast_table_of(a.layer, a.v, d);
-  }
+  call.fragments[0] = static_cast<const uint4*>(a.k.attend_fragments);
+  call.fragments[1] = static_cast<const uint4*>(a.v.attend_fragments);
   return true;
 }
 
 size_t shared_bytes(const AttendCall& call) {
-  return ring_start(call) * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
+  return work_plan(call).end * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
 }
 
-// Copies the new token to where the call reads it.
+// Copies the new token to where the call reads it, for kernels that do not.
 int keep_new_token(const HalfbyteCudaAttend& a) {
   const HalfbyteCudaRaw& raw = a.raw[a.n_raw - 1];
   const int64_t bytes = (raw.end - 1 - raw.first) * (a.layer.dtype == kFloat32 ? 4 : 2);
@@ -229,15 +241,16 @@ using namespace halfbyte::gpu;
 extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   const OnDevice device(a->device);
   if (a->at.cells) return attend_step(*a);
-  if (a->new_k.data)
-    if (int error = keep_new_token(*a)) return error;
   AttendCall call = call_of(*a);
   const AttendShape& s = call.shape;
   int begin, end;
   packed_range(s, a->mask != nullptr, begin, end);
-  if (begin >= end || !plan(call, *a, end - begin, 0)) return attend_portable(call, {}, a->stream);
-  call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
-  split_work(call, segments_of(s) * call.n_tiles, multiprocessors());
+  if (!plan(call, *a, std::max(end - begin, 0), 0)) {
+    if (a->new_k.data)
+      if (int error = keep_new_token(*a)) return error;
+    return attend_portable(call, {}, a->stream);
+  }
+  deal_tiles(call, begin, end, segments_of(s), multiprocessors());
   return launch(kernels_for(s.format, s.dtype).call, call.blocks, call.warps * kSimd, shared_bytes(call), a->stream,
                 call);
 }
@@ -246,7 +259,26 @@ extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
   const OnDevice device(a->device);
   const AttendShape s = call_of(*a).shape;
   const int64_t segments = segments_of(s);
+  const int64_t portable = segments * most_splits(s) * partial_floats(s) * 4;
   // The tensor-core way: a slot a segment, and one a thread block, of which there are as many or a round of them.
-  const int64_t fast = 2 * segments + multiprocessors(), portable = segments * most_splits(s);
-  return std::max(fast, portable) * partial_floats(s) * 4;
+  const int64_t slots = 2 * segments + multiprocessors(), d = s.format.v.head_dim;
+  return std::max(portable, slots * partial_bytes(d) + segments * raw_bytes(d));
+}
+
+extern "C" int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer) {
+  return kernels_for(page_format(*layer), (int)layer->dtype).call ? 2 * layer->head_dim_k * layer->head_dim_k : 0;
+}
+
+extern "C" void halfbyte_cuda_attend_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
+                                               void* fragments) {
+  const int d = (int)layer->head_dim_k;
+  auto* out = static_cast<ushort*>(fragments);
+  for (int tile = 0; tile < d / 16; tile++)
+    for (int step = 0; step < d / 16; step++)
+      for (int lane = 0; lane < kSimd; lane++)
+        for (int e = 0; e < 8; e++) {
+          const Element at = is_v ? result_element(tile, step, lane, e) : query_element(tile, step, lane, e);
+          const float r = is_v ? rotation[at.column * d + at.row] : rotation[at.row * d + at.column];
+          out[fragment_at(d, tile, step, lane) * 8 + e] = float_to_half(r);
+        }
 }
