@@ -1,4 +1,4 @@
-"""The benches of --backend cuda: a plain word where there is no GPU, and rows that hold together, if on the emulator."""
+"""The benches of --backend cuda: a plain word where there is no GPU; rows that hold together, there on the emulator."""
 
 import pytest
 
