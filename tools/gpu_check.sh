@@ -5,7 +5,7 @@
 #   tools/gpu_check.sh                  builds in build/release (needs nvcc, CMake, Ninja, GoogleTest)
 #   tools/gpu_check.sh BUILD_FOLDER     takes libhalfbyte_cuda.so and halfbyte_cuda_tests from there
 # Python is PYTHON, or python3: it must have the package and pytest, and is quicker with pytest-xdist. JSON=FOLDER
-# writes the timings there as well.
+# writes the timings there as well. What fails is named at the end and does not stop the rest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build="${1:-build/release}"
@@ -16,46 +16,38 @@ fi
 python="${PYTHON:-python3}"
 export LD_LIBRARY_PATH="$build${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" HALFBYTE_CUDA_LIBRARY="$build/libhalfbyte_cuda.so"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-logs="$(mktemp -d)"
-trap 'rm -rf "$logs"' EXIT
 
-# What is not timed runs side by side.
-declare -A jobs
-start() {  # NAME COMMAND…
-  "${@:2}" >"$logs/$1" 2>&1 &
-  jobs[$1]=$!
+failed=
+run() {  # NAME COMMAND…
+  echo "== $1, $SECONDS s"
+  "${@:2}" || failed="$failed $1"
 }
-sanitize() {  # TOOL: a test of each kernel, as every access takes some ten times as long
-  compute-sanitizer --tool "$1" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
-    --gtest_filter='*TailSizes*:*Narrows*:*SeveralQueries*:CudaEncode.*:*ReferenceBytes/TensorCores:*CudaStep*'
-}
-start kernels "$build/halfbyte_cuda_tests" --gtest_brief=1
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-start python "$python" -m pytest -q "${workers[@]}" -k 'not metal' \
+run kernels "$build/halfbyte_cuda_tests" --gtest_brief=1
+run python "$python" -m pytest -q "${workers[@]}" -k 'not metal' \
   tests/python/test_{gpu_layer,cuda,static_cuda,bench_cuda}.py
+
+sanitize() {  # TOOL TESTS: those of each kernel, as every access takes ten times as long and more
+  run "$1" compute-sanitizer --tool "$1" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
+    --gtest_filter="CudaEncode.*:*ReferenceBytes/TensorCores:*TailSizes*:$2"
+}
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do start "$tool" sanitize "$tool"; done
+  sanitize memcheck '*SeveralQueries*:*Narrows*:*CudaStep*'
+  sanitize racecheck '*Narrows*/TensorCores:*CudaStep*/TensorCores'
 fi
-failed=
-for name in "${!jobs[@]}"; do
-  lines=3
-  wait "${jobs[$name]}" || failed="$failed $name" lines=60
-  echo "== $name, ${SECONDS} s"
-  tail -n "$lines" "$logs/$name"
-done
 
 bench() {  # NAME ARGUMENTS…
-  echo "== bench $1, ${SECONDS} s"
-  "$python" -m halfbyte.cli bench "${@:2}" --backend cuda ${JSON:+--json "$JSON/cuda-$1.json"} || failed="$failed $1"
+  run "$1" "$python" -m halfbyte.cli bench "${@:2}" --backend cuda ${JSON:+--json "$JSON/cuda-$1.json"}
 }
 bench attend-1 attend --tokens 256,4096,32768 --quiet
 bench attend-8 attend --batch 8 --tokens 32768 --quiet
 bench attend-32 attend --batch 32 --geometry qwen,llama8b,gemma,smollm2 --tokens 32768 --quiet
 bench attend-g32 attend --batch 32 --recipe g32 --tokens 32768 --quiet
 for head_dim in 64 128 256; do bench "encode-$head_dim" encode --head-dim "$head_dim"; done
-bench generate-qwen generate --model qwen2.5-1.5b --prefix 256,4096,16384 --static --quiet
+bench generate-qwen generate --model qwen2.5-1.5b --prefix 256,4096,16384 --quiet
 bench generate-gemma generate --model gemma-3-1b --prefix 256,4096,16384 --quiet
+bench generate-static generate --model qwen2.5-1.5b --prefix 4096 --rounds 3 --static --quiet
 bench generate-batch generate --model qwen2.5-1.5b --batch 32 --prefix 16384 --rounds 3 --quiet
-echo "== done, ${SECONDS} s; failed:${failed:- nothing}"
+echo "== done, $SECONDS s; failed:${failed:- nothing}"
 [ -z "$failed" ]
