@@ -49,6 +49,7 @@ Attend = _structure(
     ("sinks", _ADDRESS),
     ("raw", Raw * 3),
     ("n_raw", _INT),
+    ("new_k new_v", View),
     ("space arrivals", _ADDRESS),
     ("portable device", _INT),
     ("stream", _ADDRESS),

@@ -18,6 +18,7 @@ class GpuKernels:
 
     doubles = True  # whether the device computes in float64
     failed = False  # whether an `encode` so far has met a value that it can not code
+    takes_new = False  # whether `attend` copies the newest token to where raw ones are kept
 
     def __init__(self, device, kv_heads, head_dim_k, head_dim_v, dtype, recipe, layer_index=0, sliding_window=0):
         self.device, self.recipe, self.kv_heads, self.dims = device, recipe, kv_heads, (head_dim_k, head_dim_v)

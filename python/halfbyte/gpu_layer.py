@@ -29,6 +29,7 @@ class GpuLayer:
         self.dims, self.dtype = (config["head_dim_k"], config["head_dim_v"]), getattr(torch, config["dtype"])
         self.window, self.sink = self.config["sliding_window"], self.recipe.sink_tokens
         self.kernels = kernels(device, **self.config)
+        self.takes_new = self.kernels.takes_new
         self._past_recorded = False
         self._take_given([None, None])
         self._factors = [(None, None)] * 2  # (lambda, 1 / lambda) of K and V [kv_heads, head_dim], if there are any
@@ -237,25 +238,47 @@ class GpuLayer:
         the newest tokens, or None; softcap: 0 for none; sinks: float32 [heads] or None. exact: for kernels whose
         why_not takes it, which compute in float32 in any case.
         """
-        sink, spans = min(self.sink, self.length), []
+        query = query if query.stride(3) == 1 else query.contiguous()
+        length, kept = self.length, self.packed_end
+        sink, spans = min(self.sink, length), []
         if sink and self._sinks is not None:
             spans.append((self._sinks, 0, 0, sink, 1))
         if query.shape[2] == 1:
-            kept = self.packed_end
-            if kept < self.length:
-                spans.append((self._tail, kept, kept, self.length, 0))
+            if kept < length:
+                spans.append((self._tail, kept, kept, length, 0))
         else:
             kept, chunk_start = self._before_start, self._chunk_start
-            if (queries := query.shape[2]) != (added := self.length - chunk_start):
+            if (queries := query.shape[2]) != (added := length - chunk_start):
                 raise ValueError(f"queries is {queries}, but the last append held {added} tokens")
             if self._before is not None and kept < chunk_start:
                 first, pair = self._before
                 spans.append((pair, first, kept, chunk_start, 0))
             begin = max(chunk_start, sink)
-            if begin < self.length:
-                spans.append((chunk, chunk_start, begin, self.length, 0))
-        counts = self.length, self.first, self.packed_end, kept
+            if begin < length:
+                spans.append((chunk, chunk_start, begin, length, 0))
+        counts = length, self.first, self.packed_end, kept
         self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans)
+
+    def step(self, k, v, query, out, scale, chunk, mask, softcap, sinks):
+        """`append` of a token and `attend` to it: one call of kernels that take it, where no token is packed."""
+        old, packed = self.length, self.packed_end
+        strides = q_strides, k_strides, v_strides = query.stride(), k.stride(), v.stride()
+        packs = packed % BLOCK_TOKENS or self._raw_start(old) > packed
+        if packs or old < self.sink or not q_strides[3] == k_strides[3] == v_strides[3] == 1:
+            self.append(k, v)
+            self.attend(query, out, scale, chunk, mask, softcap, sinks)
+            return
+        if self.kernels.failed:
+            self._check()
+        if self.window:
+            self._drop_behind_window(old)
+        self._before = self._undo = None
+        self._chunk_start, self._before_start, self.length = old, packed, old + 1
+        spans = [(self._tail, packed, packed, old + 1, 0)]
+        if self._sinks is not None:
+            spans = [(self._sinks, 0, 0, self.sink, 1), *spans]
+        counts = old + 1, self.first, packed, packed
+        self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans, (k, v), strides)
 
     def unpack(self, tokens, dtype):
         """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of `dtype`."""

@@ -293,6 +293,19 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int tile, c
   columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));
 }
 
+// Copies the new token to where this block, which takes the raw tokens, reads it after a barrier.
+template <int D>
+__device__ __forceinline__ void keep_new_token(const AttendCall& call, int b, int head) {
+  const NewToken& from = call.new_token;
+  const RawTokens& to = call.raw[call.n_raw - 1];
+  const int64_t k = element_at(to.k_strides, b, head, to.end - 1 - to.first);
+  const int64_t v = element_at(to.v_strides, b, head, to.end - 1 - to.first);
+  for (int c = threadIdx.x; c < D; c += call.warps * kSimd) {
+    ((ushort*)to.k)[k + c] = ((const ushort*)from.k)[element_at(from.k_strides, b, head, 0) + c];
+    ((ushort*)to.v)[v + c] = ((const ushort*)from.v)[element_at(from.v_strides, b, head, 0) + c];
+  }
+}
+
 // Hands a block's result to the segment's other blocks; true for the last of them, which then sees them all.
 template <int D>
 __device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sharers sharers, float* raw,
@@ -351,6 +364,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
     if (!kBulkCopies && begin == first)
 #pragma unroll 1
       for (int i = 0; i < call.stages; i++) ask(i);
+    if ((int)blockIdx.x == sharers.first && call.new_token.k) keep_new_token<D>(call, b, head);
     prepare_tile<D>(call, b, head, tile, work, warp, lane);
     if (kBulkCopies && asks) fill(early, call.stages);
     uint32_t q[D / 16][2];

@@ -91,6 +91,9 @@ typedef struct {
   const float* sinks; /* [heads] or null */
   HalfbyteCudaRaw raw[3];
   int64_t n_raw;
+  /* A token of each sequence that goes to the last place of the last raw tokens before anything is read; data null:
+   * none. */
+  HalfbyteCudaView new_k, new_v;
   void* space;       /* halfbyte_cuda_attend_space bytes */
   int32_t* arrivals; /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
   int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */

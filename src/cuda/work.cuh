@@ -13,11 +13,18 @@ HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 
 constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
 
+// A token of each sequence that is not yet in the last place of the last raw tokens; k null: none.
+struct NewToken {
+  const uchar *k, *v;
+  Strides3 k_strides, v_strides;
+};
+
 struct AttendCall {
   AttendShape shape;
   AttendBuffers buffers;                 // partials are of another kind here, see merge.cuh
   gpu_global const uint4* fragments[2];  // R of K and the transpose of V's, see fragment_at
   RawTokens raw[kMaxRaw];
+  NewToken new_token;
   int n_raw;
   int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
   int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
