@@ -36,7 +36,7 @@ UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
     "__syncwarp();  // before the slot is filled again",
     "space.weights[row * kRawTokens + lane] = p;",
-    "memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);",
+    "__syncwarp();  // before the memory is filled again",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__syncthreads();  // all of it is stored",
     "__threadfence();",
