@@ -1,12 +1,9 @@
 """GpuLayer: one layer's cache on a GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
 
-import ctypes
-import math
-
 import torch
 
 from . import _native
-from .gpu_kernels import BLOCK_TOKENS, PAGE_TOKENS
+from .gpu_kernels import BLOCK_TOKENS, PAGE_TOKENS, between, host_floats
 from .gpu_turn import Turn, mean_of
 
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
@@ -171,17 +168,17 @@ class GpuLayer:
         if self._past_recorded and length > old + 1:
             self._keep_undo(spans, packed_end, length)
         if sink and old < sink:
-            self.kernels.copy_raw(_between(spans, old, min(sink, length)), self._sinks, old)
+            self.kernels.copy_raw(between(spans, old, min(sink, length)), self._sinks, old)
         if self._before is not None or packed_end < old:  # the old tail is still read
             self._tail = self._raw_room(self._tail[0].shape[2])
         if length > packed_end:
-            self.kernels.copy_raw(_between(spans, packed_end, length), self._tail, 0)
+            self.kernels.copy_raw(between(spans, packed_end, length), self._tail, 0)
 
     def _keep_undo(self, spans, packed_end, length):
         filled = -(-self.packed_end // BLOCK_TOKENS) * BLOCK_TOKENS
         start = max(filled, self._raw_start(max(length - UNDO_TOKENS - 1, 0)))
         if start < packed_end:
-            self._undo = start, tuple(x.clone() for x in _between(spans, start, packed_end))
+            self._undo = start, tuple(x.clone() for x in between(spans, start, packed_end))
 
     # ------------------------------------------------------------------------------------------------ offset
 
@@ -268,15 +265,13 @@ class GpuLayer:
             self.append(k, v)
             self.attend(query, out, scale, chunk, mask, softcap, sinks)
             return
-        if self.kernels.failed:
-            self._check()
+        self._check()
         if self.window:
             self._drop_behind_window(old)
         self._before = self._undo = None
         self._chunk_start, self._before_start, self.length = old, packed, old + 1
-        spans = [(self._tail, packed, packed, old + 1, 0)]
-        if self._sinks is not None:
-            spans = [(self._sinks, 0, 0, self.sink, 1), *spans]
+        spans = [] if self._sinks is None else [(self._sinks, 0, 0, self.sink, 1)]
+        spans.append((self._tail, packed, packed, old + 1, 0))
         counts = old + 1, self.first, packed, packed
         self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans, (k, v), strides)
 
@@ -327,7 +322,7 @@ class GpuLayer:
         first, pair = self._undo
         spans = [(first, self.packed_end, pair), (self.packed_end, self.length, self._tail)]
         tail = self._raw_room(self._tail[0].shape[2])
-        self.kernels.copy_raw(_between(spans, raw_from, length), tail, 0)
+        self.kernels.copy_raw(between(spans, raw_from, length), tail, 0)
         self._tail, self.packed_end = tail, raw_from
 
     def select(self, rows):
@@ -377,7 +372,7 @@ class GpuLayer:
             raise ValueError(f"set_{kind} after tokens were packed; set it before")
         getattr(self._rules, f"set_{kind}")(*addresses)
         return [
-            _host_floats(address, shape) if address else old
+            host_floats(address, shape) if address else old
             for address, shape, old in zip(addresses, shapes, kept, strict=True)
         ]
 
@@ -397,7 +392,7 @@ class GpuLayer:
             raise ValueError("set_frequencies after tokens were packed; set it before")
         self._turn = None
         if pairs:
-            given = _host_floats(frequencies, (pairs,))
+            given = host_floats(frequencies, (pairs,))
             self._turn = Turn(given, interleaved, self.recipe.offset_span, self.device, self.kernels.doubles)
 
     def set_lambda(self, k, v):
@@ -502,20 +497,3 @@ class GpuLayer:
         for pair in (self._sinks, self._tail, undo, *(self._offset or ()), *self._factors):
             tensors += pair or ()
         return self._pages.nbytes + sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def _between(spans, begin, end):
-    """(K, V) of the tokens [begin, end), which lie in spans [(first, end, (K, V))] one after the other."""
-    found = []
-    for first, last, pair in spans:
-        lo, hi = max(begin, first), min(end, last)
-        if lo < hi:
-            found.append([x[:, :, lo - first : hi - first] for x in pair])
-    return found[0] if len(found) == 1 else [torch.cat(side, 2) for side in zip(*found, strict=True)]
-
-
-def _host_floats(address, shape):
-    """A copy of the float32 array of that shape in CPU memory."""
-    count = math.prod(shape)
-    array = (ctypes.c_float * count).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()

@@ -45,10 +45,8 @@ class Int4Layer(CacheLayerMixin):
         self._staged = None  # the Step of a first prefill, or of one token, that attention has not read yet
         self._assigned = {}  # "keys", "values": tensors assigned and not yet packed
         self._k_shape = self._v_shape = self._q_shape = None
-        self.batch = 0
-        self.dtype = self.device = None
-        self._on_cpu = True
-        self._steps = False  # `native.step` adds a token and attends
+        self.batch, self.dtype, self.device = 0, None, None
+        self._on_cpu, self._steps = True, False  # _steps: `native.step` adds a token and attends
 
     def lazy_initialization(self, key_states, value_states):
         if key_states.dtype not in DTYPES:
@@ -330,9 +328,8 @@ class Int4Layer(CacheLayerMixin):
         out = query.new_empty(batch, queries, heads, self.head_dim_v)
         chunk = None
         if queries > 1:
-            chunk = [
-                t if t.stride(3) == 1 else t.contiguous() for t in (step.k[:, :, -queries:], step.v[:, :, -queries:])
-            ]
+            newest = (x[:, :, -queries:] for x in (step.k, step.v))
+            chunk = [x if x.stride(3) == 1 else x.contiguous() for x in newest]
         if mask is not None:
             if mask.stride(3) != 1:
                 mask = mask.contiguous()
@@ -476,8 +473,7 @@ class Int4Layer(CacheLayerMixin):
     def offload(self):
         """Nothing to move: codes stay on the device whose states they were made from."""
 
-    def prefetch(self):
-        """Nothing to move: codes stay on the device whose states they were made from."""
+    prefetch = offload
 
     def copy(self, shared):
         """A layer of its own for another cache; packed pages are shared until either writes to them."""
