@@ -23,7 +23,7 @@ LayerDescription = _structure(
 View = _structure("View", ("data", _ADDRESS), ("batch_stride head_stride token_stride", _INT))
 Tables = _structure(
     "Tables",
-    ("rotation transposed fragments fast offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
+    ("rotation transposed fragments attend_fragments fast offset rotated_offset lambda_ inverse_lambda", _ADDRESS),
     ("offset_span offset_first offset_count", _INT),
 )
 Turn = _structure("Turn", ("waves", _ADDRESS), ("span pairs interleaved", _INT))
@@ -49,6 +49,7 @@ Attend = _structure(
     ("sinks", _ADDRESS),
     ("raw", Raw * 3),
     ("n_raw", _INT),
+    ("new_k new_v", View),
     ("space arrivals", _ADDRESS),
     ("portable device", _INT),
     ("stream", _ADDRESS),
@@ -156,11 +157,11 @@ def bind(path):
         getattr(library, f"halfbyte_cuda_{structure.__name__.lower()}").argtypes = [pointer(structure)]
     library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
     library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
-    for name in ("fragment_bytes", "fast_bytes"):
+    for name in ("fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(LayerDescription), _INT]
-    for name in ("attend_space", "page_bytes", "fragment_bytes", "fast_bytes"):
+    for name in ("attend_space", "page_bytes", "fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").restype = _INT
-    for name, addresses in (("rotation", 1), ("fast", 1), ("fragments", 2)):
+    for name, addresses in (("rotation", 1), ("fast", 1), ("fragments", 2), ("attend_fragments", 2)):
         function = getattr(library, f"halfbyte_cuda_{name}")
         function.argtypes, function.restype = [pointer(LayerDescription), _INT, *[_ADDRESS] * addresses], None
     library.halfbyte_cuda_probe.argtypes = [_INT]

@@ -3,12 +3,14 @@
 import math
 
 import torch
+from torch.compiler import is_compiling
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 # Arguments with which a model narrows attention to a few tokens or adds to its softmax, and which nothing here reads.
 NOT_READ = ("indices", "block_indices", "sinks")
+REFUSED = frozenset(("output_attentions", *NOT_READ))
 SCORE_BYTES = 32 << 20  # of one tile of float32 scores, where torch's fused kernels can not do the formula
 
 
@@ -134,22 +136,7 @@ class Pending:
         self.appended = False
 
 
-def halfbyte_attention(module, query, key, value, attention_mask, **kwargs):
-    """The attention function of attn_implementation="halfbyte": see `attend` for arguments and results.
-
-    What Int4StaticCache.update returned goes to a custom operator, which torch.compile can trace; it takes neither
-    dropout nor position_bias.
-    """
-    if type(key) is Pending:
-        from .static import attend_pending
-
-        return attend_pending(module, query, key, attention_mask, **kwargs)
-    if torch.compiler.is_compiling():
-        return _attend_untraced(module, query, key, value, attention_mask, **kwargs)
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-def attend(
+def halfbyte_attention(
     module,
     query,
     key,
@@ -163,25 +150,31 @@ def attend(
     position_bias=None,
     **kwargs,
 ):
-    """Attention to what Int4Cache.update returned, packed where the kernels can do it.
+    """The attention function of attn_implementation="halfbyte": on packed codes where the kernels can do it.
 
     query: [batch, heads, queries, head_dim]. key, value: what `Int4Cache.update` returned, or tensors
     [batch, kv_heads, tokens, head_dim]. attention_mask: None, bool [batch or 1, 1, queries, tokens] (True = visible),
     or additive. softcap c: score -> c tanh(score / c). s_aux: [heads], one more logit in each softmax, without value.
     Returns ([batch, queries, heads, head_dim_v], None). What the packed kernels can not do (additive masks, masks or
     biases that differ between heads, dropout, attention to later tokens) runs on unpacked K and V.
+
+    What Int4StaticCache.update returned goes to a custom operator, which torch.compile can trace; it takes neither
+    dropout nor position_bias.
     """
-    if kwargs:
+    if type(key) is Pending or is_compiling():
+        attend = _attend_untraced
+        if type(key) is Pending:
+            from .static import attend_pending as attend
+        options = {"dropout": dropout, "is_causal": is_causal, "softcap": softcap, "s_aux": s_aux}
+        options |= {"position_bias": position_bias, "scaling": scaling, **kwargs}
+        return attend(module, query, key, value, attention_mask, **options)
+    if not REFUSED.isdisjoint(kwargs):
         check_options(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-
-    def dense(key, value, mask):
-        extras = {"dropout": dropout, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, **kwargs}
-        return _attend_dense(module, query, key, value, mask, scaling, causal, **extras)
-
+    rest = scaling, causal, dropout, softcap, s_aux, position_bias
     if type(key) is not States or type(value) is not States or value.step is not key.step:
         _adopt(key, module)
-        return dense(_densify(key), _densify(value), attention_mask)
+        return _attend_dense(module, query, _densify(key), _densify(value), attention_mask, *rest, **kwargs)
 
     step = key.step
     layer = step.layer
@@ -190,19 +183,21 @@ def attend(
         _check_mask(attention_mask, query, step)
     if step.start == 0 and not layer.consistent:
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        result = dense(step.k, step.v, mask)
+        result = _attend_dense(module, query, step.k, step.v, mask, *rest, **kwargs)
         layer.commit(step, attention_mask, module)
         return result
 
-    mask = attention_mask if attention_mask is None or attention_mask.dtype is torch.bool else _as_bool(attention_mask)
-    packed = mask.shape[1] == 1 if mask is not None else attention_mask is None and (causal or queries == 1)
-    if not packed or dropout or position_bias is not None or queries not in (1, step.k.shape[2]):
+    mask, packed = attention_mask, queries == 1 or causal
+    if mask is not None:
+        mask = mask if mask.dtype is torch.bool else _as_bool(mask)
+        packed = mask is not None and mask.shape[1] == 1
+    if not packed or dropout or position_bias is not None or queries not in (1, step.length - step.start):
         if layer.consistent:
             raise NotImplementedError(
                 f'prefill="consistent": layer {layer.layer_idx} takes causal attention, with masks that show or hide'
             )
         mask = attention_mask if attention_mask is not None else _causal_mask(step, queries, causal)
-        return dense(*step.dense(), mask)
+        return _attend_dense(module, query, *step.dense(), mask, *rest, **kwargs)
     if layer.consistent:
         layer.commit(step, attention_mask, module)
     out = layer.attend(step, query, mask, scaling, softcap, s_aux)
@@ -211,7 +206,7 @@ def attend(
     return out, None
 
 
-_attend_untraced = torch.compiler.disable(attend)  # addresses and growing lengths: nothing in there can be traced
+_attend_untraced = torch.compiler.disable(halfbyte_attention)  # nothing in there can be traced: addresses, lengths
 
 
 def check_options(module, options):
@@ -275,10 +270,10 @@ def _attend_dense(
     mask,
     scaling,
     causal,
-    dropout=0.0,
-    softcap=None,
-    s_aux=None,
-    position_bias=None,
+    dropout,
+    softcap,
+    s_aux,
+    position_bias,
     **kwargs,
 ):
     """Attention on tensors: the library's SDPA, or, with soft-capping or sinks, the formula itself."""

@@ -15,7 +15,7 @@ from . import _cuda
 from .bench import Geometry, ratio, uncalibrated
 from .recipes import get_recipe
 
-FLUSH_BYTES = 100 << 20  # twice the L2 cache of an H100: nothing timed finds its input there
+FLUSH_BYTES = 128 << 20  # over twice the L2 cache of an H100: nothing timed finds its input or its code there
 COPY_BYTES = 1 << 30
 REPEATS = 20
 ROPE_THETA = 1e4
@@ -32,16 +32,18 @@ def check_device():
 def graph_us(call, rounds=REPEATS) -> list[float]:
     """Microseconds of each replay of `call` as a CUDA graph, with a cold L2 cache."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # what `call` reads may still be on its way
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         call()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    # Read, as a model reads weights between two layers; written, it would still be on its way to memory in our time.
+    flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     times = []
     for _ in range(rounds + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        flush.max()
         start.record()
         graph.replay()
         end.record()
@@ -57,14 +59,14 @@ def copy_tb_per_s() -> float:
     return 2 * COPY_BYTES / statistics.median(graph_us(lambda: target.copy_(source))) * 1e-6
 
 
-def _layer(geometry: Geometry, recipe, dtype):
+def _layer(device, geometry: Geometry, recipe, dtype):
     """An empty layer; its offset turns as that of a model with RoPE would, where the recipe lets it."""
     from .cuda_kernels import CudaKernels
     from .gpu_layer import GpuLayer
 
     _, _, kv_heads, d = geometry
     sizes = {"kv_heads": kv_heads, "head_dim_k": d, "head_dim_v": d}
-    layer = GpuLayer(CudaKernels, check_device(), dtype=str(dtype).removeprefix("torch."), recipe=recipe, **sizes)
+    layer = GpuLayer(CudaKernels, device, dtype=str(dtype).removeprefix("torch."), recipe=recipe, **sizes)
     if recipe.offset and recipe.offset_span:
         frequencies = ROPE_THETA ** -(torch.arange(0, d, 2) / d)
         layer.set_frequencies(frequencies.data_ptr(), d // 2)
@@ -82,26 +84,26 @@ def bench_attend(
     """
     from tqdm import tqdm
 
-    check_device()
-    copy = copy_tb_per_s()
+    device, copy = check_device(), copy_tb_per_s()
     cells = [(g, name, count) for g in geometries for name in recipes for count in tokens]
     return [
-        _attend_row(g, name, count, batch, copy, rounds, seed)
+        _attend_row(device, g, name, count, batch, copy, rounds, seed)
         for g, name, count in tqdm(cells, "bench attend", disable=not progress, leave=False)
     ]
 
 
-def _attend_row(geometry, recipe, tokens, batch, copy, rounds, seed):
+def _attend_row(device, geometry, recipe, tokens, batch, copy, rounds, seed):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     torch.manual_seed(seed)
     _, heads, kv_heads, d = geometry
-    k, v = (torch.randn(batch, kv_heads, tokens, d, device="cuda", dtype=torch.float16) for _ in range(2))
-    query = torch.randn(batch, heads, 1, d, device="cuda", dtype=torch.float16)
-    layer = _layer(geometry, uncalibrated(recipe, "bench attend"), torch.float16)
+    kind = {"device": device, "dtype": torch.float16}
+    k, v = (torch.randn(batch, kv_heads, tokens, d, **kind) for _ in range(2))
+    query = torch.randn(batch, heads, 1, d, **kind)
+    layer = _layer(device, geometry, uncalibrated(recipe, "bench attend"), torch.float16)
     layer.append(k[:, :, :-1], v[:, :, :-1])
     layer.append(k[:, :, -1:], v[:, :, -1:])
-    out = torch.full((batch, 1, heads, d), float("nan"), device="cuda", dtype=torch.float16)
+    out = torch.full((batch, 1, heads, d), float("nan"), **kind)
     folded = query.view(batch, kv_heads, heads // kv_heads, d)  # K and V are read once for a group
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
 
@@ -117,7 +119,7 @@ def _attend_row(geometry, recipe, tokens, batch, copy, rounds, seed):
     with torch.inference_mode():
         us = {name: statistics.median(graph_us(call, rounds)) for name, call in arms.items()}
         want = arms["sdpa_folded"]().view(batch, heads, d).float()
-    rate = sum(x.numel() for x in layer._pages.tensors() if x.dtype == torch.uint8) / us["int4"] * 1e-6
+    rate = layer._pages.nbytes / us["int4"] * 1e-6
     return {
         "geometry": geometry.name,
         "recipe": recipe,
@@ -134,28 +136,27 @@ def _attend_row(geometry, recipe, tokens, batch, copy, rounds, seed):
 
 def bench_encode(head_dim=128, vectors=262144, recipes=("default",), rounds=REPEATS, seed=0) -> list[dict]:
     """Rows {head_dim, dtype, recipe, us, tb_per_s, of_copy}: so many K and as many V vectors packed in one launch."""
-    check_device()
-    copy, rows = copy_tb_per_s(), []
+    device, copy, rows = check_device(), copy_tb_per_s(), []
     for dtype in (torch.float16, torch.bfloat16):
         for name in recipes:
             for search in (True, False):
                 recipe = get_recipe(uncalibrated(name, "bench encode"), search=search)
-                us, moved = _encode(head_dim, vectors, dtype, recipe, rounds, seed)
+                us, moved = _encode(device, head_dim, vectors, dtype, recipe, rounds, seed)
                 row = {"head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "recipe": name}
                 row |= {"search": search, "us": us, "tb_per_s": moved / us * 1e-6}
                 rows.append(row | {"of_copy": moved / us * 1e-6 / copy, "copy_tb_per_s": copy})
     return rows
 
 
-def _encode(head_dim, vectors, dtype, recipe, rounds, seed):
+def _encode(device, head_dim, vectors, dtype, recipe, rounds, seed):
     """(median microseconds, bytes read and written)"""
     torch.manual_seed(seed)
     tokens = vectors // 2 // 16 * 16
-    layer = _layer(Geometry("", 2, 2, head_dim), recipe, dtype)
-    k, v = (torch.randn(1, 2, tokens + 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
+    layer = _layer(device, Geometry("", 2, 2, head_dim), recipe, dtype)
+    k, v = (torch.randn(1, 2, tokens + 1, head_dim, device=device, dtype=dtype) for _ in range(2))
     layer.append(k, v)  # fixes the offset and has pages; the same tokens are packed again and again
     us = statistics.median(graph_us(lambda: layer.kernels.encode((k, v), 0, 0, tokens), rounds))
-    return us, 2 * k.numel() * k.element_size() + sum(x.numel() for x in layer._pages.tensors())
+    return us, 2 * k.numel() * k.element_size() + layer._pages.nbytes
 
 
 # ---------------------------------------------------------------------------------------------------- whole models

@@ -22,6 +22,8 @@ def describe(view, tensor):
 class CudaKernels(GpuKernels):
     """Launches on the current stream of a device. Nothing waits for it, so `failed` comes true some steps later."""
 
+    takes_new = True
+
     @staticmethod
     def why_not(device, config, exact=False):
         """Why there are no kernels for a layer, or None. exact: attention in float32 is wanted."""
@@ -42,7 +44,7 @@ class CudaKernels(GpuKernels):
             recipe.signed_scale, ROTATIONS[recipe.rotation], recipe.seed, self.layer_index,
         )  # fmt: skip
         self.page_bytes = self.kv_heads * self._library.halfbyte_cuda_page_bytes(self._description)
-        self._rotations = [(None, None, None, None)] * 2
+        self._rotations = [(None,) * 5] * 2
         if recipe.rotation != "dense":
             self._rotations = _shared_tables(bytes(self._description), device)
         self._own_flag()
@@ -103,17 +105,17 @@ class CudaKernels(GpuKernels):
             call.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
         # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
         self._q, self._out, self._raw = call.q, call.out, list(call.raw)
+        self._new_k, self._new_v = call.new_k, call.new_v
         self._k, self._v = self._copy.k, self._copy.v
-        self._room = self._scratch_key = None
+        self._room = self._form = self._stream_seen = None
         self._spans = [None] * len(self._raw)
 
     def _stream(self):
-        return torch._C._cuda_getCurrentRawStream(
-            self.device.index
-        )  # current_stream() asks this, at ten times the cost
+        # torch.cuda.current_stream() asks this, at ten times the cost.
+        return torch._C._cuda_getCurrentRawStream(self.device.index)
 
-    def _launch(self, name, call):
-        call.stream = self._stream()
+    def _launch(self, name, call, stream=None):
+        call.stream = self._stream() if stream is None else stream
         error = self._functions[name](call)
         if error:
             raise RuntimeError(f"CUDA: {self._library.halfbyte_cuda_error(error).decode()}")
@@ -161,43 +163,61 @@ class CudaKernels(GpuKernels):
             tables.offset, tables.rotated_offset = mu.data_ptr(), rotated.data_ptr()
             tables.offset_span, tables.offset_first, tables.offset_count = span, first, count
 
-    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
-        """As GpuLayer.attend. counts: length, first, packed_end, kept.
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None, strides=None):
+        """As GpuLayer.attend, to an `out` in one piece. counts: length, first, packed_end, kept.
 
-        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens.
+        spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens. new: K, V of a token that goes to
+        the last place of the last of them before anything is read; then strides are those of query, K and V.
         """
-        call, result = self._attend, self._out
-        _, heads, queries, _ = query.shape
-        call.heads, call.queries, call.scale, call.softcap = heads, queries, scale, softcap
+        call = self._attend
+        form = query.shape, strides, scale, softcap
+        if new is None:
+            self._take_form(query, None, scale, softcap)
+            self._new_k.data = None
+        else:
+            k, v = new
+            if form != self._form:
+                self._take_form(query, new, scale, softcap)
+                self._form = form
+            self._new_k.data, self._new_v.data = k.data_ptr(), v.data_ptr()
+        self._q.data, self._out.data = query.data_ptr(), out.data_ptr()
         call.length, call.first, call.packed_end, call.kept = counts
-        describe(self._q, query)
-        result.data = out.data_ptr()
-        result.batch_stride, result.token_stride, result.head_stride, _ = out.stride()
         call.sinks = None if sinks is None else sinks.data_ptr()
         call.mask = None
         if mask is not None:
             call.mask, call.mask_tokens = mask.data_ptr(), mask.shape[3]
             call.mask_batch_stride, call.mask_query_stride = mask.stride(0), mask.stride(2)
-        for i, span in enumerate(spans):
-            self._describe_span(i, *span)
+        raws, described = self._raw, self._spans
+        for i, (pair, first, begin, end, are_sinks) in enumerate(spans):
+            raw = raws[i]
+            if pair is not described[i]:
+                described[i] = pair
+                describe(raw.k, pair[0])
+                describe(raw.v, pair[1])
+            raw.first, raw.begin, raw.end, raw.are_sinks = first, begin, end, are_sinks
         call.n_raw = len(spans)
-        key = heads, queries, self._stream()
-        if key != self._scratch_key:
-            self._scratch = Scratch.of(self.device, key[2])
+        stream = self._stream()
+        if stream != self._stream_seen:
+            self._scratch = Scratch.of(self.device, stream)
             self._scratch.make_room(self._library, call)
-            self._scratch_key = key
+            self._stream_seen = stream
         call.space, call.arrivals = self._scratch.where
-        self._launch("attend", call)
-        if queries > 1:
-            self._spans = [None] * len(self._raw)  # the chunk is not this layer's to keep
+        self._launch("attend", call, stream)
+        if new is None:
+            self._spans = [None] * len(raws)  # a chunk is not this layer's to keep
 
-    def _describe_span(self, i, pair, first, begin, end, are_sinks):
-        raw = self._raw[i]
-        if pair is not self._spans[i]:
-            self._spans[i] = pair
-            describe(raw.k, pair[0])
-            describe(raw.v, pair[1])
-        raw.first, raw.begin, raw.end, raw.are_sinks = first, begin, end, are_sinks
+    def _take_form(self, query, new, scale, softcap):
+        """What decoding steps have in common: shapes, strides, scales."""
+        call, out = self._attend, self._out
+        _, call.heads, call.queries, _ = query.shape
+        call.scale, call.softcap = scale, softcap
+        describe(self._q, query)
+        out.head_stride, out.token_stride = self.dims[1], call.heads * self.dims[1]
+        out.batch_stride = call.queries * out.token_stride
+        if new is not None:
+            describe(self._new_k, new[0])
+            describe(self._new_v, new[1])
+        self._form = self._stream_seen = None
 
 
 class Scratch:
@@ -243,16 +263,21 @@ def _shared_tables(description, device):
 
 
 def _tables(library, description, device, side, matrix):
-    """(R, its transpose, R as the encoding kernel reads it, its fast transform) on the device; None for what is not."""
-    fragments = torch.empty(library.halfbyte_cuda_fragment_bytes(description, side), dtype=torch.uint8)
-    if fragments.numel():
-        matrix = matrix.contiguous()
-        library.halfbyte_cuda_fragments(description, side, matrix.data_ptr(), fragments.data_ptr())
-    fragments = fragments.to(device) if fragments.numel() else None
+    """(R, its transpose, R as encoding and as attention read it, its fast transform) on the device; None for none."""
+    matrix = matrix.contiguous()
+    fragments = []
+    for kind, size in (
+        ("fragments", library.halfbyte_cuda_fragment_bytes(description, side)),
+        ("attend_fragments", library.halfbyte_cuda_attend_fragment_bytes(description, side)),
+    ):
+        made = torch.empty(size, dtype=torch.uint8)
+        if size:
+            getattr(library, f"halfbyte_cuda_{kind}")(description, side, matrix.data_ptr(), made.data_ptr())
+        fragments.append(made.to(device) if size else None)
     if description.rotation == 0:
-        return None, None, fragments, None
+        return None, None, *fragments, None
     fast = torch.empty(library.halfbyte_cuda_fast_bytes(description, side) // 4)
     if fast.numel():
         library.halfbyte_cuda_fast(description, side, fast.data_ptr())
     fast = fast.to(device) if fast.numel() else None
-    return matrix.to(device), matrix.T.contiguous().to(device), fragments, fast
+    return matrix.to(device), matrix.T.contiguous().to(device), *fragments, fast

@@ -1,4 +1,9 @@
-"""What the kernels of every GPU have in common for a GpuLayer: limits, numbers of dtypes, offsets of spans."""
+"""What the kernels of every GPU have in common for a GpuLayer: limits, numbers of dtypes, offsets and raw tokens."""
+
+import ctypes
+import math
+
+import torch
 
 BLOCK_TOKENS, PAGE_TOKENS = 16, 64
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -18,6 +23,7 @@ class GpuKernels:
 
     doubles = True  # whether the device computes in float64
     failed = False  # whether an `encode` so far has met a value that it can not code
+    takes_new = False  # whether `attend` copies the newest token to where raw ones are kept
 
     def __init__(self, device, kv_heads, head_dim_k, head_dim_v, dtype, recipe, layer_index=0, sliding_window=0):
         self.device, self.recipe, self.kv_heads, self.dims = device, recipe, kv_heads, (head_dim_k, head_dim_v)
@@ -61,3 +67,20 @@ class GpuKernels:
             self._turned = first, last, self.offset_tables(0, turn.offsets(self._offset[0][0], first, last))
         first, last, tables = self._turned
         return (turn.span, first, last - first), tables
+
+
+def between(spans, begin, end):
+    """(K, V) of the tokens [begin, end), which lie in spans [(first, end, (K, V))] one after the other."""
+    found = []
+    for first, last, pair in spans:
+        lo, hi = max(begin, first), min(end, last)
+        if lo < hi:
+            found.append([x[:, :, lo - first : hi - first] for x in pair])
+    return found[0] if len(found) == 1 else [torch.cat(side, 2) for side in zip(*found, strict=True)]
+
+
+def host_floats(address, shape):
+    """A copy of the float32 array of that shape in CPU memory."""
+    count = math.prod(shape)
+    array = (ctypes.c_float * count).from_address(address)
+    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()

@@ -1,12 +1,9 @@
 """GpuLayer: one layer's cache on a GPU, by the rules of the C++ Layer: the same blocks, the same bytes."""
 
-import ctypes
-import math
-
 import torch
 
 from . import _native
-from .gpu_kernels import BLOCK_TOKENS, PAGE_TOKENS
+from .gpu_kernels import BLOCK_TOKENS, PAGE_TOKENS, between, host_floats
 from .gpu_turn import Turn, mean_of
 
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
@@ -29,6 +26,7 @@ class GpuLayer:
         self.dims, self.dtype = (config["head_dim_k"], config["head_dim_v"]), getattr(torch, config["dtype"])
         self.window, self.sink = self.config["sliding_window"], self.recipe.sink_tokens
         self.kernels = kernels(device, **self.config)
+        self.takes_new = self.kernels.takes_new
         self._past_recorded = False
         self._take_given([None, None])
         self._factors = [(None, None)] * 2  # (lambda, 1 / lambda) of K and V [kv_heads, head_dim], if there are any
@@ -170,17 +168,17 @@ class GpuLayer:
         if self._past_recorded and length > old + 1:
             self._keep_undo(spans, packed_end, length)
         if sink and old < sink:
-            self.kernels.copy_raw(_between(spans, old, min(sink, length)), self._sinks, old)
+            self.kernels.copy_raw(between(spans, old, min(sink, length)), self._sinks, old)
         if self._before is not None or packed_end < old:  # the old tail is still read
             self._tail = self._raw_room(self._tail[0].shape[2])
         if length > packed_end:
-            self.kernels.copy_raw(_between(spans, packed_end, length), self._tail, 0)
+            self.kernels.copy_raw(between(spans, packed_end, length), self._tail, 0)
 
     def _keep_undo(self, spans, packed_end, length):
         filled = -(-self.packed_end // BLOCK_TOKENS) * BLOCK_TOKENS
         start = max(filled, self._raw_start(max(length - UNDO_TOKENS - 1, 0)))
         if start < packed_end:
-            self._undo = start, tuple(x.clone() for x in _between(spans, start, packed_end))
+            self._undo = start, tuple(x.clone() for x in between(spans, start, packed_end))
 
     # ------------------------------------------------------------------------------------------------ offset
 
@@ -237,25 +235,45 @@ class GpuLayer:
         the newest tokens, or None; softcap: 0 for none; sinks: float32 [heads] or None. exact: for kernels whose
         why_not takes it, which compute in float32 in any case.
         """
-        sink, spans = min(self.sink, self.length), []
+        query = query if query.stride(3) == 1 else query.contiguous()
+        length, kept = self.length, self.packed_end
+        sink, spans = min(self.sink, length), []
         if sink and self._sinks is not None:
             spans.append((self._sinks, 0, 0, sink, 1))
         if query.shape[2] == 1:
-            kept = self.packed_end
-            if kept < self.length:
-                spans.append((self._tail, kept, kept, self.length, 0))
+            if kept < length:
+                spans.append((self._tail, kept, kept, length, 0))
         else:
             kept, chunk_start = self._before_start, self._chunk_start
-            if (queries := query.shape[2]) != (added := self.length - chunk_start):
+            if (queries := query.shape[2]) != (added := length - chunk_start):
                 raise ValueError(f"queries is {queries}, but the last append held {added} tokens")
             if self._before is not None and kept < chunk_start:
                 first, pair = self._before
                 spans.append((pair, first, kept, chunk_start, 0))
             begin = max(chunk_start, sink)
-            if begin < self.length:
-                spans.append((chunk, chunk_start, begin, self.length, 0))
-        counts = self.length, self.first, self.packed_end, kept
+            if begin < length:
+                spans.append((chunk, chunk_start, begin, length, 0))
+        counts = length, self.first, self.packed_end, kept
         self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans)
+
+    def step(self, k, v, query, out, scale, chunk, mask, softcap, sinks):
+        """`append` of a token and `attend` to it: one call of kernels that take it, where no token is packed."""
+        old, packed = self.length, self.packed_end
+        strides = q_strides, k_strides, v_strides = query.stride(), k.stride(), v.stride()
+        packs = packed % BLOCK_TOKENS or self._raw_start(old) > packed
+        if packs or old < self.sink or not q_strides[3] == k_strides[3] == v_strides[3] == 1:
+            self.append(k, v)
+            self.attend(query, out, scale, chunk, mask, softcap, sinks)
+            return
+        self._check()
+        if self.window:
+            self._drop_behind_window(old)
+        self._before = self._undo = None
+        self._chunk_start, self._before_start, self.length = old, packed, old + 1
+        spans = [] if self._sinks is None else [(self._sinks, 0, 0, self.sink, 1)]
+        spans.append((self._tail, packed, packed, old + 1, 0))
+        counts = old + 1, self.first, packed, packed
+        self.kernels.attend(query, out, scale, softcap, sinks, mask, counts, spans, (k, v), strides)
 
     def unpack(self, tokens, dtype):
         """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] of `dtype`."""
@@ -304,7 +322,7 @@ class GpuLayer:
         first, pair = self._undo
         spans = [(first, self.packed_end, pair), (self.packed_end, self.length, self._tail)]
         tail = self._raw_room(self._tail[0].shape[2])
-        self.kernels.copy_raw(_between(spans, raw_from, length), tail, 0)
+        self.kernels.copy_raw(between(spans, raw_from, length), tail, 0)
         self._tail, self.packed_end = tail, raw_from
 
     def select(self, rows):
@@ -354,7 +372,7 @@ class GpuLayer:
             raise ValueError(f"set_{kind} after tokens were packed; set it before")
         getattr(self._rules, f"set_{kind}")(*addresses)
         return [
-            _host_floats(address, shape) if address else old
+            host_floats(address, shape) if address else old
             for address, shape, old in zip(addresses, shapes, kept, strict=True)
         ]
 
@@ -374,7 +392,7 @@ class GpuLayer:
             raise ValueError("set_frequencies after tokens were packed; set it before")
         self._turn = None
         if pairs:
-            given = _host_floats(frequencies, (pairs,))
+            given = host_floats(frequencies, (pairs,))
             self._turn = Turn(given, interleaved, self.recipe.offset_span, self.device, self.kernels.doubles)
 
     def set_lambda(self, k, v):
@@ -479,20 +497,3 @@ class GpuLayer:
         for pair in (self._sinks, self._tail, undo, *(self._offset or ()), *self._factors):
             tensors += pair or ()
         return self._pages.nbytes + sum(x.numel() * x.element_size() for x in tensors if x is not None)
-
-
-def _between(spans, begin, end):
-    """(K, V) of the tokens [begin, end), which lie in spans [(first, end, (K, V))] one after the other."""
-    found = []
-    for first, last, pair in spans:
-        lo, hi = max(begin, first), min(end, last)
-        if lo < hi:
-            found.append([x[:, :, lo - first : hi - first] for x in pair])
-    return found[0] if len(found) == 1 else [torch.cat(side, 2) for side in zip(*found, strict=True)]
-
-
-def _host_floats(address, shape):
-    """A copy of the float32 array of that shape in CPU memory."""
-    count = math.prod(shape)
-    array = (ctypes.c_float * count).from_address(address)
-    return torch.frombuffer(array, dtype=torch.float32).view(shape).clone()

@@ -42,12 +42,11 @@ class Int4Layer(CacheLayerMixin):
         self.native = None
         self.is_initialized = False
         self.seen = 0  # tokens, staged ones included
-        self._staged = None  # the Step of a first prefill that attention has not read yet
+        self._staged = None  # the Step of a first prefill, or of one token, that attention has not read yet
         self._assigned = {}  # "keys", "values": tensors assigned and not yet packed
         self._k_shape = self._v_shape = self._q_shape = None
-        self.batch = 0
-        self.dtype = self.device = None
-        self._on_cpu = True
+        self.batch, self.dtype, self.device = 0, None, None
+        self._on_cpu, self._steps = True, False  # _steps: `native.step` adds a token and attends
 
     def lazy_initialization(self, key_states, value_states):
         if key_states.dtype not in DTYPES:
@@ -77,6 +76,7 @@ class Int4Layer(CacheLayerMixin):
             sliding_window=self.sliding_window,
         )
         self.dtype, self.device, self._on_cpu = dtype, device, device.type == "cpu"
+        self._steps = not self.consistent and getattr(native, "takes_new", False)
         self.kv_heads, self.head_dim_k, self.head_dim_v = kv_heads, dim_k, dim_v
         rope = self.rope(dim_k) if parts is None else None
         self._turns = rope is not None
@@ -170,7 +170,8 @@ class Int4Layer(CacheLayerMixin):
                 self._admit(key_states, value_states)
             step = Step(self, key_states, value_states, start)
             if shared.packed:
-                if start and not self._waits_for_offset:
+                one_by_one = self._steps and step.length == start + 1  # attention adds the token as well
+                if start and not one_by_one and not self._waits_for_offset:
                     self._append(key_states, value_states)
                 else:
                     self._staged = step
@@ -321,21 +322,29 @@ class Int4Layer(CacheLayerMixin):
                 )
             self._q_shape = shape
         if self.drift is not None:
+            if self._staged is step:
+                self._flush()
             self.drift.observe(self, query, step, scaling)
-        if query.stride(3) != 1:
-            query = query.contiguous()
         out = query.new_empty(batch, queries, heads, self.head_dim_v)
         chunk = None
         if queries > 1:
-            chunk = [
-                t if t.stride(3) == 1 else t.contiguous() for t in (step.k[:, :, -queries:], step.v[:, :, -queries:])
-            ]
+            newest = (x[:, :, -queries:] for x in (step.k, step.v))
+            chunk = [x if x.stride(3) == 1 else x.contiguous() for x in newest]
         if mask is not None:
             if mask.stride(3) != 1:
                 mask = mask.contiguous()
             mask = mask.expand(batch, 1, queries, -1)
         sinks = None if s_aux is None else s_aux.detach().float().contiguous()
         arguments = query, out, scaling if scaling is not None else head_dim**-0.5, chunk, mask, softcap or 0.0, sinks
+        if self._staged is step:
+            self._staged, self.seen = None, step.start
+            try:
+                self.native.step(step.k, step.v, *arguments)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                self._fail(step.start)
+                raise type(error)(f"layer {self.layer_idx}: {error}") from None
+            self.seen = step.length
+            return out
         exact = {"exact": True} if self.consistent else {}
         if self._on_cpu:
             attend_native(self.native, *arguments, **exact)
@@ -355,6 +364,8 @@ class Int4Layer(CacheLayerMixin):
             raise RuntimeError(
                 f"layer {self.layer_idx}: these K, V stand for {step.length} tokens and the cache now holds {self.seen}"
             )
+        if self._staged is step:
+            self._flush()
         pairs = zip(self._unpack(step.tokens), (step.k, step.v), strict=True)
         return tuple(torch.cat([old[:, :, : old.shape[2] - new.shape[2]], new], dim=2) for old, new in pairs)
 
@@ -462,8 +473,7 @@ class Int4Layer(CacheLayerMixin):
     def offload(self):
         """Nothing to move: codes stay on the device whose states they were made from."""
 
-    def prefetch(self):
-        """Nothing to move: codes stay on the device whose states they were made from."""
+    prefetch = offload
 
     def copy(self, shared):
         """A layer of its own for another cache; packed pages are shared until either writes to them."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
 
-from .attention import Pending, States, Step, attend, check_options
+from .attention import Pending, States, Step, check_options, halfbyte_attention
 from .cuda_kernels import CudaKernels
 from .cuda_step import step, tokens_seen
 from .hf import Int4Cache
@@ -169,7 +169,7 @@ class Int4StaticLayer(Int4Layer):
         module = SimpleNamespace(
             is_causal=causal, num_key_value_groups=query.shape[1] // self.kv_heads, config=self._shared.config
         )
-        out, _ = attend(
+        out, _ = halfbyte_attention(
             module, query, keys, values, mask, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=sinks
         )
         return out
@@ -258,18 +258,18 @@ class Int4StaticCache(Int4Cache):
     def __init__(self, config, max_cache_len, recipe="default", calibration=None, prefill="exact", **overrides):
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len: got {max_cache_len!r}, takes a positive number of tokens")
-        self.max_cache_len = max_cache_len
+        self._capacity = max_cache_len  # not max_cache_len: a property of Cache before transformers 5.20
         super().__init__(config, recipe, calibration, prefill, **overrides)
 
     def _make_packed_layer(self, *args):
-        return Int4StaticLayer(*args, max_cache_len=self.max_cache_len)
+        return Int4StaticLayer(*args, max_cache_len=self._capacity)
 
     def _make_library_layer(self, kind, options):
-        return STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=self.max_cache_len, **options)
+        return STATIC_LAYER_TYPE_MAPPING[kind](max_cache_len=self._capacity, **options)
 
     @property
     def _own_options(self):
-        return {"max_cache_len": self.max_cache_len}
+        return {"max_cache_len": self._capacity}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         return self.layers[layer_idx].update(key_states, value_states)
@@ -307,7 +307,7 @@ def _(query, key, value, mask, state, causal, scaling, softcap, sinks, append):
     return query.new_empty(batch, queries, heads, value.shape[-1])
 
 
-def attend_pending(module, query, pending, mask, scaling=None, is_causal=None, softcap=None, s_aux=None, **kwargs):
+def attend_pending(module, query, pending, _, mask, scaling=None, is_causal=None, softcap=None, s_aux=None, **kwargs):
     """attn_implementation="halfbyte" on what Int4StaticCache.update returned."""
     check_options(module, kwargs)
     for name in ("dropout", "position_bias"):

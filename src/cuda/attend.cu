@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/layer.h"
+#include "numbers.h"
 
 namespace halfbyte::gpu {
 namespace {
@@ -15,79 +16,55 @@ struct PortableCall {
   AttendCall base;
   int begin, end;  // packed tokens that any query sees
   int splits;
+  int most_splits;  // whatever the tokens
+  LengthRule rule;  // without cells, the counts are those of the call
 };
 
 constexpr int kSmallestSplit = 128;  // tokens
 
-template <int Spans>
-__device__ __forceinline__ void attend_split(const PortableCall& call, float* memory) {
-  const AttendShape& s = call.base.shape;
-  const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
-  attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
-                          segment % tiles, part_of({call.begin, call.end}, split, call.splits), memory,
-                          call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), threadIdx.x);
-}
-
-template <bool Wide>
-__device__ __forceinline__ void finish_segment(const PortableCall& call, float* memory) {
-  const AttendShape& s = call.base.shape;
-  const int tiles = row_tiles(s), segment = blockIdx.x;
-  finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,
-               call.base.buffers.partials + (long long)segment * call.splits * partial_floats(s), call.splits,
-               segment / tiles / s.kv_heads, segment / tiles % s.kv_heads, segment % tiles, memory, threadIdx.x,
-               blockDim.x);
-}
-
-template <int Spans>
-__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall call) {
-  attend_split<Spans>(call, shared_memory<float>());
-}
-
-template <bool Wide>
-__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall call) {
-  finish_segment<Wide>(call, shared_memory<float>());
-}
-
 HALFBYTE_INLINE int segments_of(const AttendShape& s) { return s.batch * s.kv_heads * row_tiles(s); }
 
-// most: splits, whatever the tokens.
-HALFBYTE_INLINE int splits_of(int begin, int end, int most) {
-  return begin < end ? max(1, min(most, (end - begin) / kSmallestSplit)) : 0;
+HALFBYTE_INLINE void split_tokens(PortableCall& call) {
+  packed_range(call.base.shape, call.base.buffers.mask != nullptr, call.begin, call.end);
+  call.splits = call.begin < call.end ? max(1, min(call.most_splits, (call.end - call.begin) / kSmallestSplit)) : 0;
 }
 
-// The same for a length in device memory.
-struct PortableStep {
-  PortableCall call;
-  LengthRule rule;
-  int most_splits;
-};
-
-HALFBYTE_INLINE void take_length(PortableCall& call, const LengthRule& rule, int most_splits) {
-  const bool masked = call.base.buffers.mask != nullptr;
-  take_counts(call.base.shape, rule, masked);
-  call.base.n_raw = take_raw(call.base.raw, call.base.shape, rule);
-  packed_range(call.base.shape, masked, call.begin, call.end);
-  call.splits = splits_of(call.begin, call.end, most_splits);
-}
-
-__device__ __forceinline__ const PortableCall& step_call(const PortableStep& launched, uint64_t* memory) {
-  PortableCall& call = copy_call(launched.call, memory);
-  if (threadIdx.x == 0) take_length(call, launched.rule, launched.most_splits);
-  __syncthreads();
+// One kernel for both kinds of length: in two, the compiler would join products and sums differently.
+__device__ __forceinline__ const PortableCall& with_length(const PortableCall& launched, uint64_t* memory) {
+  PortableCall& call = copy_call(launched, memory);
+  if (call.rule.cells) {
+    if (threadIdx.x == 0) {
+      take_counts(call.base.shape, call.rule, call.base.buffers.mask != nullptr);
+      call.base.n_raw = take_raw(call.base.raw, call.base.shape, call.rule);
+      split_tokens(call);
+    }
+    __syncthreads();
+  }
   return call;
 }
 
 template <int Spans>
-__global__ void __launch_bounds__(kAttendThreads) portable_step_kernel(const __grid_constant__ PortableStep launched) {
+__global__ void __launch_bounds__(kAttendThreads) portable_kernel(const __grid_constant__ PortableCall launched) {
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
-  const PortableCall& call = step_call(launched, call_memory);
-  if ((int)blockIdx.x < segments_of(call.base.shape) * call.splits) attend_split<Spans>(call, shared_memory<float>());
+  const PortableCall& call = with_length(launched, call_memory);
+  const AttendShape& s = call.base.shape;
+  if ((int)blockIdx.x >= segments_of(s) * call.splits) return;
+  const int tiles = row_tiles(s), segment = blockIdx.x / call.splits, split = blockIdx.x % call.splits;
+  attend_packed<0, Spans>(s, call.base.buffers, segment / tiles / s.kv_heads, segment / tiles % s.kv_heads,
+                          segment % tiles, part_of({call.begin, call.end}, split, call.splits), shared_memory<float>(),
+                          call.base.buffers.partials + (long long)blockIdx.x * partial_floats(s), threadIdx.x);
 }
 
 template <bool Wide>
-__global__ void __launch_bounds__(256) finish_step_kernel(const __grid_constant__ PortableStep launched) {
+__global__ void __launch_bounds__(256) finish_kernel(const __grid_constant__ PortableCall launched) {
   __shared__ uint64_t call_memory[sizeof(PortableCall) / 8];
-  finish_segment<Wide>(step_call(launched, call_memory), shared_memory<float>());
+  const PortableCall& call = with_length(launched, call_memory);
+  const AttendShape& s = call.base.shape;
+  const int tiles = row_tiles(s), segment = blockIdx.x;
+  finish<Wide>(s, call.base.buffers, call.base.raw, call.base.n_raw,
+               call.base.buffers.partials + (long long)segment * call.splits * partial_floats(s), call.splits,
+               segment / tiles / s.kv_heads, segment / tiles % s.kv_heads, segment % tiles, shared_memory<float>(),
+               threadIdx.x, blockDim.x);
 }
 
 int most_splits(const AttendShape& s) { return (4 * multiprocessors() + segments_of(s) - 1) / segments_of(s); }
@@ -103,46 +80,25 @@ size_t finish_bytes(const AttendShape& s) {
   return finish_floats(s.format.k.head_dim, s.format.v.padded_dim, s.format.v.head_dim) * 4;
 }
 
-// For lengths that the call names, and for those in device memory.
-struct PortableKernels {
-  void (*call)(PortableCall);
-  void (*step)(PortableStep);
-};
-
-template <int Spans>
-PortableKernels portable_kernels() {
-  return {portable_kernel<Spans>, portable_step_kernel<Spans>};
-}
-
 // For heads of up to so many channels, padded.
-PortableKernels portable_kernels_for(int padded) {
-  return padded <= 64    ? portable_kernels<2>()
-         : padded <= 128 ? portable_kernels<4>()
-         : padded <= 256 ? portable_kernels<8>()
-                         : portable_kernels<kMaxHeadDim / kSpan>();
+auto portable_kernel_for(int padded) {
+  return padded <= 64    ? portable_kernel<2>
+         : padded <= 128 ? portable_kernel<4>
+         : padded <= 256 ? portable_kernel<8>
+                         : portable_kernel<kMaxHeadDim / kSpan>;
 }
 
-int attend_portable(const AttendCall& base, int begin, int end, void* stream) {
+int attend_portable(const AttendCall& base, const LengthRule& rule, void* stream) {
   const AttendShape& s = base.shape;
-  const int segments = segments_of(s);
-  const PortableCall call{base, begin, end, splits_of(begin, end, most_splits(s))};
-  if (call.splits)
-    if (int error = launch(portable_kernels_for(widest(s.format)).call, segments * call.splits, kAttendThreads,
+  PortableCall call{base, 0, 0, 0, most_splits(s), rule};
+  if (!rule.cells) split_tokens(call);
+  const int segments = segments_of(s), splits = rule.cells ? call.most_splits : call.splits;
+  if (splits)
+    if (int error = launch(portable_kernel_for(widest(s.format)), segments * splits, kAttendThreads,
                            portable_bytes(base), stream, call))
       return error;
   return launch(s.dtype == kFloat32 ? finish_kernel<true> : finish_kernel<false>, segments, 256, finish_bytes(s),
                 stream, call);
-}
-
-int attend_portable_step(const AttendCall& base, const LengthRule& rule, void* stream) {
-  const AttendShape& s = base.shape;
-  const int segments = segments_of(s);
-  const PortableStep step{{base, 0, 0, 0}, rule, most_splits(s)};
-  if (int error = launch(portable_kernels_for(widest(s.format)).step, segments * step.most_splits, kAttendThreads,
-                         portable_bytes(base), stream, step))
-    return error;
-  return launch(s.dtype == kFloat32 ? finish_step_kernel<true> : finish_step_kernel<false>, segments, 256,
-                finish_bytes(s), stream, step);
 }
 
 // ---- The tensor-core way
@@ -195,7 +151,7 @@ int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 *
 bool plan_memory(AttendCall& call, size_t other) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - (int)other - ring_start(call) * 4;
+    const int room = shared_memory_limit() - 64 - (int)other - work_plan(call).end * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -220,6 +176,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.inverse_lambda_k = a.k.inverse_lambda, in.inverse_lambda_v = a.v.inverse_lambda;
   if (a.k.offset) in.turn = turn_of(a.turn);
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
+  call.new_token = {bytes_of(a.new_k.data), bytes_of(a.new_v.data), strides_of(a.new_k), strides_of(a.new_v)};
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
   for (int i = 0; i < call.n_raw; i++) {
     const HalfbyteCudaRaw& raw = a.raw[i];
@@ -229,28 +186,48 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   return call;
 }
 
+// Rows that the kernel can load 16 bytes at a time, and write 4.
+bool is_aligned(const HalfbyteCudaAttend& a) {
+  const auto fits = [](const HalfbyteCudaView& view, uintptr_t bytes) {
+    return ((uintptr_t)view.data | 2 * (view.batch_stride | view.head_stride | view.token_stride)) % bytes == 0;
+  };
+  bool all = fits(a.q, 16) && fits(a.out, 4);
+  for (int i = 0; i < a.n_raw; i++) all = all && fits(a.raw[i].k, 16) && fits(a.raw[i].v, 16);
+  return all;
+}
+
 // Completes what does not depend on the tokens, of which there are at most so many; false if the call is one for the
 // portable kernels. other: bytes of shared memory that the kernel has beside its work space.
 bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_t other) {
   const AttendShape& s = call.shape;
-  if (a.portable || !kernels_for(s.format, s.dtype).call || !plan_memory(call, other)) return false;
+  if (a.portable || !a.k.attend_fragments || !is_aligned(a) || !kernels_for(s.format, s.dtype).call) return false;
+  if (!plan_memory(call, other)) return false;
   if (segments_of(s) * ((tokens + kTileTokens - 1) / kTileTokens + 1) >= 1 << 30) return false;  // counted in 32 bits
+  call.bytes = stage_bytes(s.format);
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
-  if (const int d = fast_dim(s.format.k.head_dim)) {
-    call.buffers.rotation_k = fast_table_of(a.layer, a.k, d);
-    call.buffers.rotation_v = fast_table_of(a.layer, a.v, d);
-  }
+  call.fragments[0] = static_cast<const uint4*>(a.k.attend_fragments);
+  call.fragments[1] = static_cast<const uint4*>(a.v.attend_fragments);
   return true;
 }
 
 size_t shared_bytes(const AttendCall& call) {
-  return ring_start(call) * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
+  return work_plan(call).end * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
+}
+
+// Copies the new token to where the call reads it, for kernels that do not.
+int keep_new_token(const HalfbyteCudaAttend& a) {
+  const HalfbyteCudaRaw& raw = a.raw[a.n_raw - 1];
+  const int64_t bytes = (raw.end - 1 - raw.first) * (a.layer.dtype == kFloat32 ? 4 : 2);
+  HalfbyteCudaCopy copy{a.layer, a.new_k, a.new_v, raw.k, raw.v, a.batch, 1, a.device, a.stream};
+  copy.k_to.data = bytes_of(raw.k.data) + bytes * raw.k.token_stride;
+  copy.v_to.data = bytes_of(raw.v.data) + bytes * raw.v.token_stride;
+  return halfbyte_cuda_copy(&copy);
 }
 
 int attend_step(const HalfbyteCudaAttend& a) {
   AttendStep step{call_of(a), rule_of(a.at), multiprocessors()};
   const AttendShape& s = step.call.shape;
-  if (!plan(step.call, a, a.at.capacity, sizeof step.call)) return attend_portable_step(step.call, step.rule, a.stream);
+  if (!plan(step.call, a, a.at.capacity, sizeof step.call)) return attend_portable(step.call, step.rule, a.stream);
   return launch(kernels_for(s.format, s.dtype).step, std::max(segments_of(s), step.processors), step.call.warps * kSimd,
                 shared_bytes(step.call), a.stream, step);
 }
@@ -268,9 +245,12 @@ extern "C" int halfbyte_cuda_attend(const HalfbyteCudaAttend* a) {
   const AttendShape& s = call.shape;
   int begin, end;
   packed_range(s, a->mask != nullptr, begin, end);
-  if (begin >= end || !plan(call, *a, end - begin, 0)) return attend_portable(call, begin, end, a->stream);
-  call.first_tile = begin / kTileTokens, call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
-  split_work(call, segments_of(s) * call.n_tiles, multiprocessors());
+  if (!plan(call, *a, std::max(end - begin, 0), 0)) {
+    if (a->new_k.data)
+      if (int error = keep_new_token(*a)) return error;
+    return attend_portable(call, {}, a->stream);
+  }
+  deal_tiles(call, begin, end, segments_of(s), multiprocessors());
   return launch(kernels_for(s.format, s.dtype).call, call.blocks, call.warps * kSimd, shared_bytes(call), a->stream,
                 call);
 }
@@ -279,7 +259,31 @@ extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
   const OnDevice device(a->device);
   const AttendShape s = call_of(*a).shape;
   const int64_t segments = segments_of(s);
+  const int64_t portable = segments * most_splits(s) * partial_floats(s) * 4;
   // The tensor-core way: a slot a segment, and one a thread block, of which there are as many or a round of them.
-  const int64_t fast = 2 * segments + multiprocessors(), portable = segments * most_splits(s);
-  return std::max(fast, portable) * partial_floats(s) * 4;
+  const int64_t slots = 2 * segments + multiprocessors(), d = s.format.v.head_dim;
+  return std::max(portable, slots * partial_bytes(d) + segments * raw_bytes(d));
+}
+
+extern "C" int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {
+  const int64_t d = layer->head_dim_k;
+  return kernels_for(page_format(*layer), (int)layer->dtype).call ? (is_v ? 1 : kQueryTerms) * 2 * d * d : 0;
+}
+
+extern "C" void halfbyte_cuda_attend_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
+                                               void* fragments) {
+  const int d = (int)layer->head_dim_k;
+  auto* out = static_cast<ushort*>(fragments);
+  for (int tile = 0; tile < d / 16; tile++)
+    for (int step = 0; step < d / 16; step++)
+      for (int lane = 0; lane < kSimd; lane++)
+        for (int e = 0; e < 8; e++) {
+          const Element at = is_v ? result_element(tile, step, lane, e) : query_element(tile, step, lane, e);
+          float rest = is_v ? rotation[at.column * d + at.row] : rotation[at.row * d + at.column];
+          for (int term = 0; term < (is_v ? 1 : kQueryTerms); term++) {
+            const ushort bits = float_to_half(rest);
+            out[(term * fragment_at(d, d / 16, 0, 0) + fragment_at(d, tile, step, lane)) * 8 + e] = bits;
+            rest -= half_to_float(bits);
+          }
+        }
 }

@@ -6,51 +6,38 @@
 // 8×8 transposition, wants its weights: only the order in which sums run differs from the channels' own.
 #pragma once
 
+#include "cuda/attend_raw.cuh"
 #include "cuda/length.cuh"
+#include "cuda/merge.cuh"
 
 namespace halfbyte::gpu {
 
-// Weights are held as 2^(score − top + kWeightBias) in fp16; `top` lags behind by up to kSlack, which saves rescaling.
-constexpr float kSlack = 8.0f;
-constexpr float kWeightBias = 4.0f;
-
-// ---- One warp's running softmax over its tiles
-
-template <int D>
-struct Running {
-  float acc[D / 16][4];  // Σ weight · scale / unit · code: channels 16i + 2g, + 2g+1 by columns 2t, 2t+1
-  float top[2], sum[2];  // of columns 2t, 2t+1; sums of this thread's tokens alone
-  int unit_exponent;     // of V's scales: all so far are below 2^(unit_exponent + 1)
-};
-
-template <int D>
-__device__ __forceinline__ void clear(Running<D>& r) {
-  for (int i = 0; i < D / 16; i++)
-    for (int j = 0; j < 4; j++) r.acc[i][j] = 0.0f;
-  r.top[0] = r.top[1] = kUnseen;
-  r.sum[0] = r.sum[1] = 0.0f;
-  r.unit_exponent = -14;
-}
-
-template <int D>
-__device__ __forceinline__ void rescale(Running<D>& r, float column0, float column1) {
-#pragma unroll
-  for (int i = 0; i < D / 16; i++) {
-    r.acc[i][0] *= column0, r.acc[i][1] *= column1;
-    r.acc[i][2] *= column0, r.acc[i][3] *= column1;
-  }
-}
-
 // The two columns (rows of the row tile) of a thread.
 struct Columns {
-  float factor[2], offset[2];  // score = factor · product + offset, and what the turning part of K's offset adds
-  float log_base;              // by which both are multiplied already
-  int lo[2], end[2];           // packed tokens seen
-  int open_from, open_to;      // seen by all columns of the tile
+  float factor[2],
+      offset[2];           // score · log_base = factor · product + offset, and what the turning part of K's offset adds
+  int open_from, open_to;  // seen by all columns of the tile
 };
+
+__device__ __forceinline__ float log_base(const AttendShape& s) { return s.softcap > 0.0f ? 1.0f : kLog2e; }
+
+// The packed tokens that a column sees.
+struct PackedSight {
+  int lo, end;
+};
+
+__device__ __forceinline__ PackedSight packed_sight(const AttendCall& call, int row) {
+  const AttendShape& s = call.shape;
+  const RowSight sight = sight_of(s, min(row, rows_of(s) - 1), call.buffers.mask != nullptr);
+  return {max(sight.lo, s.sink_tokens), sight.packed_end};  // sinks are raw
+}
 
 // How groups lie: each half of a span has its own, each span (or two, or more) has, or the whole head has one.
 enum Groups { kHalves, kSpans, kWhole };
+
+HALFBYTE_INLINE constexpr int most_groups(int d, Groups kind) {
+  return kind == kWhole ? 1 : d / kSpan * (kind == kHalves ? 2 : 1);
+}
 
 // Scales of tokens 2g, 2g+1. Scale: __half or float, as stored.
 template <class Scale>
@@ -146,10 +133,14 @@ __device__ __forceinline__ void add_block(int shift, const uint8_t* codes, const
   }
 }
 
-// Exponent of the largest of V's scales in a tile, within what fp16 can divide by. scales: V's of the first block.
-template <class Scale>
+// Blocks that a warp takes at once: one by one needs half the instructions in memory, which a short call waits for.
+HALFBYTE_INLINE constexpr int at_once(int d) { return d > 128 ? 1 : 2; }
+
+// Exponent of the largest of V's scales in Blocks blocks, within what fp16 can divide by. scales: V's of the first.
+template <class Scale, int Blocks>
 __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scales, int block_scales, int lane) {
-  const Scale* row = reinterpret_cast<const Scale*>(scales + lane / kBlockTokens * block_scales) + lane % kBlockTokens;
+  const Scale* row =
+      reinterpret_cast<const Scale*>(scales + lane / kBlockTokens % Blocks * block_scales) + lane % kBlockTokens;
   uint32_t largest = 0;
   for (int group = 0; group < groups; group++)
     largest = max(largest, __float_as_uint((float)row[group * kBlockTokens]) & 0x7fffffffu);
@@ -157,105 +148,68 @@ __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scale
   return min(max(exponent, -14), 14);
 }
 
-__device__ __forceinline__ float power_of_two(int exponent) {
-  return __uint_as_float((uint32_t)(exponent + 127) << 23);
-}
-
-// Raises `top` of both columns to the tile's maxima; all threads of a column hold the same.
-template <int D>
-__device__ __forceinline__ void raise_tops(Running<D>& r, float high0, float high1) {
-  for (int mask = 4; mask < kSimd; mask <<= 1) {
-    high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));
-    high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));
-  }
-  const float top0 = fmaxf(r.top[0], high0), top1 = fmaxf(r.top[1], high1);
-  const float keep0 = exp2f(r.top[0] - top0), keep1 = exp2f(r.top[1] - top1);
-  r.top[0] = top0, r.top[1] = top1;
-  r.sum[0] *= keep0, r.sum[1] *= keep1;
-  rescale(r, keep0, keep1);
-}
-
-// q·mu of a row tile's rows in the spans from `first` on, to turned [spans][kTileRows], by the whole block: each warp
-// takes four spans at a time. products: [pairs][kTileRows][2], see turn_products. Ends with a barrier.
-__device__ __forceinline__ void turn_offsets(const Turn& turn, const float* products, int first, int spans,
-                                             float* turned, int warps) {
-  constexpr int kAtOnce = kSimd / kTileRows;
-  const int lane = threadIdx.x % kSimd, row = lane % kTileRows, part = lane / kTileRows;
-  for (int span = threadIdx.x / kSimd * kAtOnce; span < spans; span += warps * kAtOnce) {
-    const float2* waves = reinterpret_cast<const float2*>(turn.waves) + (size_t)(first + span) * turn.pairs;
-    float sum[kAtOnce] = {};
-    for (int pair = part; pair < turn.pairs; pair += kSimd / kTileRows) {
-      const float2 product = reinterpret_cast<const float2*>(products)[pair * kTileRows + row];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        const float2 wave = waves[min(i, spans - 1 - span) * turn.pairs + pair];
-        sum[i] += product.x * wave.x + product.y * wave.y;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i++) {
-      for (int mask = kTileRows; mask < kSimd; mask <<= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], mask);
-      if (part == i && span + i < spans) turned[(span + i) * kTileRows + row] = sum[i];
-    }
-  }
-  __syncthreads();
-}
-
 // Makes `to` the end of the items from there on that attend_tile may take, and gives what it reads of turned offsets,
-// if there are any. They lie where the queries were and warps will merge, which has room for so many spans.
-__device__ __forceinline__ const float* turn_tiles(const AttendCall& call, float* work, int before, int& to, int end) {
+// if there are any. They lie where warps will merge, which has room for so many spans.
+__device__ __forceinline__ const float* turn_tiles(const AttendCall& call, const Work& work, int before, int& to,
+                                                   int end) {
   const Turn& turn = call.buffers.turn;
-  const int from = to, floats = work_floats(call.shape.format, call.warps);
+  const int from = to, room = call.warps / 2 * call.shape.format.k.head_dim;
   to = end;
   if (!turn.waves) return nullptr;
-  to = min(end, from + (floats / kTileRows - 1) * turn.span / kTileTokens);
+  to = min(end, from + (room - 1) * turn.span / kTileTokens);
   const int first = (before + from) * kTileTokens / turn.span, last = ((before + to) * kTileTokens - 1) / turn.span;
-  turn_offsets(turn, work + floats, first, last + 1 - first, work, call.warps);
-  return work - first * kTileRows;
+  turn_offsets(turn, work, first, last + 1 - first, work.slots, call.warps);
+  return work.slots - first * kTileRows;
 }
 
-// One tile of 32 tokens in shared memory joins the running softmax. turned: q·mu of the rows, [spans][kTileRows] from
-// the sequence's first span on, of which those of the tile exist; or null.
+// at_once(D) blocks of 16 tokens, of a tile in shared memory, join the running softmax. codes, scales: of the first
+// block; turned: q·mu of the rows, [spans][kTileRows] from the sequence's first span on, of which those of the tile
+// exist; or null.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_t* stage, const float* turned, int b,
-                                            int first_row, int token, const uint32_t q[D / 16][2],
-                                            const Columns& columns, int lane, Running<D>& r) {
+__device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint8_t* codes, const uint8_t* scales,
+                                              const float* turned, int b, int first_row, int token,
+                                              const uint32_t q[D / 16][2], const Columns& columns, int lane,
+                                              Running<D>& r) {
   const AttendShape& s = call.shape;
+  constexpr int kBlocks = at_once(D);
   constexpr int kCodesK = D / kSpan * kSpanBytes<KBits>, kCodesV = D / kSpan * kSpanBytes<VBits>;
   const int k_scales = s.format.k.n_groups * (int)(kBlockTokens * sizeof(Scale));
   const int block_scales = k_scales + s.format.v.n_groups * (int)(kBlockTokens * sizeof(Scale));
-  const uint8_t* scales = stage + kTileBlocks * (kCodesK + kCodesV);
   const int g = lane / 4, t = lane % 4;
-  float score[kTileBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
+  float score[kBlocks][4], offset[2] = {columns.offset[0], columns.offset[1]};
 #pragma unroll
-  for (int i = 0; i < kTileBlocks; i++) {
+  for (int i = 0; i < kBlocks; i++) {
     if (turned && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
       const int span = (token + i * kBlockTokens) >> (call.buffers.turn.span == kBlockTokens ? 4 : 6);
       const float2 own = reinterpret_cast<const float2*>(turned + span * kTileRows)[t];
-      offset[0] = columns.offset[0] + own.x * columns.log_base;
-      offset[1] = columns.offset[1] + own.y * columns.log_base;
+      offset[0] = columns.offset[0] + own.x * log_base(s);
+      offset[1] = columns.offset[1] + own.y * log_base(s);
     }
-    score_block<D, KBits, KGroups, Scale>(call.k_shift, stage + i * (kCodesK + kCodesV), scales + i * block_scales, q,
+    score_block<D, KBits, KGroups, Scale>(call.k_shift, codes + i * (kCodesK + kCodesV), scales + i * block_scales, q,
                                           lane, score[i]);
     for (int j = 0; j < 4; j++) score[i][j] = score[i][j] * columns.factor[j & 1] + offset[j & 1];
   }
   if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
-    for (int i = 0; i < kTileBlocks; i++)
+    for (int i = 0; i < kBlocks; i++)
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
-  if (call.buffers.mask || token < columns.open_from || token + kTileTokens > columns.open_to)
-    for (int i = 0; i < kTileBlocks; i++)
-      for (int j = 0; j < 4; j++) {
-        const int at = token + i * kBlockTokens + 2 * g + j / 2, row = min(first_row + 2 * t + (j & 1), rows_of(s) - 1);
-        if (at < columns.lo[j & 1] || at >= columns.end[j & 1] || !mask_shows(s, call.buffers.mask, b, row, at))
-          score[i][j] = -INFINITY;
-      }
+  if (call.buffers.mask || token < columns.open_from || token + kBlocks * kBlockTokens > columns.open_to)
+    for (int j = 0; j < 2; j++) {
+      const int row = min(first_row + 2 * t + j, rows_of(s) - 1);
+      const PackedSight sight = packed_sight(call, row);
+      for (int i = 0; i < kBlocks; i++)
+        for (int of = 0; of < 2; of++) {
+          const int at = token + i * kBlockTokens + 2 * g + of;
+          if (at < sight.lo || at >= sight.end || !mask_shows(s, call.buffers.mask, b, row, at))
+            score[i][2 * of + j] = -INFINITY;
+        }
+    }
   float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
-  for (int i = 1; i < kTileBlocks; i++) {
+  for (int i = 1; i < kBlocks; i++) {
     high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));
     high1 = fmaxf(high1, fmaxf(score[i][1], score[i][3]));
   }
   if (__any_sync(0xffffffffu, high0 > r.top[0] + kSlack || high1 > r.top[1] + kSlack)) raise_tops(r, high0, high1);
-  const int exponent = largest_exponent<Scale>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
+  const int exponent = largest_exponent<Scale, kBlocks>(s.format.v.n_groups, scales + k_scales, block_scales, lane);
   if (exponent > r.unit_exponent) {
     const float keep = power_of_two(r.unit_exponent - exponent);
     rescale(r, keep, keep);
@@ -264,191 +218,194 @@ __device__ __forceinline__ void attend_tile(const AttendCall& call, const uint8_
   const float unit = power_of_two(-r.unit_exponent);
   const float base0 = kWeightBias - r.top[0], base1 = kWeightBias - r.top[1];
 #pragma unroll
-  for (int i = 0; i < kTileBlocks; i++) {
+  for (int i = 0; i < kBlocks; i++) {
     const float p0 = exp2_fast(score[i][0] + base0), p1 = exp2_fast(score[i][1] + base1);
     const float p2 = exp2_fast(score[i][2] + base0), p3 = exp2_fast(score[i][3] + base1);
     r.sum[0] += p0 + p2, r.sum[1] += p1 + p3;
     const __half2 even = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p0, p1))));
     const __half2 odd = as_half2(transpose_8x8(as_bits(__floats2half2_rn(p2, p3))));
-    add_block<D, VBits, VGroups, Scale>(call.v_shift, stage + i * (kCodesK + kCodesV) + kCodesK,
+    add_block<D, VBits, VGroups, Scale>(call.v_shift, codes + i * (kCodesK + kCodesV) + kCodesK,
                                         scales + i * block_scales + k_scales, even, odd, unit, lane, r);
   }
 }
 
-// ---- Merging
-
-// Sums this thread's part over the warp's threads of the same columns, and takes V's unit out of acc.
-template <int D>
-__device__ __forceinline__ void close(Running<D>& r) {
-  for (int mask = 4; mask < kSimd; mask <<= 1)
-    for (int j = 0; j < 2; j++) r.sum[j] += __shfl_xor_sync(0xffffffffu, r.sum[j], mask);
-  const float unit = power_of_two(r.unit_exponent);
-  rescale(r, unit, unit);
-}
-
-// All warps' results into warp 0's, in a fixed order. memory: [warps / 2][merge_floats].
-template <int D>
-__device__ void merge_warps(Running<D>& r, float* memory, int warps, int warp, int lane) {
-  for (int n = warps, half; n > 1; n = half) {
-    half = (n + 1) / 2;
-    float* slot = memory + warp % half * merge_floats(D) + lane;
-    if (warp >= half && warp < n) {
-      for (int i = 0; i < D / 16; i++)
-        for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] = r.acc[i][j];
-      for (int j = 0; j < 2; j++) slot[(D / 4 + j) * kSimd] = r.top[j], slot[(D / 4 + 2 + j) * kSimd] = r.sum[j];
-    }
-    __syncthreads();
-    if (warp < n - half) {
-      float keep[2], take[2];
-      for (int j = 0; j < 2; j++) {
-        const float other = slot[(D / 4 + j) * kSimd], top = fmaxf(r.top[j], other);
-        keep[j] = exp2f(r.top[j] - top), take[j] = exp2f(other - top);
-        r.top[j] = top, r.sum[j] = r.sum[j] * keep[j] + slot[(D / 4 + 2 + j) * kSimd] * take[j];
-      }
-      for (int i = 0; i < D / 16; i++)
-        for (int j = 0; j < 4; j++) r.acc[i][j] = r.acc[i][j] * keep[j & 1] + slot[(i * 4 + j) * kSimd] * take[j & 1];
-    }
-    __syncthreads();
-  }
-}
-
-// Warp 0 writes a partial result; see partial_floats.
-template <int D>
-__device__ __forceinline__ void store_partial(const Running<D>& r, float* partial, int lane) {
-  const int g = lane / 4, t = lane % 4;
-  for (int i = 0; i < D / 16; i++)
-    for (int j = 0; j < 4; j++) partial[(2 * t + (j & 1)) * D + 16 * i + 2 * g + j / 2] = r.acc[i][j];
-  if (g == 0)
-    for (int j = 0; j < 2; j++) {
-      partial[kTileRows * D + 2 * t + j] = r.top[j] - kWeightBias;
-      partial[kTileRows * (D + 1) + 2 * t + j] = r.sum[j];
-    }
-}
-
 // ---- The kernel
-
-// This thread's part of the row tile's queries: B fragments of unit magnitude, and what its two columns may see.
-template <int D>
-__device__ __forceinline__ void take_queries(const AttendCall& call, int b, int head, int tile, float* work, int lane,
-                                             uint32_t q[D / 16][2], Columns& columns) {
-  const AttendShape& s = call.shape;
-  float* rotated = work + kTileRows * s.format.k.head_dim;
-  float* largest = rotated + kTileRows * D;
-  float* offset = largest + kTileRows;
-  prepare_queries<false, fast_dim(D)>(s, call.buffers, b, head, tile, work, rotated, largest, offset, threadIdx.x,
-                                      call.warps * kSimd);
-  const int g = lane / 4, t = lane % 4;
-  const float inverse = largest[g] > 0.0f ? 1.0f / largest[g] : 0.0f;
-#pragma unroll
-  for (int i = 0; i < D / 16; i++) {
-    const float* four = rotated + (16 * i + 4 * t) * kTileRows + g;
-    q[i][0] = as_bits(__floats2half2_rn(four[0] * inverse, four[2 * kTileRows] * inverse));
-    q[i][1] = as_bits(__floats2half2_rn(four[kTileRows] * inverse, four[3 * kTileRows] * inverse));
-  }
-  if (call.buffers.turn.waves)
-    turn_products(s, call.buffers, b, head, work, work + work_floats(s.format, call.warps), offset, threadIdx.x,
-                  call.warps * kSimd);
-  const float log_base = columns.log_base = s.softcap > 0.0f ? 1.0f : kLog2e;
-  for (int j = 0; j < 2; j++) {
-    const int column = 2 * t + j;
-    columns.factor[j] = largest[column] * log_base, columns.offset[j] = offset[column] * log_base;
-    const RowSight sight = sight_of(s, min(tile * kTileRows + column, rows_of(s) - 1), call.buffers.mask != nullptr);
-    columns.lo[j] = max(sight.lo, s.sink_tokens), columns.end[j] = sight.packed_end;  // sinks are raw
-  }
-  columns.open_from = __reduce_max_sync(0xffffffffu, max(columns.lo[0], columns.lo[1]));
-  columns.open_to = __reduce_min_sync(0xffffffffu, min(columns.end[0], columns.end[1]));
-  __syncthreads();
-}
 
 constexpr int kLine = 128;  // bytes that one prefetch brings
 
-// Brings what `finish` reads for a segment into the L2 cache while there is other work.
+// Brings `bytes` bytes into the L2 cache, by the whole block.
+__device__ __forceinline__ void prefetch_all(const AttendCall& call, const void* from, int bytes) {
+#pragma unroll 1
+  for (int at = threadIdx.x * kLine; at < bytes; at += call.warps * kSimd * kLine)
+    prefetch(static_cast<const char*>(from) + at);
+}
+
+// What preparing tiles [begin, end) of a segment reads, which should not queue behind the tiles themselves.
+template <int D>
+__device__ __forceinline__ void prefetch_before_tiles(const AttendCall& call, int begin, int end) {
+  const Turn& turn = call.buffers.turn;
+  prefetch_all(call, call.fragments[0], kQueryTerms * 2 * D * D);
+  if (!turn.waves || begin >= end) return;
+  const int first = (call.first_tile + begin) * kTileTokens / turn.span;
+  const int last = ((call.first_tile + end) * kTileTokens - 1) / turn.span;
+  prefetch_all(call, turn.waves + (long long)first * turn.pairs * 2, (last + 1 - first) * turn.pairs * 8);
+}
+
+// What finish_tile reads for a segment.
 template <int D>
 __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
-  const AttendBuffers& in = call.buffers;
-  if (in.rotation_v.r)
-    for (int at = threadIdx.x * kLine; at < D * D * 4; at += call.warps * kSimd * kLine)
-      prefetch(reinterpret_cast<const char*>(in.rotation_v.r) + at);
-  if (in.offset_v && threadIdx.x < D * 4 / kLine)
-    prefetch(in.offset_v + ((long long)b * call.shape.kv_heads + head) * D + threadIdx.x * (kLine / 4));
-  for (int i = 0; i < call.n_raw; i++) {
-    const RawTokens& raw = call.raw[i];
-    constexpr int kLines = D * 2 / kLine;  // of a token
-    for (int at = threadIdx.x; at < (raw.end - raw.begin) * kLines; at += call.warps * kSimd) {
-      const int token = raw.begin - raw.first + at / kLines, line = at % kLines * kLine;
-      prefetch(raw.k + 2 * element_at(raw.k_strides, b, head, token) + line);
-      prefetch(raw.v + 2 * element_at(raw.v_strides, b, head, token) + line);
-    }
+  prefetch_all(call, call.fragments[1], 2 * D * D);
+  const float* mu = call.buffers.offset_v;
+  if (mu) prefetch_all(call, mu + ((long long)b * call.shape.kv_heads + head) * D, D * 4);
+}
+
+// The row tile's queries to shared memory, by the whole block. Ends with a barrier.
+template <int D>
+__device__ __forceinline__ void prepare_tile(const AttendCall& call, int b, int head, int tile, const Work& work,
+                                             int warp, int lane) {
+  if (threadIdx.x < kTileRows)
+    work.tops[threadIdx.x] = ordered_bits(kUnseen), work.largest[threadIdx.x] = 0, work.raw_sum[threadIdx.x] = 0.0f;
+  // Warps that have nothing to rotate take the offsets, if there are any beside the last, which fetches tiles.
+  const int rotating = min(call.warps, D / 16), helpers = max(call.warps - 1 - rotating, 0);
+  rotate_queries<D>(call, b, head, tile, work, warp, lane);
+  if (helpers == 0 || (warp >= rotating && warp < rotating + helpers))
+    dot_offsets<D>(call, b, head, tile, work, helpers ? warp - rotating : warp, helpers ? helpers : call.warps, lane);
+  __syncthreads();
+}
+
+// This thread's part of the prepared queries: B fragments, and what its two columns may see.
+template <int D>
+__device__ __forceinline__ void take_queries(const AttendCall& call, int tile, const Work& work, int lane,
+                                             uint32_t q[D / 16][2], Columns& columns) {
+  const AttendShape& s = call.shape;
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    const uint2 pair = work.fragments[i * kSimd + lane];
+    q[i][0] = pair.x, q[i][1] = pair.y;
+  }
+  PackedSight sight[2];
+  for (int j = 0; j < 2; j++) {
+    const int column = 2 * (lane % 4) + j;
+    columns.factor[j] = work.factor[column] * log_base(s), columns.offset[j] = work.offset[column] * log_base(s);
+    sight[j] = packed_sight(call, tile * kTileRows + column);
+  }
+  columns.open_from = __reduce_max_sync(0xffffffffu, max(sight[0].lo, sight[1].lo));
+  columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));
+}
+
+// Copies the new token to where this block, which takes the raw tokens, reads it after a barrier.
+template <int D>
+__device__ __forceinline__ void keep_new_token(const AttendCall& call, int b, int head) {
+  const NewToken& from = call.new_token;
+  const RawTokens& to = call.raw[call.n_raw - 1];
+  const int64_t k = element_at(to.k_strides, b, head, to.end - 1 - to.first);
+  const int64_t v = element_at(to.v_strides, b, head, to.end - 1 - to.first);
+  for (int c = threadIdx.x; c < D; c += call.warps * kSimd) {
+    ((ushort*)to.k)[k + c] = ((const ushort*)from.k)[element_at(from.k_strides, b, head, 0) + c];
+    ((ushort*)to.v)[v + c] = ((const ushort*)from.v)[element_at(from.v_strides, b, head, 0) + c];
   }
 }
 
-// This thread block's part of a call: its tiles, and whatever segments it is the last one to work on.
-template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
-__device__ __forceinline__ void attend_items(const AttendCall& call, float* work) {
+// Hands a block's result to the segment's other blocks; true for the last of them, which then sees them all.
+template <int D>
+__device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sharers sharers, float* raw,
+                                        const Work& work) {
   __shared__ int arrived;
-  const AttendShape& s = call.shape;
-  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, tiles = row_tiles(s);
-  const int bytes = stage_bytes(s.format);
-  const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
-  uint8_t* rings = reinterpret_cast<uint8_t*>(work + ring_start(call));
-  Ring ring{rings + (size_t)warp * call.stages * bytes,
-            first + warp,
-            last,
-            0,
-            0,
-            0,
-            kTileBlocks * (int)block_code_bytes(s.format),
-            kTileBlocks * (int)block_scale_bytes(s.format),
-            nullptr};
-  // Few tiles before the queries are prepared, whose own loads would queue behind more; the rest after.
-  int ahead = 0;
-  for (; ahead < min(2, call.stages - 1); ahead++) ask_for_tile(call, ring, lane);
-
-  int item = first + warp;  // this warp's next tile
-  for (int begin = first; begin < last;) {
-    const int segment = begin / call.n_tiles;  // (sequence, head, row tile)
-    const int end = min(last, (segment + 1) * call.n_tiles);
-    const int tile = segment % tiles, head = segment / tiles % s.kv_heads, b = segment / tiles / s.kv_heads;
-    prefetch_for_finish<D>(call, b, head);
-    uint32_t q[D / 16][2];
-    Columns columns;
-    take_queries<D>(call, b, head, tile, work, lane, q, columns);
-    for (; ahead < call.stages - 1; ahead++) ask_for_tile(call, ring, lane);
-    Running<D> running;
-    clear(running);
-    const int before = call.first_tile - segment * call.n_tiles;  // tiles of the sequence before item 0's
-    for (int to = begin; to < end;) {
-      const float* turned = turn_tiles(call, work, before, to, end);
-      for (; item < to; item += call.warps) {
-        ask_for_tile(call, ring, lane);
-        copy_async_wait(call.stages - 1);
-        __syncwarp();
-        attend_tile<D, KBits, VBits, KGroups, VGroups, Scale>(call, ring.memory + ring.take * bytes, turned, b,
-                                                              tile * kTileRows, (before + item) * kTileTokens, q,
-                                                              columns, lane, running);
-        __syncwarp();  // before the ring's slot is filled again
-        ring.take = ring.take + 1 == call.stages ? 0 : ring.take + 1;
-      }
-      if (turned) __syncthreads();  // before others write where offsets lie
-    }
-    close(running);
-    merge_warps(running, work, call.warps, warp, lane);
-    const Sharers sharers = sharers_of(call, segment);
-    float* partials = call.buffers.partials + (long long)(sharers.first + segment) * partial_floats(s);
-    if (warp == 0) store_partial(running, partials + (blockIdx.x - sharers.first) * partial_floats(s), lane);
+  const int threads = call.warps * kSimd;
+  sum_slots<D>(work, call.warps / 2, nullptr, threads);
+  store_partial<D>(work, partial_at(call, D, blockIdx.x + segment), (int)blockIdx.x == sharers.first ? raw : nullptr,
+                   threads);
+  __syncthreads();  // all of it is stored
+  if (threadIdx.x == 0) {
+    __threadfence();  // reaches what the barriers order
+    arrived = atomicAdd(&call.arrivals[segment], 1);
+    if (arrived == sharers.n - 1) call.arrivals[segment] = 0;
     __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(&call.arrivals[segment], 1);
-    __syncthreads();
-    if (arrived == sharers.n - 1) {
-      __threadfence();
-      if (threadIdx.x == 0) call.arrivals[segment] = 0;
-      finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, partials, sharers.n, b, head, tile, work,
-                                 threadIdx.x, call.warps * kSimd);
-      __syncthreads();
-    }
-    begin = end;
   }
+  __syncthreads();
+  return arrived == sharers.n - 1;
+}
+
+// This thread block's part of a call: its tiles, and whatever segments it is the last one to work on. Without packed
+// tokens that any query sees, a block has a segment.
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
+__device__ __forceinline__ void attend_items(const AttendCall& call, float* memory) {
+  const AttendShape& s = call.shape;
+  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd;
+  const unsigned tiles = row_tiles(s);
+  constexpr int kCodes = kTileBlocks * D / kSpan * (kSpanBytes<KBits> + kSpanBytes<VBits>);
+  constexpr int kScales =
+      kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
+  const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
+  const int raw_slots_here = raw_slots(D, call.warps);
+  const WorkPlan plan = work_plan(call);
+  const Work work = work_at(memory, plan, raw_slots_here);
+  Ring ring = start_ring(call, memory, plan, first, last, warp, lane);
+  const auto ask = [&](int slot) { ask_for_tile<kCodes, kScales>(call, ring, slot, first + warp, last, lane); };
+
+  int item = first + warp, begin = first;  // this warp's next tile; the first one of the segment
+  do {
+    const unsigned segment = call.n_tiles ? begin / (unsigned)call.n_tiles : blockIdx.x;  // (sequence, head, row tile)
+    const unsigned of_heads = segment / tiles;
+    const int end = min(last, (int)(segment + 1) * call.n_tiles);
+    const int tile = (int)(segment % tiles), head = (int)(of_heads % s.kv_heads), b = (int)(of_heads / s.kv_heads);
+    const Sharers sharers = sharers_of(call, segment);
+    if (begin != first) __syncthreads();  // the last segment is finished
+    prefetch_before_tiles<D>(call, begin - (int)segment * call.n_tiles, end - (int)segment * call.n_tiles);
+    prefetch_for_finish<D>(call, b, head);
+    // Whoever asks for tiles waits once memory has enough to do. Where one warp has nothing to rotate it asks for all,
+    // while the others prepare: for part of the tiles, if there is one more barrier to come.
+    const bool one_asks = call.warps > D / 16, asks = begin == first && (!one_asks || warp == call.warps - 1);
+    const int early = one_asks && call.buffers.turn.waves ? 1 : call.stages;
+    const auto fill = [&](int from, int to) {
+      fill_rings<kCodes>(call, ring, from, to, one_asks ? 0 : warp, one_asks ? call.warps : 1, first, last, warp, lane);
+    };
+    if (kBulkCopies && asks) fill(0, early);
+    if (!kBulkCopies && begin == first)
+#pragma unroll 1
+      for (int i = 0; i < call.stages; i++) ask(i);
+    if ((int)blockIdx.x == sharers.first && call.new_token.k) keep_new_token<D>(call, b, head);
+    prepare_tile<D>(call, b, head, tile, work, warp, lane);
+    if (kBulkCopies && asks) fill(early, call.stages);
+    uint32_t q[D / 16][2];
+    Columns columns{};
+    Running<D> running;
+    const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
+    const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
+    int to = begin;
+    do {
+      if (to != begin) __syncthreads();  // all have read the offsets of the piece before
+      const bool is_first = to == begin;
+      const float* turned = turn_tiles(call, work, before, to, end);
+      if (is_first) {  // before anything is held in registers
+        attend_raw<D>(call, b, head, tile, slots, work, warp, lane);
+        take_queries<D>(call, tile, work, lane, q, columns);
+        clear(running);
+      }
+      for (; item < to; item += call.warps) {
+        wait_for_tile(call, ring);
+        const uint8_t* stage = ring.memory + ring.slot * call.bytes;
+#pragma unroll 1
+        for (int i = 0; i < kTileBlocks; i += at_once(D))
+          attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
+              call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
+              turned, b, tile * kTileRows, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
+        __syncwarp();  // before the slot is filled again
+        ask(ring.slot);
+        next_slot(call, ring);
+      }
+    } while (to < end);
+    merge_warps(running, work, call.warps, slots, warp, lane);
+    int n = call.warps / 2;
+    bool finishes = sharers.n == 1;
+    if (!finishes) {
+      float* raw = raw_partial_at(call, D, s.batch * s.kv_heads * tiles, segment);
+      finishes = is_last<D>(call, segment, sharers, raw, work);
+      if (finishes) n = merge_partials<D>(call, sharers.first + segment, sharers.n, raw, work, warp, lane);
+    }
+    if (finishes) finish_tile<D>(call, b, head, tile, work, n, warp, lane);
+    begin = end;
+  } while (begin < last);
 }
 
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
@@ -474,14 +431,7 @@ __global__ void __launch_bounds__(max_warps(D) * kSimd, 1)
   if (threadIdx.x == 0) take_length(call, launched.rule, launched.processors);
   __syncthreads();
   if ((int)blockIdx.x >= call.blocks) return;
-  if (call.n_tiles) {
-    attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
-    return;
-  }
-  const AttendShape& s = call.shape;  // nothing is packed yet: a block a segment
-  const int tiles = row_tiles(s), head = blockIdx.x / tiles % s.kv_heads, b = blockIdx.x / tiles / s.kv_heads;
-  finish<false, fast_dim(D)>(s, call.buffers, call.raw, call.n_raw, nullptr, 0, b, head, blockIdx.x % tiles, work,
-                             threadIdx.x, call.warps * kSimd);
+  attend_items<D, KBits, VBits, KGroups, VGroups, Scale>(call, work);
 }
 
 }  // namespace halfbyte::gpu

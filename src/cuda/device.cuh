@@ -56,9 +56,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
 // Starts copying 16 bytes, both ends aligned to 16; they are there for this thread once it has waited for the group.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
-  const uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
+  const uint32_t to = shared_address(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 
@@ -89,6 +91,54 @@ __device__ __forceinline__ void copy_async_wait(int pending) {
     default:
       return copy_async_wait<0>();
   }
+}
+
+// Hopper's copy engine takes a whole tile from one thread, which then is free; elsewhere all threads copy.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+
+// Counts the bytes of copies, in phases of one arrival each.
+using CopyBarrier = uint64_t;
+
+// By one thread, before a barrier of those who use it.
+__device__ __forceinline__ void copy_barrier_start(CopyBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Begins the barrier's next phase, which ends once so many bytes have come.
+__device__ __forceinline__ void copy_bulk_expect(CopyBarrier* barrier, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Starts copying; both ends and `bytes` are multiples of 16.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// Waits for the end of a phase of this parity: 0 for the first one.
+__device__ __forceinline__ void copy_bulk_wait(CopyBarrier* barrier, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done)
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
 }
 
 // Brings a line into the L2 cache.

@@ -22,15 +22,21 @@ __device__ int first_vector(int head_dim) {
   return (blockIdx.x / 2 * blockDim.x / kSimd + threadIdx.x / kSimd) * (kSimd / lanes_of(head_dim));
 }
 
-// D: of both sides, which rotates by its fast transform, or 0.
+// encode_vectors from vector `first` on. Never in line: what a step packs has to be what an append packs, and in two
+// kernels the compiler would join products and sums differently. D: of both sides, which rotates by its fast
+// transform, or 0.
+template <int D>
+__device__ __attribute__((noinline)) void encode_from(const EncodeCall& call, bool is_k, int first, float* memory) {
+  encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
+                    memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);
+}
+
 template <int D>
 __global__ void __launch_bounds__(kSimds* kSimd) portable_encode_kernel(const __grid_constant__ EncodeCall call) {
   __shared__ float memory[kSimds * kSimdFloats];
   const bool is_k = blockIdx.x % 2 == 0;
   const PageFormat& f = call.shape.format;
-  encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k,
-                    first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory + threadIdx.x / kSimd * kSimdFloats,
-                    call.bad, threadIdx.x % kSimd);
+  encode_from<D>(call, is_k, first_vector(is_k ? f.k.head_dim : f.v.head_dim), memory);
 }
 
 struct DecodeCall {
@@ -181,8 +187,7 @@ __device__ __forceinline__ void encode_in_turn(const EncodeCall& call, float* me
   const TokenRange& range = call.shape.range;
   const int step = gridDim.x / 2 * blockDim.x / kSimd * (kSimd / lanes_of(f.head_dim));
   for (int first = first_vector(f.head_dim); first < range.batch * range.kv_heads * range.tokens; first += step) {
-    encode_vectors<D>(call.shape, call.pages, call.side[is_k ? 0 : 1], is_k, first,
-                      memory + threadIdx.x / kSimd * kSimdFloats, call.bad, threadIdx.x % kSimd);
+    encode_from<D>(call, is_k, first, memory);
     __syncwarp();  // before the memory is filled again
   }
 }

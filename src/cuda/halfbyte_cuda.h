@@ -31,6 +31,7 @@ typedef struct {
   const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
   const float* transposed;     /* [d][d] */
   const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const void* attend_fragments; /* halfbyte_cuda_attend_fragments, or null */
   const float* fast;           /* halfbyte_cuda_fast, or null */
   const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
   const float* rotated_offset; /* R mu, alike */
@@ -90,6 +91,9 @@ typedef struct {
   const float* sinks; /* [heads] or null */
   HalfbyteCudaRaw raw[3];
   int64_t n_raw;
+  /* A token of each sequence that goes to the last place of the last raw tokens before anything is read; data null:
+   * none. */
+  HalfbyteCudaView new_k, new_v;
   void* space;       /* halfbyte_cuda_attend_space bytes */
   int32_t* arrivals; /* [batch * kv_heads * ceil(heads / kv_heads * queries / 8)], zeros; left zero */
   int64_t portable;  /* 1: the kernels for any geometry, whatever the shape */
@@ -174,12 +178,15 @@ int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
+int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 
 /* Fill host memory: R as [d][d] of a rotation that is not dense, what its fast transform reads (factors of the
  * channels, then roots of srft), and any R as the encoding kernel reads it. */
 void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation);
 void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v, float* fast);
 void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation, void* fragments);
+void halfbyte_cuda_attend_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
+                                    void* fragments);
 
 /* 0 if device `device` can run these kernels, else a CUDA error number. */
 int halfbyte_cuda_probe(int64_t device);

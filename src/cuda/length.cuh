@@ -76,10 +76,7 @@ HALFBYTE_INLINE void take_length(AttendCall& call, const LengthRule& rule, int p
   const int segments = s.batch * s.kv_heads * row_tiles(s);
   int begin, end;
   packed_range(s, masked, begin, end);
-  call.first_tile = begin / kTileTokens, call.n_tiles = 0, call.blocks = segments;
-  if (begin >= end) return;
-  call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
-  split_work(call, segments * call.n_tiles, processors);
+  deal_tiles(call, begin, end, segments, processors);
 }
 
 // ---- A call with numbers of its own

@@ -10,42 +10,104 @@ constexpr int kTileTokens = 32;  // tokens that a warp takes at a time: two bloc
 constexpr int kTileBlocks = kTileTokens / kBlockTokens;
 // Warps of a thread block: as many as registers hold.
 HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
-// The head size if its queries and outputs rotate by the fast transform, else 0: a smaller R is at most 64 KB, and
-// twice the warps leave threads half the registers, which the transform's passes would spill.
-HALFBYTE_INLINE constexpr int fast_dim(int head_dim) { return head_dim > 128 ? head_dim : 0; }
 constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
 
+// A token of each sequence that is not yet in the last place of the last raw tokens; k null: none.
+struct NewToken {
+  const uchar *k, *v;
+  Strides3 k_strides, v_strides;
+};
+
 struct AttendCall {
   AttendShape shape;
-  AttendBuffers buffers;
+  AttendBuffers buffers;                 // partials are of another kind here, see merge.cuh
+  gpu_global const uint4* fragments[2];  // R of K and the transpose of V's, see fragment_at
   RawTokens raw[kMaxRaw];
+  NewToken new_token;
   int n_raw;
   int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
   int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
   int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
   int warps, stages;        // stages: tiles of each warp that are under way
+  int bytes;                // of a stage
   int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
   int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
 };
 
-// Products of an offset that turns: see turn_products.
-HALFBYTE_INLINE int product_floats(const Turn& turn) { return turn.waves ? kTileRows * 2 * turn.pairs : 0; }
+// ---- Shared memory
 
-// Bytes of shared memory: what `finish` and the merging of warps use, one after the other, then the rings.
-HALFBYTE_INLINE int merge_floats(int head_dim) { return (head_dim / 16 * 4 + 4) * kSimd; }  // of one warp
-HALFBYTE_INLINE int work_floats(const PageFormat& f, int warps) {
-  const int finishing = finish_floats(f.k.head_dim, f.v.padded_dim, f.v.head_dim),
-            merging = warps / 2 * merge_floats(f.v.padded_dim);
-  const int preparing = kTileRows * (f.k.head_dim + f.k.padded_dim + 2);
-  const int most = finishing > merging ? finishing : merging;
-  return ((most > preparing ? most : preparing) + 31) / 32 * 32;
+// Warps that raw tokens are dealt to, at most: as many as 16 KB hold results of.
+HALFBYTE_INLINE constexpr int raw_slots(int head_dim, int warps) {
+  const int most = 512 / head_dim, half = warps / 2;
+  return most < half ? most : half;
 }
-// What of shared memory comes before the rings, in floats: the products of an offset that turns lie last, where merging
-// warps leave them alone.
-HALFBYTE_INLINE int ring_start(const AttendCall& call) {
-  return work_floats(call.shape.format, call.warps) + (product_floats(call.buffers.turn) + 31) / 32 * 32;
+HALFBYTE_INLINE constexpr int raw_pitch(int head_dim) { return head_dim + 2; }  // of a row: stores meet fewer banks
+
+// What a thread block has beside its rings, in floats, each part a multiple of four.
+struct WorkPlan {
+  int fragments, rows, sums, raw_rows, raw, slots, products, barriers, end;
+};
+
+HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turning_pairs) {
+  WorkPlan plan{};
+  plan.rows = plan.fragments + 4 * head_dim;
+  plan.sums = plan.rows + 8 * kTileRows;
+  plan.raw_rows = plan.sums + warps * kTileRows;
+  plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
+  plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
+  plan.products = plan.slots + warps / 2 * kTileRows * head_dim;
+  plan.barriers = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
+  plan.end = plan.barriers + warps * kMaxStages * 2;
+  return plan;
 }
+
+HALFBYTE_INLINE WorkPlan work_plan(const AttendCall& call) {
+  const Turn& turn = call.buffers.turn;
+  return work_plan(call.shape.format.k.head_dim, call.warps, turn.waves ? turn.pairs : 0);
+}
+
+// Steps of a product over all pairs.
+__device__ __forceinline__ int turn_steps(const Turn& turn) { return (turn.pairs + 7) / 8; }
+
+// That memory while a segment is worked on.
+struct Work {
+  uint2* fragments;    // [d / 16][32]: queries in code domain as B, then what the packed tokens gave
+  float* offset;       // [kTileRows] q·mu
+  float* factor;       // [kTileRows]: a score is factor · product
+  unsigned* tops;      // [kTileRows] maxima of scores, as ordered_bits
+  unsigned* largest;   // [kTileRows] magnitudes of results, as bits
+  float* packed_sum;   // [kTileRows] of weights
+  float* raw_sum;      // [kTileRows]
+  float* norm;         // [kTileRows]
+  float* sums;         // [warps][kTileRows]
+  float* raw_tops;     // [raw slots][kTileRows]
+  float* raw_sums;     // [raw slots][kTileRows]
+  float* raw;          // [raw slots][kTileRows][raw_pitch]
+  float* slots;        // [warps / 2][d / 16][4][32]; before, offsets that turn: [spans][kTileRows]
+  float* turn_factor;  // [kTileRows]
+  uint4* products;     // [turn_steps][32]: see turn_products
+};
+
+__device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int slots) {
+  float* rows = memory + plan.rows;
+  return {reinterpret_cast<uint2*>(memory + plan.fragments),
+          rows,
+          rows + kTileRows,
+          reinterpret_cast<unsigned*>(rows + 2 * kTileRows),
+          reinterpret_cast<unsigned*>(rows + 3 * kTileRows),
+          rows + 4 * kTileRows,
+          rows + 5 * kTileRows,
+          rows + 6 * kTileRows,
+          memory + plan.sums,
+          memory + plan.raw_rows,
+          memory + plan.raw_rows + slots * kTileRows,
+          memory + plan.raw,
+          memory + plan.slots,
+          rows + 7 * kTileRows,
+          reinterpret_cast<uint4*>(memory + plan.products)};
+}
+
 HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
   return kTileBlocks * (int)(block_code_bytes(f) + block_scale_bytes(f));
 }
@@ -58,7 +120,7 @@ HALFBYTE_INLINE void packed_range(const AttendShape& s, bool masked, int& begin,
 }
 
 // Tiles that take as long as preparing the queries of one more segment and finishing it.
-constexpr int kSegmentTiles = 100;
+constexpr int kSegmentTiles = 40;
 constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
 
 // Whole segments to blocks, or equal parts of one segment, unless that leaves too many multiprocessors idle: then
@@ -77,10 +139,18 @@ HALFBYTE_INLINE void split_work(AttendCall& call, int all, int processors) {
   call.share = all / call.blocks, call.larger = all % call.blocks;
 }
 
+// Deals the packed tokens [begin, end) of all segments; without any, each segment has a block all the same.
+HALFBYTE_INLINE void deal_tiles(AttendCall& call, int begin, int end, int segments, int processors) {
+  call.first_tile = begin / kTileTokens, call.n_tiles = 0, call.blocks = segments, call.splits = 1;
+  if (begin >= end) return;
+  call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
+  split_work(call, segments * call.n_tiles, processors);
+}
+
 // First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
 HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
-  if (call.splits)
-    return block / call.splits * call.n_tiles + (int)((long long)call.n_tiles * (block % call.splits) / call.splits);
+  const unsigned tiles = call.n_tiles, splits = call.splits, of = block;
+  if (splits) return (int)(of / splits * tiles + tiles * (of % splits) / splits);
   return block * call.share + (block < call.larger ? block : call.larger);
 }
 
@@ -104,44 +174,114 @@ HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
 // ---- One warp's ring of tiles
 
 struct Ring {
-  uint8_t* memory;       // [stages][stage_bytes]
-  int next, end;         // work items not yet asked for: next, next + warps, …
-  unsigned asked;        // tiles asked for so far
-  int fill, take;        // the slots to fill and to read next
-  int codes, scales;     // bytes of a tile
-  const uint8_t* ahead;  // lane i: address of the i-th tile from asked / 32 · 32
+  uint8_t* memory;        // [stages][bytes of a stage]
+  CopyBarrier* barriers;  // [stages], where copies are bulk copies
+  int slot, round;        // the slot to read, and then to fill, next; how often the ring has begun anew, modulo 2
+  unsigned asked;         // tiles asked for so far
+  const uint8_t* ahead;   // lane i: address of the i-th tile from asked / 32 · 32
 };
 
-__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, int item) {
+__device__ __forceinline__ void next_slot(const AttendCall& call, Ring& ring) {
+  if (++ring.slot == call.stages) ring.slot = 0, ring.round ^= 1;
+}
+
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, unsigned item) {
   const AttendShape& s = call.shape;
-  const int tile = call.first_tile + item % call.n_tiles;
-  const int row = item / call.n_tiles / row_tiles(s);
-  const int token = tile * kTileTokens;
-  return page_of(call.buffers.pages, s.format, row / s.kv_heads, row % s.kv_heads, token) +
+  const unsigned n_tiles = call.n_tiles, row = item / n_tiles / row_tiles(s), heads = s.kv_heads;
+  const int token = (call.first_tile + (int)(item % n_tiles)) * kTileTokens;
+  return page_of(call.buffers.pages, s.format, (int)(row / heads), (int)(row % heads), token) +
          token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
 }
 
-// Starts copying the warp's next tile; an empty group once there is none, so that waiting counts on.
-__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int lane) {
+// Where the pieces of a tile lie: codes, then scales. tagged: see tile_address.
+template <int Codes>
+struct TilePieces {
+  const uint8_t *codes, *scales;
+  __device__ __forceinline__ TilePieces(const AttendCall& call, const uint8_t* tagged) {
+    const int second_half = (int)((uint64_t)tagged & 1);
+    codes = reinterpret_cast<const uint8_t*>((uint64_t)tagged & ~1ull) + second_half * Codes;
+    scales = codes + kPageBlocks / kTileBlocks * Codes + second_half * (call.bytes - 2 * Codes);
+  }
+};
+
+// By one thread: Hopper's way to fetch a tile.
+template <int Codes>
+__device__ __forceinline__ void copy_tile(const AttendCall& call, const uint8_t* tagged, uint8_t* to,
+                                          CopyBarrier* barrier) {
+  const TilePieces<Codes> from(call, tagged);
+  copy_bulk_expect(barrier, call.bytes);
+  copy_bulk(to, from.codes, Codes, barrier);
+  copy_bulk(to + Codes, from.scales, call.bytes - Codes, barrier);
+}
+
+// Starts copying the warp's next tile, of work items first, first + warps, … before `last`, to slot `slot`; an empty
+// group once there is none, so that waiting counts on. Codes, MostScales: bytes.
+template <int Codes, int MostScales>
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int slot, int first, int last,
+                                             int lane) {
   if (ring.asked % kSimd == 0) {
-    const int item = ring.next + lane * call.warps;
-    ring.ahead = item < ring.end ? tile_address(call, item) : nullptr;
+    const int item = first + (ring.asked + lane) * call.warps;
+    ring.ahead = item < last ? tile_address(call, item) : nullptr;
   }
-  const uint64_t tagged = __shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked % kSimd);
-  if (tagged) {
-    const uint8_t* page = reinterpret_cast<const uint8_t*>(tagged & ~1ull);
-    const int second_half = (int)(tagged & 1);
-    uint8_t* to = ring.memory + ring.fill * (ring.codes + ring.scales);
-    const uint8_t* from_codes = page + second_half * ring.codes;
-    const uint8_t* from_scales = page + kPageBlocks / kTileBlocks * ring.codes + second_half * ring.scales;
-#pragma unroll 8
-    for (int at = lane * 16; at < ring.codes; at += kSimd * 16) copy_async_16(to + at, from_codes + at);
-    for (int at = lane * 16; at < ring.scales; at += kSimd * 16) copy_async_16(to + ring.codes + at, from_scales + at);
+  const auto tagged = (const uint8_t*)__shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked++ % kSimd);
+  uint8_t* to = ring.memory + slot * call.bytes;
+  if constexpr (kBulkCopies) {
+    if (tagged && lane == 0) copy_tile<Codes>(call, tagged, to, ring.barriers + slot);
+  } else {
+    static_assert(Codes % (kSimd * 16) == 0);
+    if (tagged) {
+      const TilePieces<Codes> from(call, tagged);
+#pragma unroll
+      for (int at = lane * 16; at < Codes; at += kSimd * 16) copy_async_16(to + at, from.codes + at);
+#pragma unroll
+      for (int at = lane * 16; at < MostScales; at += kSimd * 16)
+        if (at < call.bytes - Codes) copy_async_16(to + Codes + at, from.scales + at);
+    }
+    copy_async_commit();
   }
-  copy_async_commit();
-  ring.asked++;
-  ring.fill = ring.fill + 1 == call.stages ? 0 : ring.fill + 1;
-  ring.next += call.warps;
+}
+
+// The same for slots [begin, end) of the rings of `rings` warps from `from` on, one lane a ring. own: of this warp.
+template <int Codes>
+__device__ __forceinline__ void fill_rings(const AttendCall& call, const Ring& own, int begin, int end, int from,
+                                           int rings, int first, int last, int warp, int lane) {
+  if (lane >= rings) return;
+  const int behind = from + lane - warp;
+#pragma unroll 1
+  for (int slot = begin; slot < end; slot++) {
+    CopyBarrier* barrier = own.barriers + behind * kMaxStages + slot;
+    copy_barrier_start(barrier);
+    const int item = first + from + lane + slot * call.warps;
+    if (item < last)
+      copy_tile<Codes>(call, tile_address(call, item), own.memory + (behind * call.stages + slot) * call.bytes,
+                       barrier);
+  }
+}
+
+// A warp's ring, of which no tile is asked for; where copies are bulk copies, fill_rings does that for the first ones.
+__device__ __forceinline__ Ring start_ring(const AttendCall& call, float* memory, const WorkPlan& plan, int first,
+                                           int last, int warp, int lane) {
+  Ring ring{reinterpret_cast<uint8_t*>(memory + plan.end) + (size_t)warp * call.stages * call.bytes,
+            reinterpret_cast<CopyBarrier*>(memory + plan.barriers) + warp * kMaxStages,
+            0,
+            0,
+            0,
+            nullptr};
+  if constexpr (kBulkCopies) {
+    const int item = first + warp + lane * call.warps;
+    ring.asked = call.stages, ring.ahead = item < last ? tile_address(call, item) : nullptr;
+  }
+  return ring;
+}
+
+// Waits for the tile in the ring's slot, in every lane's eyes.
+__device__ __forceinline__ void wait_for_tile(const AttendCall& call, const Ring& ring) {
+  if constexpr (kBulkCopies) {
+    copy_bulk_wait(ring.barriers + ring.slot, ring.round);
+  } else {
+    copy_async_wait(call.stages - 1);
+    __syncwarp();
+  }
 }
 
 }  // namespace halfbyte::gpu

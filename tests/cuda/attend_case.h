@@ -17,7 +17,15 @@ inline std::vector<float> waves_of(const Case& c, size_t tokens) {
   return out;
 }
 
-// The same attention by the reference layer and by the device on the layer's own bytes; the distance between them.
+// Rows of tokens whose last one is poison.
+inline std::vector<uint8_t> without_last(std::vector<uint8_t> rows, size_t row_bytes, size_t token_bytes) {
+  for (size_t end = row_bytes; end <= rows.size(); end += row_bytes)
+    std::fill_n(rows.begin() + (ptrdiff_t)(end - token_bytes), token_bytes, 0xff);
+  return rows;
+}
+
+// The same attention by the reference layer and by the device on the layer's own bytes; the distance between them. Odd
+// seeds: the call brings the newest token, where it is one that stays raw.
 inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const std::string fastest = backends().front().name;
   use_backend(fastest);
@@ -77,11 +85,15 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const LayerParts& held = c.queries == 1 ? parts : before;
   const int64_t sink = std::min<int64_t>(c.recipe.sink_tokens, held.length);
   const size_t raw = held.raw_k.size() / dtype_bytes(c.dtype) / c.batch / c.kv_heads / c.head_dim;
-  const OnDevice<uint8_t> raw_k(held.raw_k), raw_v(held.raw_v), d_chunk_k(chunk_k), d_chunk_v(chunk_v);
+  const int64_t tail = (int64_t)held.packed_end;
+  const bool brings_token = c.queries == 1 && seed % 2 && tail < (int64_t)held.length;
+  const size_t token_bytes = brings_token ? c.head_dim * dtype_bytes(c.dtype) : 0;
+  const OnDevice<uint8_t> raw_k(without_last(held.raw_k, std::max<size_t>(raw * token_bytes, 1), token_bytes)),
+      raw_v(without_last(held.raw_v, std::max<size_t>(raw * token_bytes, 1), token_bytes)), d_chunk_k(chunk_k),
+      d_chunk_v(chunk_v);
   const HalfbyteCudaView raw_k_view = device_view(raw_k.get(), c, c.kv_heads, raw);
   const HalfbyteCudaView raw_v_view = device_view(raw_v.get(), c, c.kv_heads, raw);
   if (sink) a.raw[a.n_raw++] = {raw_k_view, raw_v_view, 0, 0, sink, 1};
-  const int64_t tail = (int64_t)held.packed_end;
   if (tail < (int64_t)held.length)
     a.raw[a.n_raw++] = {raw_k_view, raw_v_view, tail - sink, tail, (int64_t)held.length, 0};
   a.kept = c.queries == 1 ? (int64_t)parts.packed_end : std::min<int64_t>(tail, (int64_t)held.length);
@@ -96,11 +108,17 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const OnDevice<float> waves(waves_of(c, parts.length));
   a.turn = {waves.get(), c.recipe.offset_span, c.pairs, c.interleaved};
   a.portable = portable;
+  if (brings_token) {
+    a.new_k = device_view(d_chunk_k.get(), c, c.kv_heads, 1);
+    a.new_v = device_view(d_chunk_v.get(), c, c.kv_heads, 1);
+  }
   const OnDevice<uint8_t> space(std::vector<uint8_t>(halfbyte_cuda_attend_space(&a), 0xff));
   const OnDevice<int32_t> arrivals(std::vector<int32_t>(c.batch * c.heads * c.queries, 0));
   a.space = space.get(), a.arrivals = arrivals.get();
   expect_launched(halfbyte_cuda_attend(&a));
   for (int32_t n : arrivals.values()) EXPECT_EQ(n, 0);
+  EXPECT_EQ(raw_k.values(), held.raw_k);
+  EXPECT_EQ(raw_v.values(), held.raw_v);
   return relative_error(as_doubles(out.values(), c.dtype), as_doubles(want, c.dtype));
 }
 

@@ -135,6 +135,7 @@ struct Tables {
         rotation(matrix),
         rotation_t(transposed(matrix, d)),
         fragments(make_fragments(layer, is_v, matrix)),
+        attend_fragments(make_attend_fragments(layer, is_v, matrix)),
         fast(make_fast(layer, is_v)),
         offset(mu),
         rotated(rotate(matrix, mu, d)),
@@ -149,6 +150,12 @@ struct Tables {
   static std::vector<uint8_t> make_fragments(const HalfbyteCudaLayer& layer, bool is_v, const std::vector<float>& m) {
     std::vector<uint8_t> bytes(halfbyte_cuda_fragment_bytes(&layer, is_v));
     if (!bytes.empty()) halfbyte_cuda_fragments(&layer, is_v, m.data(), bytes.data());
+    return bytes;
+  }
+  static std::vector<uint8_t> make_attend_fragments(const HalfbyteCudaLayer& layer, bool is_v,
+                                                    const std::vector<float>& m) {
+    std::vector<uint8_t> bytes(halfbyte_cuda_attend_fragment_bytes(&layer, is_v));
+    if (!bytes.empty()) halfbyte_cuda_attend_fragments(&layer, is_v, m.data(), bytes.data());
     return bytes;
   }
   static std::vector<float> make_fast(const HalfbyteCudaLayer& layer, bool is_v) {
@@ -175,6 +182,7 @@ struct Tables {
     return {identity ? nullptr : rotation.get(),
             identity ? nullptr : rotation_t.get(),
             fragments.get(),
+            attend_fragments.get(),
             fast.get(),
             offset.get(),
             rotated.get(),
@@ -187,7 +195,7 @@ struct Tables {
 
   std::vector<float> matrix;
   OnDevice<float> rotation, rotation_t;
-  OnDevice<uint8_t> fragments;
+  OnDevice<uint8_t> fragments, attend_fragments;
   OnDevice<float> fast, offset, rotated, factors, inverse;
 };
 

@@ -65,7 +65,11 @@ class Walk:
         rooms.append_native(self.theirs, *self.chunk, counted, answered)
         self.ours.append(*self.there(*self.chunk, counted), answered)
 
-    def attend(self, queries=1, mask=None, softcap=0.0, sinks=None):
+    def attend(self, queries=1, mask=None, softcap=0.0, sinks=None, appends=False):
+        """appends: a token more, which our layer takes together with the query."""
+        if appends:
+            self.chunk = self.tensor(KV_HEADS, 1, 8.0), self.tensor(KV_HEADS, 1)
+            rooms.append_native(self.theirs, *self.chunk, None, False)
         query = self.tensor(HEADS, queries)
         outs = [torch.full((self.batch, queries, HEADS, self.dim), np.nan, dtype=self.dtype) for _ in range(2)]
         chunk = [x[:, :, -queries:] for x in self.chunk] if queries > 1 else None
@@ -74,7 +78,11 @@ class Walk:
         outs[1] = outs[1].to(self.device)
         chunk = chunk and self.there(*chunk)
         query, mask, sinks = self.there(query, mask, sinks)
-        self.ours.attend(query, outs[1], scale, chunk, mask, softcap, sinks)
+        arguments = query, outs[1], scale, chunk, mask, softcap, sinks
+        if appends:
+            self.ours.step(*self.there(*self.chunk), *arguments)
+        else:
+            self.ours.attend(*arguments)
         assert relative(outs[1], outs[0]) < self.limits[0]
 
     def compare(self):
@@ -124,13 +132,15 @@ class Walk:
         kind = self.random.integers(12)
         if not self.theirs.length or kind < 7:
             tokens = int(self.random.choice(steps))
-            self.append(tokens)
+            steps = tokens == 1 and self.theirs.length > 0 and self.ours.takes_new
+            if not steps:
+                self.append(tokens)
             mask = None
             queries = tokens if self.random.integers(2) else 1
             if self.random.integers(4) == 0:
                 shape = self.batch, 1, queries, self.theirs.visible
                 mask = torch.rand(shape, generator=self.torch_random) < 0.8
-            self.attend(queries, mask)
+            self.attend(queries, mask, appends=steps)
         elif kind == 7:
             length = self.theirs.length - int(self.random.choice([1, 3, 20, 70]))
             lowest = 1 if not self.theirs.first else self.theirs.first + self.config["sliding_window"] - 1

@@ -19,6 +19,8 @@ BLOCK, PAGE = 16, 64
 class PlainKernels(GpuKernels):
     """With the pages of CUDA: addresses."""
 
+    takes_new = True
+
     @staticmethod
     def why_not(device, config, exact=False):
         assert config["recipe"].k_bits == 32
@@ -65,7 +67,10 @@ class PlainKernels(GpuKernels):
                 for out, x in zip(parts, block, strict=True):
                     out[b, :, first_token - out_first :][:, here] = x[:, there]
 
-    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans):
+    def attend(self, query, out, scale, softcap, sinks, mask, counts, spans, new=None, strides=None):
+        if new is not None:
+            room, at, _, end, _ = spans[-1]
+            self.copy_raw(new, room, end - 1 - at)
         length, first, packed_end, kept = counts
         sink, window, raw_window = self.recipe.sink_tokens, self.sliding_window, self.recipe.raw_window
         batch, heads, queries, _ = query.shape
@@ -110,6 +115,8 @@ class PlainKernels(GpuKernels):
 
 class PlainKernelsOfMps(PlainKernels):
     """With the pages of Metal: places in one buffer."""
+
+    takes_new = False
 
     def pages(self, batch):
         return MpsPages(batch, self.page_bytes, self.device)

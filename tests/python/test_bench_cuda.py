@@ -1,4 +1,4 @@
-"""The benches of --backend cuda: rows that hold together where there is a GPU, a plain word where there is none."""
+"""The benches of --backend cuda: a plain word where there is no GPU; rows that hold together, there on the emulator."""
 
 import pytest
 
@@ -6,10 +6,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from commands import at_home, run, run_rows  # noqa: E402, F401 (a fixture)
-from halfbyte import _cuda  # noqa: E402
+from halfbyte import _cuda, bench_cuda  # noqa: E402
 
 NO_GPU = not torch.cuda.is_available() or _cuda.why_not(0) is not None
-needs_gpu = pytest.mark.skipif(NO_GPU, reason="no CUDA device with libhalfbyte_cuda")
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a CUDA device")
@@ -30,15 +29,37 @@ def test_what_does_not_go_together_is_refused():
     assert "backend: got 'avx2'" in outcome.stderr
 
 
-@needs_gpu
-def test_rows_hold_together(tmp_path):
-    rows = run_rows(tmp_path, "bench", "attend", "--backend", "cuda", "--tokens", "256,1000", "--quiet")["rows"]
+@pytest.fixture
+def without_clock(cuda, monkeypatch):
+    """Without a GPU, calls run once on the emulator, and none is timed."""
+
+    def run_once(call, rounds):
+        call()
+        return [7.0] * rounds
+
+    if cuda.type == "cpu":
+        monkeypatch.setattr(bench_cuda, "check_device", lambda: cuda)
+        monkeypatch.setattr(bench_cuda, "copy_tb_per_s", lambda: 2.0)
+        monkeypatch.setattr(bench_cuda, "graph_us", run_once)
+
+
+def test_rows_of_attention_hold_together(without_clock, tmp_path):
+    options = "--tokens", "256,1000", "--geometry", "smollm2", "--quiet"
+    rows = run_rows(tmp_path, "bench", "attend", "--backend", "cuda", *options)["rows"]
     assert [row["tokens"] for row in rows] == [256, 1000]
     for row in rows:
         assert row["sdpa_folded_over_int4"] == pytest.approx(row["sdpa_folded_us"] / row["int4_us"])
+        assert row["tb_per_s"] * row["int4_us"] * 1e6 > 3 * row["tokens"] * 64  # bytes: 3 KV heads, K and V in 4 bits
+        assert row["of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"])
         assert row["distance"] < 0.15  # 4 bits of random normal values
-    rows = run_rows(tmp_path, "bench", "encode", "--backend", "cuda", "--vectors", "4096")["rows"]
+
+
+def test_rows_of_packing_hold_together(without_clock, tmp_path):
+    options = "--vectors", "256", "--head-dim", "64"
+    rows = run_rows(tmp_path, "bench", "encode", "--backend", "cuda", *options)["rows"]
     assert [(row["dtype"], row["search"]) for row in rows] == [
         (dtype, search) for dtype in ("float16", "bfloat16") for search in (True, False)
     ]
-    assert all(row["of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"]) for row in rows)
+    for row in rows:
+        assert row["of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"])
+        assert row["tb_per_s"] * row["us"] * 1e6 > 256 * 64 * 2.5  # bytes: 16 bits in, 4 out

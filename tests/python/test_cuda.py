@@ -171,8 +171,38 @@ def test_other_attention_and_prefill(pair, text, prefill):
     assert distance(results[1], results[0]) < 1e-2
 
 
+def test_a_token_that_attention_has_not_seen_is_there(pair, text):
+    """Attention adds the token of a step; whoever asks before it runs finds it too."""
+    _, model = pair
+    cache, tokens = Int4Cache(model.config), 40
+    run(model, text[:, :tokens], cache, steps=1)
+    layer, step = cache.layers[1], torch.Generator().manual_seed(2)
+    before = layer.keys
+    shape = *before.shape[:2], 1, before.shape[3]
+    k, v = (torch.randn(shape, generator=step).to(model.device, before.dtype) for _ in range(2))
+
+    def newest(x):
+        return x[:, :, -1:]
+
+    states = cache.update(k, v, 1)
+    assert torch.equal(newest(states[0] + 0.0), k)  # anything but attention
+    layer.crop(-1)
+    assert torch.equal(layer.keys, before)
+    cache.update(k, v, 1)
+    assert torch.equal(newest(layer.values), v)
+    layer.crop(-1)
+    cache.update(k, v, 1)
+    layer.crop(-1)
+    assert layer.seen == layer.native.length == tokens
+    assert torch.equal(layer.keys, before)
+    cache.update(k, v, 1)
+    cache.update(v, k, 1)
+    assert layer.seen == tokens + 2
+    assert torch.equal(newest(layer.keys), v)
+
+
 @pytest.mark.parametrize("watched", [False, pytest.param(True, marks=needs_gpu)])
-def test_a_decoding_step_makes_two_launches_a_layer_and_never_waits(pair, text, watched):
+def test_a_decoding_step_makes_one_call_a_layer_and_never_waits(pair, text, watched):
     """Watched, in sync-debug mode, PyTorch raises where the host waits for the device."""
     _, model = pair
     model.set_attn_implementation("halfbyte")
@@ -185,7 +215,7 @@ def test_a_decoding_step_makes_two_launches_a_layer_and_never_waits(pair, text, 
         position = [torch.tensor([[at]], device=there) for at in range(301, 318)]
         for layer in cache.layers:
             kernels = layer.native.kernels
-            kernels._launch = lambda name, call, launch=kernels._launch: (calls.append(name), launch(name, call))
+            kernels._launch = lambda name, *rest, launch=kernels._launch: (calls.append(name), launch(name, *rest))
         with contextlib.ExitStack() as stack:
             if watched:
                 torch.cuda.set_sync_debug_mode("error")
@@ -193,5 +223,5 @@ def test_a_decoding_step_makes_two_launches_a_layer_and_never_waits(pair, text, 
             for i in range(17):
                 model(step[:, i : i + 1], past_key_values=cache, position_ids=position[i])
     layers = len(cache.layers)
-    assert calls.count("attend") == calls.count("copy") == 17 * layers
-    assert calls.count("encode") == layers  # a block of 16 is packed in a launch of its own
+    assert calls.count("attend") == 17 * layers
+    assert calls.count("encode") == calls.count("copy") == layers  # the step that packs a block of 16 does more

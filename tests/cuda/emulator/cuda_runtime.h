@@ -116,6 +116,11 @@ inline int __reduce_min_sync(unsigned, int value, emulated::Where where = emulat
 }
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+inline unsigned atomicMax(unsigned* p, unsigned value) {  // fibers switch nowhere in here
+  const unsigned before = *p;
+  if (value > before) *p = value;
+  return before;
+}
 
 inline float __uint_as_float(unsigned bits) { return emulated::as<float>(bits); }
 inline unsigned __float_as_uint(float x) { return emulated::as<unsigned>(x); }

@@ -70,16 +70,32 @@ class Mutations : public testing::TestWithParam<int> {
 
 TEST_P(Mutations, Attend) {
   for (bool portable : {false, true})
-    for (int kind = 0; kind < 5; kind++) {
+    for (int kind = 0; kind < 6; kind++) {
       Case c;
       if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
       c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
       if (kind == 0) c.sharpness = 4.0f, c.pairs = 40;
-      if (kind == 4)
-        c.head_dim = 256, c.recipe.lambda = true, halfbyte_emulator_device(8, 227 << 10);  // the fast transform
+      if (kind == 4) c.head_dim = 256, c.recipe.lambda = true, halfbyte_emulator_device(8, 227 << 10);
       if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
+      if (kind == 5) c.dtype = Dtype::bfloat16, c.prefix = 20;  // all raw
       ASSERT_LT(attend_distance(c, 7, portable), tolerance(c.dtype, portable)) << kind;
     }
+}
+
+// Blocks that cross from one segment into the next; offsets in several pieces; more parts of a segment than are merged
+// at once.
+TEST_P(Mutations, AttendInParts) {
+  Case c;
+  c.batch = 2, c.prefix = 330;
+  halfbyte_emulator_device(3, 36 << 10);
+  ASSERT_LT(attend_distance(c, 7, false), tolerance(c.dtype, false));
+  c.head_dim = 64, c.batch = c.kv_heads = 1, c.heads = 2;
+  c.prefix = 2200, c.pairs = 32, c.recipe.offset_span = 16;
+  halfbyte_emulator_device(1, 20 << 10);
+  ASSERT_LT(attend_distance(c, 7, false), tolerance(c.dtype, false));
+  c.prefix = 9000, c.pairs = 0;
+  halfbyte_emulator_device(132, 20 << 10);
+  ASSERT_LT(attend_distance(c, 7, false), tolerance(c.dtype, false));
 }
 
 TEST_P(Mutations, Encode) {

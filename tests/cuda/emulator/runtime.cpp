@@ -27,6 +27,23 @@ struct Copies {
 std::vector<Copies> copies(emulator::kMaxThreads);  // of the thread block that runs
 Copies& own_copies() { return copies[emulator::place().thread]; }
 
+// A barrier that counts bytes, in the 64 bits that the kernels give it.
+struct Phases {
+  uint32_t started : 1, over : 31;  // phases that are over
+  int32_t bytes;                    // that the phase under way still expects, or, before it says so, has asked for
+};
+static_assert(sizeof(Phases) == sizeof(uint64_t));
+Phases& phases_of(uint64_t* barrier) { return *reinterpret_cast<Phases*>(barrier); }
+
+struct BulkCopy {
+  uint64_t* barrier;
+  emulated::Copy copy;
+  int bytes;
+};
+std::vector<BulkCopy> bulk_copies;  // of the thread block that runs
+unsigned bulk_group;
+constexpr char kUnawaited[] = "asynchronous copies that nothing waited for";
+
 }  // namespace
 
 extern "C" {
@@ -67,7 +84,7 @@ bool is_left_out(const Where& where) {
 }
 
 int run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& thread) {
-  last_error.clear();
+  last_error.clear(), bulk_copies.clear();
   // In order, in reverse, shuffled, shuffled in another way, and so on.
   const unsigned n = launches++, schedule = fixed_schedule >= 0 ? fixed_schedule : n % 4 < 2 ? n % 4 : n;
   if (shared_bytes > (size_t)shared_limit)
@@ -77,9 +94,12 @@ int run(int blocks, int threads, size_t shared_bytes, const std::function<void()
   else
     last_error = emulator::run({blocks, threads, schedule, (int)shared_bytes}, [&](unsigned, unsigned) {
       own_copies() = {};
+      if (bulk_group != emulator::place().group && !bulk_copies.empty()) emulator::refuse(kUnawaited, 0);
+      bulk_group = emulator::place().group;
       thread();
-      if (!own_copies().pending.empty()) emulator::refuse("asynchronous copies that nothing waited for", 0);
+      if (!own_copies().pending.empty()) emulator::refuse(kUnawaited, 0);
     });
+  if (last_error.empty() && !bulk_copies.empty()) last_error = kUnawaited;
   if (last_error.empty()) return cudaSuccess;
   last_error += ", schedule " + std::to_string(schedule);
   return cudaErrorLaunchFailure;
@@ -99,6 +119,38 @@ bool finish_copy(int pending_groups, Copy& copy) {
   copy = own.pending.front().first;
   own.pending.pop_front();
   return true;
+}
+
+void start_barrier(uint64_t* barrier) { phases_of(barrier) = {1, 0, 0}; }
+
+void expect_bytes(uint64_t* barrier, int bytes, int line) {
+  if (!phases_of(barrier).started || phases_of(barrier).bytes)
+    emulator::refuse("a barrier that is not at the start of a phase", line);
+  phases_of(barrier).bytes = bytes;
+}
+
+void start_bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, int line) {
+  if (((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) % 16)
+    emulator::refuse("a bulk copy that is not aligned", line);
+  memset(to, 0xff, bytes);
+  bulk_copies.push_back({barrier, {to, from}, bytes});
+}
+
+void wait_for_phase(uint64_t* barrier, int parity, int line) {
+  Phases& phases = phases_of(barrier);
+  if ((int)(phases.over & 1) != parity) return;
+  for (size_t i = 0; i < bulk_copies.size();) {
+    const BulkCopy bulk = bulk_copies[i];
+    if (bulk.barrier != barrier) {
+      i++;
+      continue;
+    }
+    memcpy(bulk.copy.to, bulk.copy.from, bulk.bytes);
+    phases.bytes -= bulk.bytes;
+    bulk_copies.erase(bulk_copies.begin() + i);
+  }
+  if (!phases.started || phases.bytes) emulator::refuse("waits for bytes that nobody asked for", line);
+  phases.over++;
 }
 
 namespace {

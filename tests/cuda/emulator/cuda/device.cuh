@@ -28,6 +28,12 @@ void start_copy(Copy copy, int line);
 void end_group();
 bool finish_copy(int pending_groups, Copy& copy);
 
+// Of a barrier that counts bytes: its phase is over once all that it expects has been asked for and someone waits.
+void start_barrier(uint64_t* barrier);
+void expect_bytes(uint64_t* barrier, int bytes, int line);
+void start_bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, int line);
+void wait_for_phase(uint64_t* barrier, int parity, int line);
+
 // A launch; returns an error number, whose text says more.
 int run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& thread);
 
@@ -67,6 +73,25 @@ inline void copy_async_wait(int pending, Where where = Where::current()) {
   emulated::Copy copy;
   while (!emulated::is_left_out(where) && emulated::finish_copy(pending, copy)) memcpy(copy.to, copy.from, 16);
 }
+
+#ifdef EMULATOR_ADDRESS
+constexpr bool kBulkCopies = false;  // one of the builds takes the other way
+#else
+constexpr bool kBulkCopies = true;
+#endif
+using CopyBarrier = uint64_t;
+inline void copy_barrier_start(CopyBarrier* barrier) { emulated::start_barrier(barrier); }
+inline void copy_bulk_expect(CopyBarrier* barrier, int bytes, Where where = Where::current()) {
+  emulated::expect_bytes(barrier, bytes, where.line);
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, CopyBarrier* barrier,
+                      Where where = Where::current()) {
+  emulated::start_bulk_copy(shared, global, bytes, barrier, where.line);
+}
+inline void copy_bulk_wait(CopyBarrier* barrier, int parity, Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::wait_for_phase(barrier, parity, where.line);
+}
+
 inline void prefetch(const void*) {}
 
 template <class T>
