@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Barriers, exchanges, products and waits, by the line that says them.
-WORDS = r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16|_tf32)?\(|transpose_8x8\(|_wait\("
+WORDS = (
+    r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16|_tf32)?\(|transpose_8x8\(|_wait\("
+)
 FILES = (
     "cuda/append.cu",
     "cuda/attend.cu",
