@@ -245,14 +245,14 @@ __device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring,
 template <int Codes>
 __device__ __forceinline__ void fill_rings(const AttendCall& call, const Ring& own, int begin, int end, int from,
                                            int rings, int first, int last, int warp, int lane) {
-  if (lane >= rings) return;
   const int behind = from + lane - warp;
 #pragma unroll 1
   for (int slot = begin; slot < end; slot++) {
     CopyBarrier* barrier = own.barriers + behind * kMaxStages + slot;
-    copy_barrier_start(barrier);
+    if (lane < rings) copy_barrier_start(barrier);
+    __syncwarp();  // that instruction is the warp's, though each lane has a barrier of its own
     const int item = first + from + lane + slot * call.warps;
-    if (item < last)
+    if (lane < rings && item < last)
       copy_tile<Codes>(call, tile_address(call, item), own.memory + (behind * call.stages + slot) * call.bytes,
                        barrier);
   }
