@@ -28,14 +28,14 @@ typedef struct {
 
 /* Tables of a layer's rotation and factors; null where the recipe has none. */
 typedef struct {
-  const float* rotation;       /* [d][d]: y_i = sum of r[i][j] x_j */
-  const float* transposed;     /* [d][d] */
-  const void* fragments;       /* halfbyte_cuda_fragments, or null */
+  const float* rotation;        /* [d][d]: y_i = sum of r[i][j] x_j */
+  const float* transposed;      /* [d][d] */
+  const void* fragments;        /* halfbyte_cuda_fragments, or null */
   const void* attend_fragments; /* halfbyte_cuda_attend_fragments, or null */
-  const float* fast;           /* halfbyte_cuda_fast, or null */
-  const float* offset;         /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
-  const float* rotated_offset; /* R mu, alike */
-  const float* lambda;         /* [kv_heads][d] */
+  const float* fast;            /* halfbyte_cuda_fast, or null */
+  const float* offset;          /* [batch][kv_heads][offset_count][d]; to attend: [batch][kv_heads][d] */
+  const float* rotated_offset;  /* R mu, alike */
+  const float* lambda;          /* [kv_heads][d] */
   const float* inverse_lambda;
   /* Each offset serves offset_span tokens, the first from token offset_span * offset_first on; 0: one for all. */
   int64_t offset_span, offset_first, offset_count;
