@@ -35,22 +35,24 @@ struct Candidate {
   float clamping, direct;
 };
 
-// Adds the squared errors of eight values with a candidate to `error`. back: minus its scale, in units of the covering
-// one, times kCodeFactor.
+// With 4 bits and the factors of kSearch and kSearchSigned the second candidate meets no bound, and the other ones of
+// the first four only the upper: their lowest value is at most 8.43 below zero.
+HALFBYTE_INLINE constexpr bool meets_no_lower(int bits, int number) { return bits == 4 && number < 4; }
+
+// Adds the squared errors of eight values with a candidate to `error`. there: its `direct` or, where there is a lower
+// bound to meet, `clamping`; back: minus its scale, in units of the covering one, times kCodeFactor.
 template <int Bits, int Number>
-__device__ __forceinline__ void note_errors(const Candidate& candidate, float back, const float x[8], float& error) {
+__device__ __forceinline__ void note_errors(float there, float back, const float x[8], float& error) {
   constexpr float kHalf = 1 << (Bits - 1), kLevels = 2 * kHalf - 1;
-  // With 4 bits and the factors of kSearch and kSearchSigned the second candidate meets no bound, and the other ones of
-  // the first four only the upper: their lowest value is at most 8.43 below zero.
-  constexpr bool kNoLower = Bits == 4 && Number < 4, kNoUpper = kNoLower && Number == 1;
+  constexpr bool kNoLower = meets_no_lower(Bits, Number), kNoUpper = kNoLower && Number == 1;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     float code;
     if constexpr (kNoLower) {
-      code = x[i] * candidate.direct;
+      code = x[i] * there;
       if constexpr (!kNoUpper) code = fminf(code, (kHalf - 1.0f) * kCodeUnit);
     } else {
-      const float clamped = __saturatef(__fmaf_rn(x[i], candidate.clamping, kHalf / kLevels));
+      const float clamped = __saturatef(__fmaf_rn(x[i], there, kHalf / kLevels));
       code = __fmaf_rn(clamped, kLevels * kCodeUnit, -kHalf * kCodeUnit);
     }
     const float e = __fmaf_rn(code, back, x[i]);
@@ -184,13 +186,18 @@ struct GroupCoder {
   static __device__ __forceinline__ void search(const Coding& coding, Values<D>& v, int lane, const float covering[2],
                                                 float best[2]) {
     const float inverse[2] = {inverse_scale(covering[0]), inverse_scale(covering[1])};
-    float backs[2][kSearchSize];
+    float theres[2][kSearchSize], backs[2][kSearchSize];
 #pragma unroll
     for (int token = 0; token < 2; token++)
 #pragma unroll
       for (int c = 0; c < kSearchSize; c++) {
+        const Candidate& candidate = coding.candidates[c];
         const float scale = round_scale(coding.f, covering[token] * coding.unscale * coding.factors[c]);
-        backs[token][c] = scale * (coding.scale * inverse[token]) * -kCodeFactor;
+        const float rounded = scale * (coding.scale * inverse[token]), factor = coding.factors[c];
+        // Codes are those of the rounded scale, unless it is so small that rounding it moves the bounds.
+        const float near = fabsf(rounded - factor) < factor * 0x1p-10f ? __fdividef(factor, rounded) : 1.0f;
+        theres[token][c] = (meets_no_lower(Bits, c) ? candidate.direct : candidate.clamping) * near;
+        backs[token][c] = rounded * -kCodeFactor;
       }
     ErrorSums sums = {};
 #pragma unroll
@@ -205,13 +212,18 @@ struct GroupCoder {
           float x[8];
 #pragma unroll
           for (int i = 0; i < 8; i++) x[i] = v.at(From + span, token, i) * factor;
-          const Candidate* candidates = coding.candidates;
-          note_errors<Bits, 0>(candidates[0], from_owner(backs[token][0], span), x, errors[token][0]);
-          note_errors<Bits, 1>(candidates[1], from_owner(backs[token][1], span), x, errors[token][1]);
-          note_errors<Bits, 2>(candidates[2], from_owner(backs[token][2], span), x, errors[token][2]);
-          note_errors<Bits, 3>(candidates[3], from_owner(backs[token][3], span), x, errors[token][3]);
-          note_errors<Bits, 4>(candidates[4], from_owner(backs[token][4], span), x, errors[token][4]);
-          note_errors<Bits, 5>(candidates[5], from_owner(backs[token][5], span), x, errors[token][5]);
+          note_errors<Bits, 0>(from_owner(theres[token][0], span), from_owner(backs[token][0], span), x,
+                               errors[token][0]);
+          note_errors<Bits, 1>(from_owner(theres[token][1], span), from_owner(backs[token][1], span), x,
+                               errors[token][1]);
+          note_errors<Bits, 2>(from_owner(theres[token][2], span), from_owner(backs[token][2], span), x,
+                               errors[token][2]);
+          note_errors<Bits, 3>(from_owner(theres[token][3], span), from_owner(backs[token][3], span), x,
+                               errors[token][3]);
+          note_errors<Bits, 4>(from_owner(theres[token][4], span), from_owner(backs[token][4], span), x,
+                               errors[token][4]);
+          note_errors<Bits, 5>(from_owner(theres[token][5], span), from_owner(backs[token][5], span), x,
+                               errors[token][5]);
         }
       add_errors(errors, is_column(lane, group, 0), is_column(lane, group, 1), sums);
     }

@@ -323,10 +323,8 @@ def test_it_gives_the_tokens_of_int4_cache(model, text):
 
 
 def test_crop_copy_save_and_a_second_text(model, text, tmp_path):
-    """Bit for bit, but on a GPU where layers slide: those of a static cache get a mask in a prefill and those of
-    Int4Cache none, for which PyTorch may take different kernels."""
-    exact = model.device.type == "cpu" or "sliding_attention" not in (model.config.layer_types or ())
-    cache, other = static(model), Int4Cache(model.config)
+    """Bit for bit. On a GPU tiny-gemma, whose layers slide, is close alone; why is not known, so the test says so there."""
+    cache, other, unequal = static(model), Int4Cache(model.config), False
     with torch.no_grad():
         for prompt in (60, 45):
             for each in (cache, other):
@@ -340,7 +338,8 @@ def test_crop_copy_save_and_a_second_text(model, text, tmp_path):
             ids = text[:, prompt + 13 : prompt + 14]
             logits = [forward(model, ids, each) for each in (cache, twin, other)]
             assert torch.equal(logits[0], logits[1])
-            torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=0.0 if exact else 0.05)
+            unequal = unequal or not torch.equal(logits[0], logits[2])
+            torch.testing.assert_close(logits[0], logits[2], rtol=0, atol=0.05)
             cache.save(tmp_path / "static")
             back = Int4Cache.load(tmp_path / "static", model.config)
             assert back.get_seq_length() == int(cache.get_seq_length()) == prompt + 14
@@ -349,6 +348,9 @@ def test_crop_copy_save_and_a_second_text(model, text, tmp_path):
             cache.reset()
             assert int(cache.get_seq_length()) == 0
             other = Int4Cache(model.config)
+    if unequal and model.device.type == "cuda" and "sliding_attention" in (model.config.layer_types or ()):
+        pytest.xfail("bits of sliding layers in a static cache differ from Int4Cache's on a GPU")
+    assert not unequal
 
 
 def test_a_prompt_without_room_is_refused(model, text):
