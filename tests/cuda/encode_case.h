@@ -12,6 +12,7 @@ struct Difference {
   double code = 0.0;                 // how far a value is from being nearest to its code, of the rms of its vector
   double group_error = 0.0;          // squared error of a group over that with the reference's scale and codes, less 1
   double error = 0.0;                // the same for all groups together
+  int groups = 0, others = 0;        // all groups, and those with the scale of another candidate
 };
 
 // Values of one vector in double, as docs/format.md defines them.
@@ -64,6 +65,7 @@ inline void compare_group(const SideFormat& f, bool is_k, int token, int group, 
     }
   }
   d.group_error = std::max(d.group_error, own[0] / own[1] - 1.0);
+  d.groups++, d.others += std::fabs(scale - scale_of(want)) > 0.01 * std::fabs(scale);
   errors[0] += own[0], errors[1] += own[1];
 }
 

@@ -9,6 +9,7 @@ class CudaEncode : public testing::TestWithParam<bool> {};
 TEST_P(CudaEncode, GivesTheReferenceBytes) {
   HALFBYTE_NEEDS_DEVICE();
   use_backend("reference");
+  int groups = 0, others = 0;
   for (int d : {128, 64, 256, 80})
     for (Dtype dtype : {Dtype::float16, Dtype::bfloat16, Dtype::float32})
       for (int group : {32, 0, 16})
@@ -21,9 +22,14 @@ TEST_P(CudaEncode, GivesTheReferenceBytes) {
             c.recipe.k = {bits, group}, c.recipe.v = {bits, group}, c.recipe.search = search;
             if (group == 16 && d != 80) c.recipe.rotation = Rotation::srht;
             c.recipe.lambda = group == 0, c.recipe.signed_scale = bits == 4 || group == 32;
-            expect_close(encode_difference(c, (unsigned)(d + group + search), GetParam()), c,
+            const Difference difference = encode_difference(c, (unsigned)(d + group + search), GetParam());
+            expect_close(difference, c,
                          text("d", d, " g", group, " bits ", bits, " search ", search, " dtype ", (int)dtype));
+            groups += difference.groups, others += difference.others;
           }
+  // Candidates whose errors tie within float's rounding are rare; codes of a scale before it is rounded would give
+  // eight times as many.
+  EXPECT_LT(others, 3e-5 * groups) << "of " << groups;
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, CudaEncode, testing::Bool(),
