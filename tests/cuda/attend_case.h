@@ -24,6 +24,11 @@ inline std::vector<uint8_t> without_last(std::vector<uint8_t> rows, size_t row_b
   return rows;
 }
 
+inline std::vector<uint8_t> behind(size_t shift, std::vector<uint8_t> bytes) {
+  bytes.insert(bytes.begin(), shift, 0);
+  return bytes;
+}
+
 // The same attention by the reference layer and by the device on the layer's own bytes; the distance between them. Odd
 // seeds: the call brings the newest token, where it is one that stays raw.
 inline double attend_distance(const Case& c, unsigned seed, bool portable) {
@@ -64,7 +69,8 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   const HalfbyteCudaLayer described = layer_of(c);
   const size_t page_bytes = c.kv_heads * halfbyte_cuda_page_bytes(&described);
   EXPECT_EQ(parts.pages.size() % page_bytes, 0u);
-  const OnDevice<uint8_t> pages(parts.pages), d_q(q), d_mask(mask), out(std::vector<uint8_t>(q.size(), 0xff));
+  const OnDevice<uint8_t> pages(parts.pages), d_q(behind(c.shift, q)), d_mask(mask),
+      out(std::vector<uint8_t>(q.size(), 0xff));
   const OnDevice<int64_t> table(page_addresses(parts, pages.get(), page_bytes));
   const OnDevice<float> d_sinks(sinks);
   const Tables k_tables(described, c.head_dim, false, parts.offset_k, some_lambda(c, 1));
@@ -77,7 +83,7 @@ inline double attend_distance(const Case& c, unsigned seed, bool portable) {
   a.softcap = c.softcap;
   a.length = (int64_t)parts.length, a.first = (int64_t)parts.first, a.sliding_window = c.window;
   a.sink_tokens = c.recipe.sink_tokens, a.packed_end = (int64_t)parts.packed_end, a.raw_window = c.recipe.raw_window;
-  a.q = device_view(d_q.get(), c, c.heads, c.queries), a.out = device_view(out.get(), c, c.heads, c.queries);
+  a.q = device_view(d_q.get() + c.shift, c, c.heads, c.queries), a.out = device_view(out.get(), c, c.heads, c.queries);
   a.mask = d_mask.get(), a.mask_tokens = (int64_t)args.mask_tokens, a.mask_batch_stride = args.mask_batch_stride;
   a.mask_query_stride = args.mask_query_stride, a.sinks = d_sinks.get();
 

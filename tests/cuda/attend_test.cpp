@@ -80,6 +80,12 @@ TEST_P(CudaAttend, TurnsTheOffsetOfK) {
       }
 }
 
+TEST_P(CudaAttend, TakesQueriesAtAnyAddress) {
+  Case c;
+  c.shift = 2;
+  expect_close(c, 13, "an element behind");
+}
+
 TEST_P(CudaAttend, FollowsScoresThatRise) {
   Case c;  // the largest score so far is passed again and again
   c.prefix = 400, c.sharpness = 4.0f;

@@ -77,6 +77,7 @@ struct Case {
   float softcap = 0.0f, sharpness = 1.0f;  // sharpness: of the scale
   int pairs = 0;                           // channels that turn with RoPE, and K's offset with them
   bool interleaved = false;
+  size_t shift = 0;  // bytes by which queries lie behind an aligned address
 };
 
 // RoPE's, in radians a token.
