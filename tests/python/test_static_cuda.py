@@ -323,7 +323,7 @@ def test_it_gives_the_tokens_of_int4_cache(model, text):
 
 
 def test_crop_copy_save_and_a_second_text(model, text, tmp_path):
-    """Bit for bit. On a GPU tiny-gemma, whose layers slide, is close alone; why is not known, so the test says so there."""
+    """Bit for bit. On a GPU tiny-gemma, whose layers slide, is only close; why is not known, and the test says so."""
     cache, other, unequal = static(model), Int4Cache(model.config), False
     with torch.no_grad():
         for prompt in (60, 45):
