@@ -262,7 +262,7 @@ extern "C" int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* a) {
   const int64_t portable = segments * most_splits(s) * partial_floats(s) * 4;
   // The tensor-core way: a slot a segment, and one a thread block, of which there are as many or a round of them.
   const int64_t slots = 2 * segments + multiprocessors(), d = s.format.v.head_dim;
-  return std::max(portable, slots * partial_bytes(d) + segments * raw_bytes(d));
+  return std::max(portable, slots * part_bytes(d) + segments * raw_bytes(d));
 }
 
 extern "C" int64_t halfbyte_cuda_attend_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v) {

@@ -263,8 +263,7 @@ __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int 
 template <int D>
 __device__ __forceinline__ void prepare_tile(const AttendCall& call, int b, int head, int tile, const Work& work,
                                              int warp, int lane) {
-  if (threadIdx.x < kTileRows)
-    work.tops[threadIdx.x] = ordered_bits(kUnseen), work.largest[threadIdx.x] = 0, work.raw_sum[threadIdx.x] = 0.0f;
+  if (threadIdx.x < kTileRows) work.tops[threadIdx.x] = ordered_bits(kUnseen);
   // Warps that have nothing to rotate take the offsets, if there are any beside the last, which fetches tiles.
   const int rotating = min(call.warps, D / 16), helpers = max(call.warps - 1 - rotating, 0);
   rotate_queries<D>(call, b, head, tile, work, warp, lane);
@@ -304,26 +303,6 @@ __device__ __forceinline__ void keep_new_token(const AttendCall& call, int b, in
     ((ushort*)to.k)[k + c] = ((const ushort*)from.k)[element_at(from.k_strides, b, head, 0) + c];
     ((ushort*)to.v)[v + c] = ((const ushort*)from.v)[element_at(from.v_strides, b, head, 0) + c];
   }
-}
-
-// Hands a block's result to the segment's other blocks; true for the last of them, which then sees them all.
-template <int D>
-__device__ __forceinline__ bool is_last(const AttendCall& call, int segment, Sharers sharers, float* raw,
-                                        const Work& work) {
-  __shared__ int arrived;
-  const int threads = call.warps * kSimd;
-  sum_slots<D>(work, call.warps / 2, nullptr, threads);
-  store_partial<D>(work, partial_at(call, D, blockIdx.x + segment), (int)blockIdx.x == sharers.first ? raw : nullptr,
-                   threads);
-  __syncthreads();  // all of it is stored
-  if (threadIdx.x == 0) {
-    __threadfence();  // reaches what the barriers order
-    arrived = atomicAdd(&call.arrivals[segment], 1);
-    if (arrived == sharers.n - 1) call.arrivals[segment] = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return arrived == sharers.n - 1;
 }
 
 // This thread block's part of a call: its tiles, and whatever segments it is the last one to work on. Without packed
@@ -373,15 +352,12 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
     const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
     const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
     int to = begin;
-    do {
-      if (to != begin) __syncthreads();  // all have read the offsets of the piece before
-      const bool is_first = to == begin;
-      const float* turned = turn_tiles(call, work, before, to, end);
-      if (is_first) {  // before anything is held in registers
-        attend_raw<D>(call, b, head, tile, slots, work, warp, lane);
-        take_queries<D>(call, tile, work, lane, q, columns);
-        clear(running);
-      }
+    const float* turned = turn_tiles(call, work, before, to, end);
+    attend_raw<D>(call, b, head, tile, slots, work, warp, lane);
+    take_queries<D>(call, tile, work, lane, q, columns);
+    clear(running);
+#pragma unroll 1
+    while (true) {
       for (; item < to; item += call.warps) {
         wait_for_tile(call, ring);
         const uint8_t* stage = ring.memory + ring.slot * call.bytes;
@@ -394,16 +370,12 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
         ask(ring.slot);
         next_slot(call, ring);
       }
-    } while (to < end);
-    merge_warps(running, work, call.warps, slots, warp, lane);
-    int n = call.warps / 2;
-    bool finishes = sharers.n == 1;
-    if (!finishes) {
-      float* raw = raw_partial_at(call, D, s.batch * s.kv_heads * tiles, segment);
-      finishes = is_last<D>(call, segment, sharers, raw, work);
-      if (finishes) n = merge_partials<D>(call, sharers.first + segment, sharers.n, raw, work, warp, lane);
+      if (to >= end) break;
+      __syncthreads();                                   // all have read the offsets of the piece before
+      turned = turn_tiles(call, work, before, to, end);  // apart from the first ones, which nothing in registers meets
     }
-    if (finishes) finish_tile<D>(call, b, head, tile, work, n, warp, lane);
+    if (call.buffers.turn.waves) __syncthreads();  // all have read the offsets, which lie where parts will
+    finish_segment<D>(call, b, head, tile, segment, sharers, slots, running, work, warp, lane);
     begin = end;
   } while (begin < last);
 }

@@ -144,6 +144,19 @@ __device__ __forceinline__ void copy_bulk_wait(CopyBarrier* barrier, int parity)
 // Brings a line into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// x, of which the compiler knows nothing: what follows from it is not computed ahead of its use, to wait in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Adds 1 and returns what was there. Whatever this thread knows to be stored is so for whoever counts later.
+__device__ __forceinline__ int count_arrival(int* arrivals) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+  return before;
+}
+
 // The launch's shared memory, aligned to 16.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {

@@ -1,5 +1,5 @@
-// From warps' results to outputs: merging over the warps of a block, over the blocks that share a segment, and out of
-// code domain.
+// From warps' results to outputs: parts of a segment merge, over the warps of a thread block and over the blocks that
+// share it, and go out of code domain.
 #pragma once
 
 #include "cuda/rotate.cuh"
@@ -7,282 +7,371 @@
 
 namespace halfbyte::gpu {
 
-// ---- Within a thread block
+// ---- Parts
 
-// Raw results of `slots` warps to the first slot, relative to the block's maxima.
+// What some tokens gave a row tile, in shared or in global memory. Rows 2p, 2p+1 are plane p:
+//   [4 planes][d / 4] of 16 bytes, fp16 results to multiply by the row's `unit`, then [4 planes] of PlaneRows.
+// The 16 bytes at `at` hold channels 32m + 2g, + 1 of both rows, then 32m + 16 + 2g, + 1, where m = at / 8 and
+// g = at % 8 ^ 2p: so neither threads (g, t) that write all planes nor a warp that reads one meet in a bank.
+struct alignas(16) PlaneRows {
+  float top[2], sum[2], unit[2], unused[2];
+};
+
+constexpr int kPlanes = kTileRows / 2;
+
+static_assert(part_bytes(64) == 16 * 64 + kPlanes * sizeof(PlaneRows));
+
+__device__ __forceinline__ uint4* plane_at(uchar* part, int d, int plane) {
+  return reinterpret_cast<uint4*>(part) + plane * (d / 4);
+}
+__device__ __forceinline__ PlaneRows& rows_at(uchar* part, int d, int plane) {
+  return reinterpret_cast<PlaneRows*>(part + 16 * d)[plane];
+}
+
+// The power of two in x, which is not negative, or 0; and what brings x to between 1 and 2.
+__device__ __forceinline__ float whole_power(float x) { return __uint_as_float(__float_as_uint(x) & 0x7f800000u); }
+__device__ __forceinline__ float inverse_power(float x) {
+  return __uint_as_float((254u << 23) - (__float_as_uint(x) & 0x7f800000u));
+}
+
+__device__ __forceinline__ uint32_t half_pair(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
+
+// A warp's result as a part. Weighted averages of codes times scales of less than twice the unit are below 16.
 template <int D>
-__device__ __forceinline__ void merge_raw(const Work& work, int slots, int threads) {
+__device__ __forceinline__ void store_running(Running<D>& r, uchar* part, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  sum_columns(r);
+  const float by0 = inverse_power(r.sum[0]), by1 = inverse_power(r.sum[1]), unit = power_of_two(r.unit_exponent);
+  uint4* to = plane_at(part, D, t) + (g ^ 2 * t);
+#pragma unroll
+  for (int m = 0; m < D / 32; m++) {
+    const float *a = r.acc[2 * m], *b = r.acc[2 * m + 1];
+    to[8 * m] = uint4{half_pair(a[0] * by0, a[2] * by0), half_pair(a[1] * by1, a[3] * by1),
+                      half_pair(b[0] * by0, b[2] * by0), half_pair(b[1] * by1, b[3] * by1)};
+  }
+  if (g == 0)
+    rows_at(part, D, t) = {
+        {r.top[0], r.top[1]}, {r.sum[0], r.sum[1]}, {whole_power(r.sum[0]) * unit, whole_power(r.sum[1]) * unit}, {}};
+}
+
+// A plane of a sum of parts, of which a lane holds 16 bytes' channels in each of kEach places 32 apart.
+template <int D>
+struct PlaneSum {
+  static constexpr int kEach = D > 128 ? D / 128 : 1;
+  float y[kEach][8];  // in the order of a part's fp16
+  float top[2], sum[2];
+};
+
+// Whether a lane has channels at all.
+template <int D>
+__device__ __forceinline__ bool has_channels(int lane) {
+  return D >= 128 || lane < D / 4;
+}
+
+// The plane's sum over every groups-th eight (or four) of n parts, from the group-th on.
+template <int D>
+__device__ __forceinline__ void sum_parts(uchar* parts, int n, int group, int groups, int plane, int lane,
+                                          PlaneSum<D>& s) {
+  constexpr int kEach = PlaneSum<D>::kEach, kParts = 8 / kEach;  // under way at once
+  s.top[0] = s.top[1] = kUnseen, s.sum[0] = s.sum[1] = 0.0f;
+  for (int c = 0; c < kEach; c++)
+    for (int j = 0; j < 8; j++) s.y[c][j] = 0.0f;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < kTileRows * raw_pitch(D); at += threads) {
+  for (int from = group * kParts; from < n; from += groups * kParts) {
+    uchar* first = parts + from * part_bytes(D);
+    const int here = n - from;
+    uint4 x[kParts][kEach];
+#pragma unroll
+    for (int i = 0; i < kParts; i++)
+#pragma unroll
+      for (int c = 0; c < kEach; c++)
+        x[i][c] =
+            i < here && has_channels<D>(lane) ? plane_at(first + i * part_bytes(D), D, plane)[lane + 32 * c] : uint4{};
+    const int own = lane % kParts;  // the part whose rows this lane has
+    PlaneRows rows{{kUnseen, kUnseen}, {}, {}, {}};
+    if (own < here) rows = rows_at(first + own * part_bytes(D), D, plane);
+    float weight[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float top = fmaxf(s.top[j], from_ordered(__reduce_max_sync(0xffffffffu, ordered_bits(rows.top[j]))));
+      const float keep = exp2_fast(rows.top[j] - top), before = exp2_fast(s.top[j] - top);
+      weight[j] = rows.unit[j] * keep;
+      float sum = rows.sum[j] * keep;
+      for (int mask = 1; mask < kParts; mask <<= 1) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
+      s.sum[j] = s.sum[j] * before + sum;
+      s.top[j] = top;
+      for (int c = 0; c < kEach; c++)
+        for (int i = 0; i < 8; i++)
+          if (i / 2 % 2 == j) s.y[c][i] *= before;
+    }
+#pragma unroll
+    for (int i = 0; i < kParts; i++) {
+      const float w0 = __shfl_sync(0xffffffffu, weight[0], i), w1 = __shfl_sync(0xffffffffu, weight[1], i);
+#pragma unroll
+      for (int c = 0; c < kEach; c++) {
+        float* y = s.y[c];
+        const float2 a = __half22float2(as_half2(x[i][c].x)), b = __half22float2(as_half2(x[i][c].y));
+        const float2 d = __half22float2(as_half2(x[i][c].z)), e = __half22float2(as_half2(x[i][c].w));
+        y[0] += a.x * w0, y[1] += a.y * w0, y[2] += b.x * w1, y[3] += b.y * w1;
+        y[4] += d.x * w0, y[5] += d.y * w0, y[6] += e.x * w1, y[7] += e.y * w1;
+      }
+    }
+  }
+}
+
+template <int D>
+__device__ __forceinline__ void multiply_channels(PlaneSum<D>& s, const float* by, int plane, int lane) {
+  if (!has_channels<D>(lane)) return;
+  const int g = lane % 8 ^ 2 * plane;
+  for (int c = 0; c < PlaneSum<D>::kEach; c++) {
+    const float* of = by + 32 * (lane / 8 + 4 * c) + 2 * g;
+    const float2 low = *reinterpret_cast<const float2*>(of), high = *reinterpret_cast<const float2*>(of + 16);
+    float* y = s.y[c];
+    y[0] *= low.x, y[1] *= low.y, y[2] *= low.x, y[3] *= low.y;
+    y[4] *= high.x, y[5] *= high.y, y[6] *= high.x, y[7] *= high.y;
+  }
+}
+
+// The plane's results as fp16, and what to multiply them by.
+template <int D>
+struct HalfPlane {
+  uint4 y[PlaneSum<D>::kEach];
+  float unit[2];
+};
+
+template <int D>
+__device__ __forceinline__ HalfPlane<D> as_halves(const PlaneSum<D>& s) {
+  float high[2] = {0.0f, 0.0f};
+  for (int c = 0; c < PlaneSum<D>::kEach; c++)
+    for (int i = 0; i < 8; i++) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], fabsf(s.y[c][i]));
+  for (int j = 0; j < 2; j++) high[j] = __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(high[j])));
+  const float by0 = inverse_power(high[0]), by1 = inverse_power(high[1]);
+  HalfPlane<D> out;
+  for (int c = 0; c < PlaneSum<D>::kEach; c++) {
+    const float* y = s.y[c];
+    out.y[c] = uint4{half_pair(y[0] * by0, y[1] * by0), half_pair(y[2] * by1, y[3] * by1),
+                     half_pair(y[4] * by0, y[5] * by0), half_pair(y[6] * by1, y[7] * by1)};
+  }
+  out.unit[0] = whole_power(high[0]), out.unit[1] = whole_power(high[1]);
+  return out;
+}
+
+template <int D>
+__device__ __forceinline__ void store_plane(const HalfPlane<D>& x, uchar* part, int plane, int lane) {
+  if (has_channels<D>(lane))
+    for (int c = 0; c < PlaneSum<D>::kEach; c++) plane_at(part, D, plane)[lane + 32 * c] = x.y[c];
+}
+
+// To where warps read it as B of a product.
+template <int D>
+__device__ __forceinline__ void store_fragments(const HalfPlane<D>& x, const Work& work, int plane, int lane) {
+  if (!has_channels<D>(lane)) return;
+  const int g = lane % 8 ^ 2 * plane;
+  for (int c = 0; c < PlaneSum<D>::kEach; c++) {
+    const int step = 2 * (lane / 8 + 4 * c);
+    uint32_t* to = reinterpret_cast<uint32_t*>(work.fragments + step * kSimd + 8 * plane + g % 4) + g / 4;
+    to[0] = x.y[c].x, to[8] = x.y[c].y, to[2 * kSimd] = x.y[c].z, to[2 * kSimd + 8] = x.y[c].w;
+  }
+}
+
+// ---- Raw tokens
+
+// What raw tokens gave a segment, in global memory: [kTileRows][raw_pitch], then maxima and sums as Work has them.
+HALFBYTE_INLINE constexpr int raw_bytes(int d) { return kTileRows * (raw_pitch(d) + 2) * 4; }
+
+// Raw results of `slots` warps to `to`, by threads `thread` of `threads`.
+template <int D>
+__device__ __forceinline__ void merge_raw(const Work& work, int slots, float* to, int thread, int threads) {
+#pragma unroll 1
+  for (int at = thread; at < kTileRows * raw_pitch(D); at += threads) {
     const int row = at / raw_pitch(D);
     const float top = from_ordered(work.tops[row]);
     float sum = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < slots; i++)
       sum += work.raw[i * kTileRows * raw_pitch(D) + at] * exp2_fast(work.raw_tops[i * kTileRows + row] - top);
-    work.raw[at] = sum;
-  }
-  if (threadIdx.x < kTileRows) {
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < slots; i++) {
-      const int at = i * kTileRows + threadIdx.x;
-      sum += work.raw_sums[at] * exp2_fast(work.raw_tops[at] - from_ordered(work.tops[threadIdx.x]));
-    }
-    work.raw_sum[threadIdx.x] = sum;
+    to[at] = sum;
   }
 }
 
-// All warps' results, of which raw ones in `slots` slots, into half as many slots, in a fixed order. Starts with the
-// barrier after which all maxima are known, ends with one.
+// A row's sum of them, and its maximum, to where they belong.
 template <int D>
-__device__ __forceinline__ void merge_warps(Running<D>& r, const Work& work, int warps, int slots, int warp, int lane) {
-  const int g = lane / 4, t = lane % 4, half = warps / 2;
-  sum_columns(r);
-  for (int j = 0; j < 2; j++)
-    if (g == 0) atomicMax(&work.tops[2 * t + j], ordered_bits(r.top[j]));
-  __syncthreads();
-  float keep[2];
-  for (int j = 0; j < 2; j++) {
-    keep[j] = exp2_fast(r.top[j] - from_ordered(work.tops[2 * t + j]));
-    if (g == 0) work.sums[warp * kTileRows + 2 * t + j] = r.sum[j] * keep[j];
-  }
-  const float unit = power_of_two(r.unit_exponent);
-  rescale(r, keep[0] * unit, keep[1] * unit);
-  float* slot = work.slots + warp % half * kTileRows * D + lane;
-  if (warp >= half)
-    for (int i = 0; i < D / 16; i++)
-      for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] = r.acc[i][j];
-  merge_raw<D>(work, slots, warps * kSimd);
-  __syncthreads();
-  if (warp < half)
-    for (int i = 0; i < D / 16; i++)
-      for (int j = 0; j < 4; j++) slot[(i * 4 + j) * kSimd] += r.acc[i][j];
+__device__ __forceinline__ void sum_raw(const Work& work, int slots, float* to, int row) {
+  float sum = 0.0f;
 #pragma unroll 1
-  for (int row = warp; row < kTileRows; row += warps) {
-    const float sum = simd_sum(lane < warps ? work.sums[lane * kTileRows + row] : 0.0f);
-    if (lane == 0) work.packed_sum[row] = sum;
+  for (int i = 0; i < slots; i++) {
+    const int at = i * kTileRows + row;
+    sum += work.raw_sums[at] * exp2_fast(work.raw_tops[at] - from_ordered(work.tops[row]));
   }
-  __syncthreads();
+  work.raw_sum[row] = sum;
+  if (to == work.raw) return;
+  to[kTileRows * raw_pitch(D) + row] = __uint_as_float(work.tops[row]);
+  to[kTileRows * (raw_pitch(D) + 1) + row] = sum;
 }
 
-// The sum of n slots to the first one, times Λ⁻¹ where it is given, and the rows' largest magnitudes to work.largest,
-// which holds zeros. Ends with a barrier.
+// Starts copying what merge_raw has left in global memory to where it would be without other blocks.
 template <int D>
-__device__ __forceinline__ void sum_slots(const Work& work, int n, const float* inverse_lambda, int threads) {
+__device__ __forceinline__ void fetch_raw(const float* from, const Work& work, int threads) {
+  constexpr int kRaw = kTileRows * raw_pitch(D) / 4, kAll = raw_bytes(D) / 16;
 #pragma unroll 1
-  for (int unit = threadIdx.x; unit < D / 16 * kSimd; unit += threads) {
-    const int i = unit / kSimd, lane = unit % kSimd, g = lane / 4, t = lane % 4;
-    float y[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 2
-    for (int slot = 0; slot < n; slot++)
-      for (int j = 0; j < 4; j++) y[j] += work.slots[slot * kTileRows * D + (4 * i + j) * kSimd + lane];
-    if (inverse_lambda) {
-      const float2 factor = *reinterpret_cast<const float2*>(inverse_lambda + 16 * i + 2 * g);
-      y[0] *= factor.x, y[1] *= factor.x, y[2] *= factor.y, y[3] *= factor.y;
-    }
-    float high0 = fmaxf(fabsf(y[0]), fabsf(y[2])), high1 = fmaxf(fabsf(y[1]), fabsf(y[3]));
-    for (int mask = 4; mask < kSimd; mask <<= 1) {
-      high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));  // a row's unit
-      high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));  // a row's unit
-    }
-    if (g == 0) atomicMax(&work.largest[2 * t], __float_as_uint(high0));
-    if (g == 0) atomicMax(&work.largest[2 * t + 1], __float_as_uint(high1));
-    for (int j = 0; j < 4; j++) work.slots[(4 * i + j) * kSimd + lane] = y[j];
-  }
-  __syncthreads();
-}
-
-// The summed results of thread `lane` in the i-th 16 channels as fp16, each row divided by its largest magnitude:
-// channels 16i + 2g, + 1 of row 2t, then of row 2t + 1.
-__device__ __forceinline__ uint2 unit_pairs(const Work& work, int i, int lane) {
-  const int t = lane % 4;
-  const float* y = work.slots + 4 * i * kSimd + lane;
-  uint32_t pair[2];
-  for (int j = 0; j < 2; j++) {
-    const float largest = __uint_as_float(work.largest[2 * t + j]), inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
-    pair[j] = as_bits(__floats2half2_rn(y[j * kSimd] * inverse, y[(j + 2) * kSimd] * inverse));
-  }
-  return uint2{pair[0], pair[1]};
+  for (int i = threadIdx.x; i < kAll; i += threads)
+    copy_async_16(i < kRaw ? work.raw + 4 * i : reinterpret_cast<float*>(work.tops) + 4 * (i - kRaw), from + 4 * i);
+  copy_async_commit();
 }
 
 // ---- Between the blocks that share a segment
 
-// A block's result in global memory.
-struct Partial {
-  uint2* pairs;    // [d / 16][32], see unit_pairs
-  float* top;      // [kTileRows]
-  float* sum;      // [kTileRows]
-  float* largest;  // [kTileRows], to multiply by
-};
-
-HALFBYTE_INLINE constexpr int partial_bytes(int d) { return 16 * d + 4 * kTileRows * 4; }
-HALFBYTE_INLINE constexpr int raw_bytes(int d) { return kTileRows * (raw_pitch(d) + 1) * 4 / 16 * 16 + 16; }
-
-__device__ __forceinline__ Partial partial_at(const AttendCall& call, int d, int slot) {
-  uchar* at = reinterpret_cast<uchar*>(call.buffers.partials) + (long long)slot * partial_bytes(d);
-  float* rows = reinterpret_cast<float*>(at + 16 * d);
-  return {reinterpret_cast<uint2*>(at), rows, rows + kTileRows, rows + 2 * kTileRows};
+__device__ __forceinline__ uchar* shared_part(const AttendCall& call, int d, int slot) {
+  return reinterpret_cast<uchar*>(call.buffers.partials) + (long long)slot * part_bytes(d);
 }
 
-// What raw tokens gave a segment, relative to the first sharer's maxima: [kTileRows][raw_pitch], then the sums.
-__device__ __forceinline__ float* raw_partial_at(const AttendCall& call, int d, int segments, int segment) {
-  uchar* after =
-      reinterpret_cast<uchar*>(call.buffers.partials) + (long long)(call.blocks + segments) * partial_bytes(d);
-  return reinterpret_cast<float*>(after + (long long)segment * raw_bytes(d));
+// Of the segment's raw tokens, which its first block takes.
+__device__ __forceinline__ float* shared_raw(const AttendCall& call, int d, int segments, int segment) {
+  return reinterpret_cast<float*>(shared_part(call, d, call.blocks + segments) + (long long)segment * raw_bytes(d));
 }
 
-template <int D>
-__device__ __forceinline__ void store_partial(const Work& work, const Partial& to, float* raw, int threads) {
-#pragma unroll 1
-  for (int unit = threadIdx.x; unit < D / 16 * kSimd; unit += threads)
-    to.pairs[unit] = unit_pairs(work, unit / kSimd, unit % kSimd);
-  if (threadIdx.x < kTileRows) {
-    to.top[threadIdx.x] = from_ordered(work.tops[threadIdx.x]), to.sum[threadIdx.x] = work.packed_sum[threadIdx.x];
-    to.largest[threadIdx.x] = __uint_as_float(work.largest[threadIdx.x]);
-  }
-#pragma unroll 1
-  for (int at = threadIdx.x; raw && at < kTileRows * (raw_pitch(D) + 1); at += threads)
-    raw[at] = at < kTileRows * raw_pitch(D) ? work.raw[at] : work.raw_sum[at - kTileRows * raw_pitch(D)];
-}
-
-// Adds partial results [from, to), whose weights are [to − from][kTileRows], to slots: thread groups of d threads, each
-// of which has two units, take them in turn, and each group has a slot.
-template <int D>
-__device__ __forceinline__ void add_partials(const AttendCall& call, int first_slot, int from, int to,
-                                             const float* weights, const Work& work, int groups, int threads) {
-#pragma unroll 1
-  for (int thread = threadIdx.x; thread < groups * D; thread += threads) {
-    const int group = thread / D, unit = 2 * (thread % D), i = unit / kSimd, lane = unit % kSimd;
-    float y[8] = {};
-#pragma unroll 8
-    for (int k = from + group; k < to; k += groups) {
-      const uint4 x = reinterpret_cast<const uint4*>(partial_at(call, D, first_slot + k).pairs)[thread % D];
-      const float4 weight = reinterpret_cast<const float4*>(weights + (k - from) * kTileRows)[unit / 2 % 2];
-      const float2 a = __half22float2(as_half2(x.x)), b = __half22float2(as_half2(x.y));
-      const float2 c = __half22float2(as_half2(x.z)), d = __half22float2(as_half2(x.w));
-      y[0] += a.x * weight.x, y[2] += a.y * weight.x, y[1] += b.x * weight.y, y[3] += b.y * weight.y;
-      y[4] += c.x * weight.z, y[6] += c.y * weight.z, y[5] += d.x * weight.w, y[7] += d.y * weight.w;
-    }
-    for (int j = 0; j < 4; j++) {
-      float2* at = reinterpret_cast<float2*>(work.slots + group * kTileRows * D + (4 * i + j) * kSimd + lane);
-      const float2 before = from ? *at : float2{0.0f, 0.0f};
-      *at = float2{before.x + y[j], before.y + y[4 + j]};
-    }
-  }
-}
-
-// All n partial results of a segment to slots, of which it returns the number, and to this block's sums and raw
-// results.
-template <int D>
-__device__ __forceinline__ int merge_partials(const AttendCall& call, int first_slot, int n, const float* raw,
-                                              const Work& work, int warp, int lane) {
-  const int threads = call.warps * kSimd, groups = max(1, threads / D);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n * kTileRows; i += threads)
-    atomicMax(&work.tops[i % kTileRows],
-              ordered_bits(partial_at(call, D, first_slot + i / kTileRows).top[i % kTileRows]));
-  __syncthreads();
-#pragma unroll 1
-  for (int row = warp; row < kTileRows; row += call.warps) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int k = lane; k < n; k += kSimd) {
-      const Partial part = partial_at(call, D, first_slot + k);
-      sum += part.sum[row] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
-    }
-    sum = simd_sum(sum);
-    if (lane == 0) work.packed_sum[row] = sum;
-  }
-  const int at_once = raw_slots(D, call.warps) * raw_pitch(D);  // weights lie where raw results come later
-  for (int from = 0; from < n; from += at_once) {
-    const int to = min(n, from + at_once);
-    if (from) __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (to - from) * kTileRows; i += threads) {
-      const Partial part = partial_at(call, D, first_slot + from + i / kTileRows);
-      const int row = i % kTileRows;
-      work.raw[i] = part.largest[row] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
-    }
-    __syncthreads();
-    add_partials<D>(call, first_slot, from, to, work.raw, work, groups, threads);
+// Tells that this block's part is stored; true for the last of a segment's blocks, which then sees them all.
+__device__ __forceinline__ bool is_last(int* arrivals, int sharers) {
+  __shared__ int arrived;
+  __syncthreads();  // all of it is stored
+  if (threadIdx.x == 0) {
+    arrived = count_arrival(arrivals);  // reaches what the barriers order
+    if (arrived == sharers - 1) *arrivals = 0;
   }
   __syncthreads();
-  const Partial part = partial_at(call, D, first_slot);
-#pragma unroll 1
-  for (int at = threadIdx.x; at < kTileRows * (raw_pitch(D) + 1); at += threads) {
-    const bool is_sum = at >= kTileRows * raw_pitch(D);
-    const int row = is_sum ? at - kTileRows * raw_pitch(D) : at / raw_pitch(D);
-    const float value = raw[at] * exp2_fast(part.top[row] - from_ordered(work.tops[row]));
-    if (is_sum)
-      work.raw_sum[row] = value;
-    else
-      work.raw[at] = value;
-  }
-  if (threadIdx.x < kTileRows) work.largest[threadIdx.x] = 0;
-  __syncthreads();
-  return groups;
+  return arrived == sharers - 1;
 }
 
 // ---- Out of code domain
 
-// What a row's results are multiplied by in the end.
-__device__ __forceinline__ float norm_of(const AttendCall& call, const Work& work, int head, int tile, int slot) {
+// Of a row whose packed tokens gave `sum`, relative to `top`, and results to be multiplied by `unit`.
+__device__ __forceinline__ OutputRow output_row(const AttendCall& call, const Work& work, int b, int head, int row,
+                                                float top, float sum, float unit) {
   const AttendShape& s = call.shape;
-  const float sum = work.packed_sum[slot] + work.raw_sum[slot];
-  if (!call.buffers.sinks) return sum > 0.0f ? 1.0f / sum : 0.0f;  // a row that sees nothing gives zeros
-  // One more logit in the denominator.
-  const int row = min(tile * kTileRows + slot, rows_of(s) - 1);
-  const float sink = call.buffers.sinks[head * s.group + row % s.group] * kLog2e;
-  const float own = from_ordered(work.tops[slot]) - kWeightBias, top = fmaxf(own, sink), keep = exp2_fast(own - top);
-  return keep / (sum * keep + exp2_fast(sink - top));
+  const int slot = row % kTileRows, in_tile = min(row, rows_of(s) - 1);
+  const int of_head = head * s.group + in_tile % s.group, query = in_tile / s.group;
+  const float raw_top = from_ordered(work.tops[slot]);
+  float all_top = fmaxf(top, raw_top), sink = 0.0f;
+  if (call.buffers.sinks) sink = call.buffers.sinks[of_head] * kLog2e, all_top = fmaxf(all_top, sink);
+  const float keep = exp2_fast(top - all_top), keep_raw = exp2_fast(raw_top - all_top);
+  float all = sum * keep + work.raw_sum[slot] * keep_raw;
+  if (call.buffers.sinks) all += exp2_fast(sink - all_top + kWeightBias);  // one more logit in the denominator
+  const float norm = all > 0.0f ? 1.0f / all : 0.0f;                       // a row that sees nothing gives zeros
+  return {call.buffers.out + 2 * element_at(s.out_strides, b, of_head, query), unit * keep * norm, sum * keep * norm,
+          keep_raw * norm};
 }
 
 __device__ __forceinline__ uint32_t pack_pair(int dtype, float x, float y) {
   if (dtype == kBfloat16) return float_to_bf16_bits(x) | (uint32_t)float_to_bf16_bits(y) << 16;
-  return as_bits(__floats2half2_rn(x, y));
+  return half_pair(x, y);
 }
 
-// Σ p ŷ in n slots and Σ p v of raw tokens to outputs: (Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p + Σ p v) / Σ p.
+// From what sums of parts left in shared memory, once all have come to the barrier here, to outputs:
+// (Rᵀ Λ⁻¹ Σ p ŷ + mu Σ p + Σ p v) / Σ p.
 template <int D>
-__device__ __forceinline__ void finish_tile(const AttendCall& call, int b, int head, int tile, const Work& work, int n,
-                                            int warp, int lane) {
+__device__ __forceinline__ void write_outputs(const AttendCall& call, int b, int head, int tile, const Work& work,
+                                              int warp, int lane) {
   const AttendShape& s = call.shape;
-  const AttendBuffers& in = call.buffers;
-  const int threads = call.warps * kSimd, g = lane / 4, t = lane % 4;
-  if (threadIdx.x < kTileRows) work.norm[threadIdx.x] = norm_of(call, work, head, tile, threadIdx.x);
-  sum_slots<D>(work, n, in.inverse_lambda_v ? in.inverse_lambda_v + (long long)head * D : nullptr, threads);
-#pragma unroll 1
-  for (int unit = threadIdx.x; unit < D / 16 * kSimd; unit += threads) {
-    const int i = unit / kSimd, of = unit % kSimd / 4, rows = unit % 4;
-    const uint2 pairs = unit_pairs(work, i, unit % kSimd);
-    uint32_t* to = reinterpret_cast<uint32_t*>(work.fragments + i * kSimd + 8 * rows + of % 4) + of / 4;
-    to[0] = pairs.x, to[8] = pairs.y;
-  }
+  const int g = lane / 4, t = lane % 4;
+  const float* mu = call.buffers.offset_v ? call.buffers.offset_v + ((long long)b * s.kv_heads + head) * D : nullptr;
+  uint4 a[D / 16] = {};  // in every warp: left open, it would be live from one segment to the next
+  float2 offset{0.0f, 0.0f};
+  const auto load = [&](int i) {
+    load_fragments<D>(call.fragments[1], i, lane, a);
+    if (mu) offset = *reinterpret_cast<const float2*>(mu + 16 * i + 2 * g);
+  };
+  if (warp < D / 16) load(warp);
   __syncthreads();
   if (warp >= D / 16) return;
   uint2 y[D / 16];
+#pragma unroll
   for (int step = 0; step < D / 16; step++) y[step] = work.fragments[step * kSimd + lane];
-  const float* mu = in.offset_v ? in.offset_v + ((long long)b * s.kv_heads + head) * D : nullptr;
 #pragma unroll 1
-  for (int i = warp; i < D / 16; i += call.warps) {
-    uint4 a[D / 16];
-    load_fragments<D>(call.fragments[1], i, lane, a);
+  for (int i = warp;; load(i)) {
     float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     multiply_tile<D>(a, y, c);
-    const int channel = 16 * i + 2 * g;
-    const float2 offset = mu ? *reinterpret_cast<const float2*>(mu + channel) : float2{0.0f, 0.0f};
     for (int j = 0; j < 2; j++) {
-      const int slot = 2 * t + j, row = tile * kTileRows + slot;
-      if (row >= rows_of(s)) continue;
-      const float largest = __uint_as_float(work.largest[slot]), sum = work.packed_sum[slot], norm = work.norm[slot];
+      const int slot = 2 * t + j, channel = 16 * i + 2 * g;
+      if (tile * kTileRows + slot >= rows_of(s)) continue;
+      const OutputRow row = work.outputs[slot];
       const float2 raw = *reinterpret_cast<const float2*>(work.raw + slot * raw_pitch(D) + channel);
-      const long long at = element_at(s.out_strides, b, head * s.group + row % s.group, row / s.group) + channel;
-      *reinterpret_cast<uint32_t*>(in.out + 2 * at) =
-          pack_pair(s.dtype, (c[j] * largest + offset.x * sum + raw.x) * norm,
-                    (c[j + 2] * largest + offset.y * sum + raw.y) * norm);
+      reinterpret_cast<uint32_t*>(row.to)[channel / 2] =
+          pack_pair(s.dtype, c[j] * row.of_codes + offset.x * row.of_offset + raw.x * row.of_raw,
+                    c[j + 2] * row.of_codes + offset.y * row.of_offset + raw.y * row.of_raw);
+    }
+    i += call.warps;
+    if (i >= D / 16) return;
+  }
+}
+
+// ---- All of it
+
+// Planes of a row tile that have rows.
+__device__ __forceinline__ int planes_of(const AttendShape& s, int tile) {
+  return (min(kTileRows, rows_of(s) - tile * kTileRows) + 1) / 2;
+}
+
+// What the warps of this block hold of a segment, and raw_slots slots of raw results, to outputs; or, where blocks
+// share the segment, to memory for the last of them to do so. Parts are summed in a fixed order: over the warps, over
+// the blocks, of which each warp takes some, and over what that gives.
+template <int D>
+__device__ __forceinline__ void finish_segment(const AttendCall& call, int b, int head, int tile, int segment,
+                                               Sharers sharers, int raw_slots, Running<D>& running, const Work& work,
+                                               int warp, int lane) {
+  warp = opaque(warp), lane = opaque(lane), segment = opaque(segment);
+  const AttendShape& s = call.shape;
+  const int planes = planes_of(s, tile), segments = s.batch * s.kv_heads * row_tiles(s);
+  uchar* const own = shared_part(call, D, blockIdx.x + segment);
+  store_running(running, work.parts + warp * part_bytes(D), lane);
+  __syncthreads();
+  // The last warps sum planes; the others, or all where there are no others, merge what the first block has of raw
+  // ones.
+  bool takes_raw = (int)blockIdx.x == sharers.first;
+  const int others = call.warps > planes ? call.warps - planes : call.warps;
+  float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment);
+  if (takes_raw && warp < others) merge_raw<D>(work, raw_slots, raw, threadIdx.x, others * kSimd);
+  uchar *from = work.parts, *to = sharers.n == 1 ? nullptr : own;
+  int n = call.warps, groups = 1;
+#pragma unroll 1
+  while (true) {
+#pragma unroll 1
+    for (int i = call.warps - 1 - warp; i < planes * groups; i += call.warps) {
+      const int group = (unsigned)i / (unsigned)planes, plane = i - group * planes, row = 2 * plane + lane;
+      PlaneSum<D> sum;
+      sum_parts<D>(from, n, group, groups, plane, lane, sum);
+      if (!to && call.buffers.inverse_lambda_v)
+        multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)head * D, plane, lane);
+      const HalfPlane<D> halves = as_halves(sum);
+      if (lane < 2) {
+        const float row_top = lane ? sum.top[1] : sum.top[0], row_sum = lane ? sum.sum[1] : sum.sum[0];
+        const float unit = lane ? halves.unit[1] : halves.unit[0];
+        if (takes_raw) sum_raw<D>(work, raw_slots, raw, row);
+        if (to) {
+          PlaneRows& rows = rows_at(to + group * part_bytes(D), D, plane);
+          rows.top[lane] = row_top, rows.sum[lane] = row_sum, rows.unit[lane] = unit;
+        } else {
+          work.outputs[row] = output_row(call, work, b, head, tile * kTileRows + row, row_top, row_sum, unit);
+        }
+      }
+      if (to)
+        store_plane(halves, to + group * part_bytes(D), plane, lane);
+      else
+        store_fragments(halves, work, plane, lane);
+    }
+    if (!to) break;
+    if (to == own) {
+      if (!is_last(call.arrivals + segment, sharers.n)) return;
+      fetch_raw<D>(raw, work, call.warps * kSimd);
+      takes_raw = false;
+      from = shared_part(call, D, sharers.first + segment), to = work.parts, n = sharers.n;
+      groups = max(call.warps / planes, 1);
+    } else {
+      copy_async_wait(0);
+      __syncthreads();
+      from = work.parts, to = nullptr, n = groups, groups = 1;
     }
   }
+  write_outputs<D>(call, b, head, tile, work, warp, lane);
 }
 
 }  // namespace halfbyte::gpu

@@ -44,19 +44,27 @@ HALFBYTE_INLINE constexpr int raw_slots(int head_dim, int warps) {
 }
 HALFBYTE_INLINE constexpr int raw_pitch(int head_dim) { return head_dim + 2; }  // of a row: stores meet fewer banks
 
+// Of what some tokens gave a row tile: see merge.cuh.
+HALFBYTE_INLINE constexpr int part_bytes(int head_dim) { return kTileRows * (2 * head_dim + 16); }
+
+// Where a row's results go, and what they are multiplied by.
+struct alignas(16) OutputRow {
+  gpu_global uchar* to;
+  float of_codes, of_offset, of_raw;
+};
+
 // What a thread block has beside its rings, in floats, each part a multiple of four.
 struct WorkPlan {
-  int fragments, rows, sums, raw_rows, raw, slots, products, barriers, end;
+  int fragments, rows, raw_rows, raw, slots, products, barriers, end;
 };
 
 HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turning_pairs) {
   WorkPlan plan{};
   plan.rows = plan.fragments + 4 * head_dim;
-  plan.sums = plan.rows + 8 * kTileRows;
-  plan.raw_rows = plan.sums + warps * kTileRows;
+  plan.raw_rows = plan.rows + 5 * kTileRows + kTileRows * (int)sizeof(OutputRow) / 4;
   plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
   plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
-  plan.products = plan.slots + warps / 2 * kTileRows * head_dim;
+  plan.products = plan.slots + warps * part_bytes(head_dim) / 4;
   plan.barriers = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
   plan.end = plan.barriers + warps * kMaxStages * 2;
   return plan;
@@ -75,16 +83,14 @@ struct Work {
   uint2* fragments;    // [d / 16][32]: queries in code domain as B, then what the packed tokens gave
   float* offset;       // [kTileRows] q·mu
   float* factor;       // [kTileRows]: a score is factor · product
-  unsigned* tops;      // [kTileRows] maxima of scores, as ordered_bits
-  unsigned* largest;   // [kTileRows] magnitudes of results, as bits
-  float* packed_sum;   // [kTileRows] of weights
-  float* raw_sum;      // [kTileRows]
-  float* norm;         // [kTileRows]
-  float* sums;         // [warps][kTileRows]
+  unsigned* tops;      // [kTileRows] maxima of raw tokens' scores, as ordered_bits
+  float* raw_sum;      // [kTileRows] of weights
+  OutputRow* outputs;  // [kTileRows]
   float* raw_tops;     // [raw slots][kTileRows]
   float* raw_sums;     // [raw slots][kTileRows]
   float* raw;          // [raw slots][kTileRows][raw_pitch]
-  float* slots;        // [warps / 2][d / 16][4][32]; before, offsets that turn: [spans][kTileRows]
+  float* slots;        // offsets that turn: [spans][kTileRows]
+  uchar* parts;        // [warps] parts, in the same place: see merge.cuh
   float* turn_factor;  // [kTileRows]
   uint4* products;     // [turn_steps][32]: see turn_products
 };
@@ -95,16 +101,14 @@ __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int
           rows,
           rows + kTileRows,
           reinterpret_cast<unsigned*>(rows + 2 * kTileRows),
-          reinterpret_cast<unsigned*>(rows + 3 * kTileRows),
-          rows + 4 * kTileRows,
-          rows + 5 * kTileRows,
-          rows + 6 * kTileRows,
-          memory + plan.sums,
+          rows + 3 * kTileRows,
+          reinterpret_cast<OutputRow*>(rows + 5 * kTileRows),
           memory + plan.raw_rows,
           memory + plan.raw_rows + slots * kTileRows,
           memory + plan.raw,
           memory + plan.slots,
-          rows + 7 * kTileRows,
+          reinterpret_cast<uchar*>(memory + plan.slots),
+          rows + 4 * kTileRows,
           reinterpret_cast<uint4*>(memory + plan.products)};
 }
 

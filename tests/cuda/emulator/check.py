@@ -48,13 +48,9 @@ UNSEEN = {
     "for (int from = 0; from < all; from += kPlaces) {",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__syncthreads();  // all of it is stored",
-    "__threadfence();",
     # Has the threads of a warp take one branch; each would be right alone.
     "columns.open_from = __reduce_max_sync(0xffffffffu, max(sight[0].lo, sight[1].lo));",
     "columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));",
-    # fp16 takes any unit that is near the largest magnitude.
-    "high0 = fmaxf(high0, __shfl_xor_sync(0xffffffffu, high0, mask));  // a row's unit",
-    "high1 = fmaxf(high1, __shfl_xor_sync(0xffffffffu, high1, mask));  // a row's unit",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.
     "rotated[at] *= in.inverse_lambda_k[(int64_t)head * d + at / kTileRows];",
     # The way of GPUs before Hopper, which the build with AddressSanitizer takes.
