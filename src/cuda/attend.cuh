@@ -344,13 +344,14 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
 #pragma unroll 1
       for (int i = 0; i < call.stages; i++) ask(i);
     if ((int)blockIdx.x == sharers.first && call.new_token.k) keep_new_token<D>(call, b, head);
+    const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
+    if (threadIdx.x == 0) *work.segment = {(int)segment, b, head, tile, sharers, slots};
     prepare_tile<D>(call, b, head, tile, work, warp, lane);
     if (kBulkCopies && asks) fill(early, call.stages);
     uint32_t q[D / 16][2];
     Columns columns{};
     Running<D> running;
     const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
-    const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
     int to = begin;
     const float* turned = turn_tiles(call, work, before, to, end);
     attend_raw<D>(call, b, head, tile, slots, work, warp, lane);
@@ -374,8 +375,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
       __syncthreads();                                   // all have read the offsets of the piece before
       turned = turn_tiles(call, work, before, to, end);  // apart from the first ones, which nothing in registers meets
     }
-    if (call.buffers.turn.waves) __syncthreads();  // all have read the offsets, which lie where parts will
-    finish_segment<D>(call, b, head, tile, segment, sharers, slots, running, work, warp, lane);
+    finish_segment<D>(call, running, work, warp, lane);
     begin = end;
   } while (begin < last);
 }

@@ -36,22 +36,39 @@ __device__ __forceinline__ float inverse_power(float x) {
 
 __device__ __forceinline__ uint32_t half_pair(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
 
+// What a thread has of a warp's part: 16 bytes each in places 8 apart, and, of four threads, the rows of a plane.
+template <int D>
+struct WarpPart {
+  uint4 y[D / 32];
+  PlaneRows rows;
+};
+
 // A warp's result as a part. Weighted averages of codes times scales of less than twice the unit are below 16.
 template <int D>
-__device__ __forceinline__ void store_running(Running<D>& r, uchar* part, int lane) {
-  const int g = lane / 4, t = lane % 4;
+__device__ __forceinline__ WarpPart<D> part_of_warp(Running<D>& r) {
   sum_columns(r);
   const float by0 = inverse_power(r.sum[0]), by1 = inverse_power(r.sum[1]), unit = power_of_two(r.unit_exponent);
-  uint4* to = plane_at(part, D, t) + (g ^ 2 * t);
+  WarpPart<D> part;
 #pragma unroll
   for (int m = 0; m < D / 32; m++) {
     const float *a = r.acc[2 * m], *b = r.acc[2 * m + 1];
-    to[8 * m] = uint4{half_pair(a[0] * by0, a[2] * by0), half_pair(a[1] * by1, a[3] * by1),
+    part.y[m] = uint4{half_pair(a[0] * by0, a[2] * by0), half_pair(a[1] * by1, a[3] * by1),
                       half_pair(b[0] * by0, b[2] * by0), half_pair(b[1] * by1, b[3] * by1)};
   }
-  if (g == 0)
-    rows_at(part, D, t) = {
-        {r.top[0], r.top[1]}, {r.sum[0], r.sum[1]}, {whole_power(r.sum[0]) * unit, whole_power(r.sum[1]) * unit}, {}};
+  part.rows = {{r.top[0], r.top[1]},
+               {r.sum[0], r.sum[1]},
+               {whole_power(r.sum[0]) * unit, whole_power(r.sum[1]) * unit},
+               {}};
+  return part;
+}
+
+template <int D>
+__device__ __forceinline__ void store_part_of_warp(const WarpPart<D>& part, uchar* to, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  uint4* plane = plane_at(to, D, t) + (g ^ 2 * t);
+#pragma unroll
+  for (int m = 0; m < D / 32; m++) plane[8 * m] = part.y[m];
+  if (g == 0) rows_at(to, D, t) = part.rows;
 }
 
 // A plane of a sum of parts, of which a lane holds 16 bytes' channels in each of kEach places 32 apart.
@@ -311,25 +328,28 @@ __device__ __forceinline__ int planes_of(const AttendShape& s, int tile) {
   return (min(kTileRows, rows_of(s) - tile * kTileRows) + 1) / 2;
 }
 
-// What the warps of this block hold of a segment, and raw_slots slots of raw results, to outputs; or, where blocks
-// share the segment, to memory for the last of them to do so. Parts are summed in a fixed order: over the warps, over
-// the blocks, of which each warp takes some, and over what that gives.
+// What the warps of this block hold of a segment to outputs; or, where blocks share the segment, to memory for the last
+// of them to do so. Parts are summed in a fixed order: over the warps, over the blocks, of which each warp takes some,
+// and over what that gives.
 template <int D>
-__device__ __forceinline__ void finish_segment(const AttendCall& call, int b, int head, int tile, int segment,
-                                               Sharers sharers, int raw_slots, Running<D>& running, const Work& work,
-                                               int warp, int lane) {
-  warp = opaque(warp), lane = opaque(lane), segment = opaque(segment);
-  const AttendShape& s = call.shape;
-  const int planes = planes_of(s, tile), segments = s.batch * s.kv_heads * row_tiles(s);
-  uchar* const own = shared_part(call, D, blockIdx.x + segment);
-  store_running(running, work.parts + warp * part_bytes(D), lane);
+__device__ __forceinline__ void finish_segment(const AttendCall& call, Running<D>& running, const Work& work, int warp,
+                                               int lane) {
+  warp = opaque(warp), lane = opaque(lane);
+  const WarpPart<D> part = part_of_warp(running);
+  if (call.buffers.turn.waves) __syncthreads();  // all have read the offsets, which lie where parts will
+  store_part_of_warp(part, work.parts + warp * part_bytes(D), lane);
   __syncthreads();
+  const AttendShape& s = call.shape;
+  const Segment segment = *work.segment;
+  const Sharers sharers = segment.sharers;
+  const int planes = planes_of(s, segment.tile), segments = s.batch * s.kv_heads * row_tiles(s);
+  uchar* const own = shared_part(call, D, blockIdx.x + segment.index);
   // The last warps sum planes; the others, or all where there are no others, merge what the first block has of raw
   // ones.
   bool takes_raw = (int)blockIdx.x == sharers.first;
   const int others = call.warps > planes ? call.warps - planes : call.warps;
-  float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment);
-  if (takes_raw && warp < others) merge_raw<D>(work, raw_slots, raw, threadIdx.x, others * kSimd);
+  float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment.index);
+  if (takes_raw && warp < others) merge_raw<D>(work, segment.raw_slots, raw, threadIdx.x, others * kSimd);
   uchar *from = work.parts, *to = sharers.n == 1 ? nullptr : own;
   int n = call.warps, groups = 1;
 #pragma unroll 1
@@ -340,17 +360,18 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, int b, in
       PlaneSum<D> sum;
       sum_parts<D>(from, n, group, groups, plane, lane, sum);
       if (!to && call.buffers.inverse_lambda_v)
-        multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)head * D, plane, lane);
+        multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)segment.head * D, plane, lane);
       const HalfPlane<D> halves = as_halves(sum);
       if (lane < 2) {
         const float row_top = lane ? sum.top[1] : sum.top[0], row_sum = lane ? sum.sum[1] : sum.sum[0];
         const float unit = lane ? halves.unit[1] : halves.unit[0];
-        if (takes_raw) sum_raw<D>(work, raw_slots, raw, row);
+        if (takes_raw) sum_raw<D>(work, segment.raw_slots, raw, row);
         if (to) {
           PlaneRows& rows = rows_at(to + group * part_bytes(D), D, plane);
           rows.top[lane] = row_top, rows.sum[lane] = row_sum, rows.unit[lane] = unit;
         } else {
-          work.outputs[row] = output_row(call, work, b, head, tile * kTileRows + row, row_top, row_sum, unit);
+          work.outputs[row] = output_row(call, work, segment.b, segment.head, segment.tile * kTileRows + row, row_top,
+                                         row_sum, unit);
         }
       }
       if (to)
@@ -360,10 +381,10 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, int b, in
     }
     if (!to) break;
     if (to == own) {
-      if (!is_last(call.arrivals + segment, sharers.n)) return;
+      if (!is_last(call.arrivals + segment.index, sharers.n)) return;
       fetch_raw<D>(raw, work, call.warps * kSimd);
       takes_raw = false;
-      from = shared_part(call, D, sharers.first + segment), to = work.parts, n = sharers.n;
+      from = shared_part(call, D, sharers.first + segment.index), to = work.parts, n = sharers.n;
       groups = max(call.warps / planes, 1);
     } else {
       copy_async_wait(0);
@@ -371,7 +392,7 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, int b, in
       from = work.parts, to = nullptr, n = groups, groups = 1;
     }
   }
-  write_outputs<D>(call, b, head, tile, work, warp, lane);
+  write_outputs<D>(call, segment.b, segment.head, segment.tile, work, warp, lane);
 }
 
 }  // namespace halfbyte::gpu

@@ -53,6 +53,18 @@ struct alignas(16) OutputRow {
   float of_codes, of_offset, of_raw;
 };
 
+// The thread blocks that share a segment.
+struct Sharers {
+  int first, n;
+};
+
+// What a thread block works on. It lies in shared memory, since registers have no room for it beside tiles.
+struct alignas(16) Segment {
+  int index, b, head, tile;  // (sequence, head, row tile)
+  Sharers sharers;
+  int raw_slots;  // how many there are of raw results
+};
+
 // What a thread block has beside its rings, in floats, each part a multiple of four.
 struct WorkPlan {
   int fragments, rows, raw_rows, raw, slots, products, barriers, end;
@@ -61,7 +73,7 @@ struct WorkPlan {
 HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turning_pairs) {
   WorkPlan plan{};
   plan.rows = plan.fragments + 4 * head_dim;
-  plan.raw_rows = plan.rows + 5 * kTileRows + kTileRows * (int)sizeof(OutputRow) / 4;
+  plan.raw_rows = plan.rows + 5 * kTileRows + (kTileRows * (int)sizeof(OutputRow) + (int)sizeof(Segment)) / 4;
   plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
   plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
   plan.products = plan.slots + warps * part_bytes(head_dim) / 4;
@@ -86,6 +98,7 @@ struct Work {
   unsigned* tops;      // [kTileRows] maxima of raw tokens' scores, as ordered_bits
   float* raw_sum;      // [kTileRows] of weights
   OutputRow* outputs;  // [kTileRows]
+  Segment* segment;
   float* raw_tops;     // [raw slots][kTileRows]
   float* raw_sums;     // [raw slots][kTileRows]
   float* raw;          // [raw slots][kTileRows][raw_pitch]
@@ -103,6 +116,7 @@ __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int
           reinterpret_cast<unsigned*>(rows + 2 * kTileRows),
           rows + 3 * kTileRows,
           reinterpret_cast<OutputRow*>(rows + 5 * kTileRows),
+          reinterpret_cast<Segment*>(rows + 5 * kTileRows + kTileRows * sizeof(OutputRow) / 4),
           memory + plan.raw_rows,
           memory + plan.raw_rows + slots * kTileRows,
           memory + plan.raw,
@@ -163,11 +177,6 @@ HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
   const int in_larger = call.larger * (call.share + 1);
   return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
 }
-
-// The thread blocks that share a segment.
-struct Sharers {
-  int first, n;
-};
 
 HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
   if (call.splits) return {segment * call.splits, call.splits};
