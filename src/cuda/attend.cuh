@@ -251,7 +251,7 @@ __device__ __forceinline__ void prefetch_before_tiles(const AttendCall& call, in
   prefetch_all(call, turn.waves + (long long)first * turn.pairs * 2, (last + 1 - first) * turn.pairs * 8);
 }
 
-// What finish_tile reads for a segment.
+// What finish_segment reads beside parts.
 template <int D>
 __device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
   prefetch_all(call, call.fragments[1], 2 * D * D);
