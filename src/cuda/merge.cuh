@@ -55,10 +55,8 @@ __device__ __forceinline__ WarpPart<D> part_of_warp(Running<D>& r) {
     part.y[m] = uint4{half_pair(a[0] * by0, a[2] * by0), half_pair(a[1] * by1, a[3] * by1),
                       half_pair(b[0] * by0, b[2] * by0), half_pair(b[1] * by1, b[3] * by1)};
   }
-  part.rows = {{r.top[0], r.top[1]},
-               {r.sum[0], r.sum[1]},
-               {whole_power(r.sum[0]) * unit, whole_power(r.sum[1]) * unit},
-               {}};
+  part.rows = {
+      {r.top[0], r.top[1]}, {r.sum[0], r.sum[1]}, {whole_power(r.sum[0]) * unit, whole_power(r.sum[1]) * unit}, {}};
   return part;
 }
 
@@ -328,6 +326,42 @@ __device__ __forceinline__ int planes_of(const AttendShape& s, int tile) {
   return (min(kTileRows, rows_of(s) - tile * kTileRows) + 1) / 2;
 }
 
+// Sums n parts, by groups of warps that take some each, to parts at `to`; or, where that is null, to outputs.
+struct Pass {
+  uchar* from;
+  int n, groups;
+  uchar* to;
+};
+
+// A plane's part of a pass, by a warp. raw: where sums of raw tokens belong, if they are not known yet.
+template <int D>
+__device__ __forceinline__ void sum_plane(const AttendCall& call, const Segment& segment, const Work& work,
+                                          const Pass& pass, float* raw, int group, int plane, int lane) {
+  uchar* const to = pass.to ? pass.to + group * part_bytes(D) : nullptr;
+  PlaneSum<D> sum;
+  sum_parts<D>(pass.from, pass.n, group, pass.groups, plane, lane, sum);
+  if (!to && call.buffers.inverse_lambda_v)
+    multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)segment.head * D, plane, lane);
+  const HalfPlane<D> halves = as_halves(sum);
+  if (lane < 2) {
+    const int row = 2 * plane + lane;
+    const float row_top = lane ? sum.top[1] : sum.top[0], row_sum = lane ? sum.sum[1] : sum.sum[0];
+    const float unit = lane ? halves.unit[1] : halves.unit[0];
+    if (raw) sum_raw<D>(work, segment.raw_slots, raw, row);
+    if (to) {
+      PlaneRows& rows = rows_at(to, D, plane);
+      rows.top[lane] = row_top, rows.sum[lane] = row_sum, rows.unit[lane] = unit;
+    } else {
+      work.outputs[row] =
+          output_row(call, work, segment.b, segment.head, segment.tile * kTileRows + row, row_top, row_sum, unit);
+    }
+  }
+  if (to)
+    store_plane(halves, to, plane, lane);
+  else
+    store_fragments(halves, work, plane, lane);
+}
+
 // What the warps of this block hold of a segment to outputs; or, where blocks share the segment, to memory for the last
 // of them to do so. Parts are summed in a fixed order: over the warps, over the blocks, of which each warp takes some,
 // and over what that gives.
@@ -346,50 +380,28 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, Running<D
   uchar* const own = shared_part(call, D, blockIdx.x + segment.index);
   // The last warps sum planes; the others, or all where there are no others, merge what the first block has of raw
   // ones.
-  bool takes_raw = (int)blockIdx.x == sharers.first;
   const int others = call.warps > planes ? call.warps - planes : call.warps;
   float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment.index);
-  if (takes_raw && warp < others) merge_raw<D>(work, segment.raw_slots, raw, threadIdx.x, others * kSimd);
-  uchar *from = work.parts, *to = sharers.n == 1 ? nullptr : own;
-  int n = call.warps, groups = 1;
+  float* new_raw = (int)blockIdx.x == sharers.first ? raw : nullptr;
+  if (new_raw && warp < others) merge_raw<D>(work, segment.raw_slots, raw, threadIdx.x, others * kSimd);
+  Pass pass{work.parts, call.warps, 1, sharers.n == 1 ? nullptr : own};
 #pragma unroll 1
   while (true) {
 #pragma unroll 1
-    for (int i = call.warps - 1 - warp; i < planes * groups; i += call.warps) {
-      const int group = (unsigned)i / (unsigned)planes, plane = i - group * planes, row = 2 * plane + lane;
-      PlaneSum<D> sum;
-      sum_parts<D>(from, n, group, groups, plane, lane, sum);
-      if (!to && call.buffers.inverse_lambda_v)
-        multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)segment.head * D, plane, lane);
-      const HalfPlane<D> halves = as_halves(sum);
-      if (lane < 2) {
-        const float row_top = lane ? sum.top[1] : sum.top[0], row_sum = lane ? sum.sum[1] : sum.sum[0];
-        const float unit = lane ? halves.unit[1] : halves.unit[0];
-        if (takes_raw) sum_raw<D>(work, segment.raw_slots, raw, row);
-        if (to) {
-          PlaneRows& rows = rows_at(to + group * part_bytes(D), D, plane);
-          rows.top[lane] = row_top, rows.sum[lane] = row_sum, rows.unit[lane] = unit;
-        } else {
-          work.outputs[row] = output_row(call, work, segment.b, segment.head, segment.tile * kTileRows + row, row_top,
-                                         row_sum, unit);
-        }
-      }
-      if (to)
-        store_plane(halves, to + group * part_bytes(D), plane, lane);
-      else
-        store_fragments(halves, work, plane, lane);
+    for (int i = call.warps - 1 - warp; i < planes * pass.groups; i += call.warps) {
+      const int group = (unsigned)i / (unsigned)planes;
+      sum_plane<D>(call, segment, work, pass, new_raw, group, i - group * planes, lane);
     }
-    if (!to) break;
-    if (to == own) {
+    if (!pass.to) break;
+    if (pass.to == own) {
       if (!is_last(call.arrivals + segment.index, sharers.n)) return;
       fetch_raw<D>(raw, work, call.warps * kSimd);
-      takes_raw = false;
-      from = shared_part(call, D, sharers.first + segment.index), to = work.parts, n = sharers.n;
-      groups = max(call.warps / planes, 1);
+      new_raw = nullptr;
+      pass = {shared_part(call, D, sharers.first + segment.index), sharers.n, max(call.warps / planes, 1), work.parts};
     } else {
       copy_async_wait(0);
       __syncthreads();
-      from = work.parts, to = nullptr, n = groups, groups = 1;
+      pass = {work.parts, pass.groups, 1, nullptr};
     }
   }
   write_outputs<D>(call, segment.b, segment.head, segment.tile, work, warp, lane);
