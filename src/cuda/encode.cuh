@@ -126,7 +126,7 @@ __device__ __forceinline__ void ask_for_block(const EncodeCall& call, const Bloc
   if (place.mu)
 #pragma unroll
     for (int i = 0; i < D / 4; i += kSimd)
-      if (i + lane < D / 4) copy_async_16(&stage.mu[mu_at(i + lane)], place.mu + 4 * (i + lane));
+      if (i + lane < D / 4) copy_async_16_cached(&stage.mu[mu_at(i + lane)], place.mu + 4 * (i + lane));
   copy_async_commit();
 }
 

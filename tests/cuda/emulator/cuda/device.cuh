@@ -121,6 +121,9 @@ inline void copy_async_16(void* shared, const void* global, Where where = Where:
   emulated::start_copy({shared, global}, where.line);
   memset(shared, 0xff, 16);
 }
+inline void copy_async_16_cached(void* shared, const void* global, Where where = Where::current()) {
+  copy_async_16(shared, global, where);
+}
 inline void copy_async_commit() { emulated::end_group(); }
 inline void copy_async_wait(int pending, Where where = Where::current()) {
   emulated::Copy copy;
