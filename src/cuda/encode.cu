@@ -239,29 +239,38 @@ int encode_step(EncodeStep step, bool fast, void* stream) {
                 portable_blocks(s.range, s.format), kSimds * kSimd, kSimds * kPortableWarpBytes, stream, step);
 }
 
-// r in terms of fp16 that add up to it, in the order of fragment_index, [8 elements] each: columns of B, two tiles of
-// two registers.
-void write_fragments(const float* r, int d, ushort* out) {
-  for (int span = 0; span < d / kSpan; span++)
-    for (int step = 0; step < d / 16; step++)
-      for (int half = 0; half < 2; half++)
-        for (int lane = 0; lane < kSimd; lane++)
-          for (int e = 0; e < 8; e++) {
-            const int g = lane / 4, t = lane % 4, reg = e / 2;
-            const int out_channel = span * kSpan + half * 16 + 4 * (g / 2) + reg / 2 * 2 + g % 2;
-            const int in_channel = input_channel(step, t, reg % 2 * 2 + e % 2);
-            float rest = r[(size_t)out_channel * d + in_channel];
-            for (int term = 0; term < kTerms; term++) {
-              const ushort x = float_to_half(rest);
-              out[fragment_index(d, step, term, span, half, lane) * 8 + e] = x;
-              rest -= half_to_float(x);  // exact
-            }
+// r in terms of fp16 that add up to it, in the order of fragment_index. Column n of a product is number
+// n / 8 · 2 + n % 2 of the channels that threads t = n % 8 / 2 have.
+template <int D>
+void write_fragments(const float* r, ushort* out) {
+  for (int step = 0; step < D / 16; step++)
+    for (int half = 0; half < 2; half++)
+      for (int n = 0; n < D; n++)
+        for (int i = 0; i < 8; i++) {
+          const int own = n / 8 * 2 + n % 2;
+          const int channel = Values<D>::first_channel(n % 8 / 2, own / 8) + own % 8 / 4 * 16 + own % 4;
+          float rest = r[(size_t)channel * D + step * 16 + half * 8 + i];
+          for (int term = 0; term < kTerms; term++) {
+            const ushort x = float_to_half(rest);
+            out[fragment_index(D, term * (D / 16) + step, half, n) * 8 + i] = x;
+            rest -= half_to_float(x);  // exact
           }
+        }
 }
 
-Candidate candidate_of(float factor, const SideFormat& f) {
-  const double levels = (1 << f.bits) - 1;
-  return {(float)(1.0 / (levels * factor * kUnit)), (float)(kCodeUnit / (factor * (double)kUnit))};
+Coding coding_of(const SideFormat& f) {
+  constexpr float kRounding = 0x1p-10f;  // more than that of fp16
+  Coding coding{};
+  for (int c = 0; c < kSearchSize; c++) {
+    const float factor = f.signed_scale ? kSearchSigned[c] : kSearch[c];
+    coding.candidates[c] = {factor, factor * (1.0f - kRounding), factor * (1.0f + kRounding)};
+  }
+  const auto half = (float)zero_code(f.bits);
+  coding.to_covering = f.signed_scale ? -1.0f / half : 1.0f / (half - 1.0f);
+  coding.spares_lowest = lowest_code(f) > -zero_code(f.bits);
+  coding.bits = f.bits, coding.group = f.group, coding.scale_bytes = f.scale_bytes;
+  coding.search = f.search, coding.signed_scale = f.signed_scale;
+  return coding;
 }
 
 EncodeCall call_of(const HalfbyteCudaEncode& a) {
@@ -274,11 +283,7 @@ EncodeCall call_of(const HalfbyteCudaEncode& a) {
   call.fragments[0] = static_cast<const uint4*>(a.k_tables.fragments);
   call.fragments[1] = static_cast<const uint4*>(a.v_tables.fragments);
   call.rotated_offset[0] = a.k_tables.rotated_offset, call.rotated_offset[1] = a.v_tables.rotated_offset;
-  for (int side = 0; side < 2; side++)
-    for (int c = 0; c < kSearchSize; c++) {
-      const float factor = call.side[side].factors[c];
-      call.candidates[side][c] = candidate_of(factor, side == 0 ? s.format.k : s.format.v);
-    }
+  call.coding[0] = coding_of(s.format.k), call.coding[1] = coding_of(s.format.v);
   call.pages = pages_of(a.pages), call.bad = a.bad;
   call.limit_bits = limit_bits(s.limit, s.dtype);
   return call;
@@ -350,7 +355,7 @@ extern "C" int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, 
   const PageFormat f = page_format(*layer);
   const SideFormat& side = is_v ? f.v : f.k;
   if (!has_fragments(side, layer->dtype)) return 0;
-  return (int64_t)(fragment_index(side.head_dim, side.head_dim / 16, 0, 0, 0, 0) * sizeof(uint4));
+  return (int64_t)(fragment_index(side.head_dim, kTerms * side.head_dim / 16, 0, 0) * sizeof(uint4));
 }
 
 extern "C" void halfbyte_cuda_rotation(const HalfbyteCudaLayer* layer, int64_t is_v, float* rotation) {
@@ -382,7 +387,8 @@ extern "C" void halfbyte_cuda_fast(const HalfbyteCudaLayer* layer, int64_t is_v,
 extern "C" void halfbyte_cuda_fragments(const HalfbyteCudaLayer* layer, int64_t is_v, const float* rotation,
                                         void* fragments) {
   const int d = (int)(is_v ? layer->head_dim_v : layer->head_dim_k);
-  write_fragments(rotation, d, static_cast<ushort*>(fragments));
+  const auto write = d == 64 ? write_fragments<64> : d == 128 ? write_fragments<128> : write_fragments<256>;
+  write(rotation, static_cast<ushort*>(fragments));
 }
 
 extern "C" int halfbyte_cuda_probe(int64_t device) {

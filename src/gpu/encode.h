@@ -29,7 +29,7 @@ gpu_fn float round_scale(gpu_local const SideFormat& f, float scale) {
   return f.scale_bytes == 4 ? scale : half_bits_to_float(float_to_half_bits(scale));
 }
 
-gpu_fn int lowest_code(gpu_local const SideFormat& f) {
+HALFBYTE_INLINE int lowest_code(gpu_local const SideFormat& f) {
   return f.signed_scale || f.search ? -zero_code(f.bits) : 1 - zero_code(f.bits);
 }
 

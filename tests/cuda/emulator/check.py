@@ -13,7 +13,8 @@ from pathlib import Path
 
 # Barriers, exchanges, products and waits, by the line that says them.
 WORDS = (
-    r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16|_tf32)?\(|transpose_8x8\(|_wait\("
+    r"gpu_(?:simd_)?barrier\(\)|__sync\w+\(|gpu_lane_\w+\(|__\w+_sync\(|\bmma(?:_bf16)?\(|transpose_8x8\(|_wait\("
+    r"|load_matrices\(|warpgroup_mma\(|product_\w+\(|team_barrier\("
 )
 FILES = (
     "cuda/append.cu",
@@ -41,11 +42,11 @@ UNSEEN = {
     "__syncwarp();  // that instruction is the warp's, though each lane has a barrier of its own",
     "space.weights[row * kRawTokens + lane] = p;",
     "__syncwarp();  // before the memory is filled again",
-    "const int next = take_next(memory.next, lane);",
-    "add_product<T>(memory.fragments[place.head % 2] + i * kPartFragments<D>, stage, i, scale, v, lane);",
-    "const bool more = n + kEncodeWarps<D> < count;",
+    "__syncwarp();  // the others' part of the block is there as well",
+    # Waits for products hold a team together, and all of its products are over then.
+    "team_barrier(team);  // the parts are no longer read",
     # No test here has a thread block that finds places twice.
-    "for (int from = 0; from < all; from += kPlaces) {",
+    "for (int from = 0; from < all; from += kPlaces / kTeamWarps) {",
     # Thread blocks run one after the other: none can see that another has arrived too early.
     "__syncthreads();  // all of it is stored",
     # Has the threads of a warp take one branch; each would be right alone.
@@ -53,7 +54,8 @@ UNSEEN = {
     "columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));",
     # The largest magnitude may be taken of values before or after lambda: it only has to be the same for all.
     "rotated[at] *= in.inverse_lambda_k[(int64_t)head * d + at / kTileRows];",
-    # The way of GPUs before Hopper, which the build with AddressSanitizer takes.
+    # The way of GPUs other than Hopper, which the build with AddressSanitizer takes.
+    "mma(v.y[column / 8], x.a[first + i % Steps], words[fragment_index(D, i, 0, column) * 4],",
     "copy_async_wait(call.stages - 1);",
     # Fast transforms around attention are Metal's alone; tests/gpu takes these away.
     "FastRotation<D, 1>::forward(in.rotation_k, VectorSpace{rotated + row, 0, kTileRows}, lane);",

@@ -149,5 +149,10 @@ inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned __vimax3_u16x2(unsigned a, unsigned b, unsigned c) { return __vmaxu2(__vmaxu2(a, b), c); }
+// Signed ones by the order of unsigned ones: the sign bits turned.
+inline unsigned __vimax3_s16x2(unsigned a, unsigned b, unsigned c) {
+  return __vimax3_u16x2(a ^ 0x80008000u, b ^ 0x80008000u, c ^ 0x80008000u) ^ 0x80008000u;
+}
 inline int __vimax3_s32(int a, int b, int c) { return max(max(a, b), c); }
 inline unsigned __vimax3_u32(unsigned a, unsigned b, unsigned c) { return max(max(a, b), c); }

@@ -42,6 +42,28 @@ struct BulkCopy {
 };
 std::vector<BulkCopy> bulk_copies;  // of the thread block that runs
 unsigned bulk_group;
+// Of a thread: products that have been started, and the sums that they add to.
+struct TeamProduct {
+  int first, n;  // of the sums
+  uint32_t a[4];
+  emulated::Matrix b;
+  bool is_committed;
+};
+struct TeamProducts {
+  float (*sums)[4] = nullptr;
+  std::vector<float> values;
+  std::vector<TeamProduct> pending;
+};
+std::vector<TeamProducts> products(emulator::kMaxThreads);  // of the thread block that runs
+TeamProducts& own_products() { return products[emulator::place().thread]; }
+// B of a team's products as the first of its threads to start each found it.
+std::vector<std::vector<std::string>> factors(emulator::kMaxThreads / emulator::kTeam);
+std::vector<std::string>& own_factors() { return factors[emulator::place().thread / emulator::kTeam]; }
+std::string bytes_of(const TeamProduct& p) {
+  const size_t half = p.n * 8 * 16;
+  return std::string(p.b.at, half) + std::string(p.b.at + p.b.half_bytes, half);
+}
+
 constexpr char kUnawaited[] = "asynchronous copies that nothing waited for";
 
 }  // namespace
@@ -93,7 +115,7 @@ int run(int blocks, int threads, size_t shared_bytes, const std::function<void()
     last_error = "a launch of nothing";
   else
     last_error = emulator::run({blocks, threads, schedule, (int)shared_bytes}, [&](unsigned, unsigned) {
-      own_copies() = {};
+      own_copies() = {}, own_products() = {}, own_factors() = {};
       if (bulk_group != emulator::place().group && !bulk_copies.empty()) emulator::refuse(kUnawaited, 0);
       bulk_group = emulator::place().group;
       thread();
@@ -186,29 +208,55 @@ void multiply(void* const* brought, int) {
     }
 }
 
-struct WideProduct {
-  float* c;
-  const float *a, *b;
+// The layout is that of ldmatrix in the PTX manual.
+struct Rows {
+  const void* row;
+  uint32_t* x;
 };
 
-float tf32(float x) { return as<float>(as<uint32_t>(x) & 0xffffe000u); }
-
-// The layout is that of mma.m16n8k8 in the PTX manual.
-void multiply_wide(void* const* brought, int) {
-  const auto lane_of = [&](int i) -> WideProduct& { return *static_cast<WideProduct*>(brought[i]); };
-  float a[16][8], b[8][8];
-  for (int lane = 0; lane < kLanes; lane++) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; i++) a[g + i % 2 * 8][t + i / 2 * 4] = tf32(lane_of(lane).a[i]);
-    for (int i = 0; i < 2; i++) b[t + i * 4][g] = tf32(lane_of(lane).b[i]);
-  }
+void load(void* const* brought, int) {
+  const auto lane_of = [&](int i) -> Rows& { return *static_cast<Rows*>(brought[i]); };
   for (int lane = 0; lane < kLanes; lane++)
-    for (int i = 0; i < 4; i++) {
-      double sum = lane_of(lane).c[i];
-      for (int k = 0; k < 8; k++) sum += (double)a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
-      lane_of(lane).c[i] = (float)sum;
-    }
+    for (int m = 0; m < 4; m++)
+      memcpy(&lane_of(lane).x[m], static_cast<const char*>(lane_of(8 * m + lane / 4).row) + lane % 4 * 4, 4);
 }
+
+// The layouts are those of wgmma.m64nNk16 in the PTX manual, with A in registers and B as matrix_place says.
+void multiply_of_team(void* const* brought, int threads) {
+  const auto thread_of = [&](int i) -> TeamProducts& { return *static_cast<TeamProducts*>(brought[i]); };
+  std::vector<float> b(16 * 256);
+  for (size_t p = 0; p < thread_of(0).pending.size(); p++) {
+    const TeamProduct& one = thread_of(0).pending[p];
+    if (!one.is_committed) break;
+    if (own_factors()[p] != bytes_of(one))
+      return emulator::refuse("a factor that changes while its product is under way", 0);
+    for (int k = 0; k < 16; k++)
+      for (int column = 0; column < 8 * one.n; column++) {
+        uint16_t bits;
+        memcpy(&bits, one.b.at + k / 8 * one.b.half_bytes + column * 16 + k % 8 * 2, 2);
+        b[k * 8 * one.n + column] = halfbyte::half_to_float(bits);
+      }
+    float a[64][16];
+    for (int i = 0; i < threads; i++) {
+      const TeamProducts& own = thread_of(i);
+      if (p >= own.pending.size() || own.pending[p].b.at != one.b.at || own.pending[p].first != one.first)
+        return emulator::refuse("a product that not all warps of a team start", 0);
+      for (int e = 0; e < 8; e++)
+        a[i / kLanes * 16 + i % kLanes / 4 + e / 2 % 2 * 8][i % 4 * 2 + e / 4 * 8 + e % 2] =
+            element(own.pending[p].a[e / 2], e % 2, false);
+    }
+    for (int i = 0; i < threads; i++)
+      for (int e = 0; e < 4 * one.n; e++) {
+        const int row = i / kLanes * 16 + i % kLanes / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + i % 4 * 2 + e % 2;
+        double sum = thread_of(i).values[4 * one.first + e];
+        for (int k = 0; k < 16; k++) sum += (double)a[row][k] * b[k * 8 * one.n + column];
+        thread_of(i).values[4 * one.first + e] = (float)sum;
+      }
+  }
+  own_factors().clear();
+}
+
+void nothing(void* const*, int) {}
 
 void transpose(void* const* brought, int) {
   uint16_t m[8][8];
@@ -235,10 +283,38 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int
   emulator::together(multiply, &own, line);
 }
 
-void mma_tf32(float c[4], const float a[4], const float b[2], int line) {
-  WideProduct own = {c, a, b};
-  emulator::together(multiply_wide, &own, line);
+void load_matrices(uint32_t x[4], const void* row, int line) {
+  if ((uintptr_t)row % 16) emulator::refuse("a row of a matrix that is not aligned", line);
+  Rows own = {row, x};
+  emulator::together(load, &own, line);
 }
+
+void start_products(float (*sums)[4], int n) {
+  TeamProducts& own = own_products();
+  own.sums = sums, own.values.assign(&sums[0][0], &sums[0][0] + 4 * n);
+  memset(sums, 0xff, own.values.size() * sizeof(float));
+}
+
+void start_product(float (*sums)[4], int n, const uint32_t a[4], Matrix b, int line) {
+  TeamProducts& own = own_products();
+  if (!own.sums) return emulator::refuse("a product before its start", line);
+  own.pending.push_back({(int)(sums - own.sums), n, {a[0], a[1], a[2], a[3]}, b, false});
+  if (own_factors().size() < own.pending.size()) own_factors().push_back(bytes_of(own.pending.back()));
+}
+
+void commit_products() {
+  for (TeamProduct& product : own_products().pending) product.is_committed = true;
+}
+
+void wait_for_products(int line) {
+  TeamProducts& own = own_products();
+  emulator::all_of_team(multiply_of_team, &own, line);
+  if (own.sums && !own.pending.empty() && own.pending.back().is_committed)
+    memcpy(own.sums, own.values.data(), own.values.size() * sizeof(float));
+  own = {};
+}
+
+void team_barrier(int line) { emulator::all_of_team(nothing, nullptr, line); }
 
 uint32_t transpose_8x8(uint32_t x, int line) {
   emulator::together(transpose, &x, line);

@@ -36,7 +36,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 
-enum class State { ready, at_barrier, at_simd_barrier, together, done };
+enum class State { ready, at_barrier, at_simd_barrier, together, all_of_team, done };
 
 // Two tags in turn: a thread that is one barrier ahead must not be taken for one that has arrived here.
 struct Tags {
@@ -226,12 +226,33 @@ bool resolve_simd(Group& g, int first, int lanes) {
   return true;
 }
 
-// All threads wait at barriers or are done: lets them go on. False: the group is done, or wrong.
+// Lets teams go on all of whose threads wait for each other at one place. False: there is none.
+bool resolve_teams(Group& g) {
+  bool moved = false;
+  for (int first = 0; first + kTeam <= (int)g.fibers.size(); first += kTeam) {
+    Fiber* fibers = &g.fibers[first];
+    void* brought[kTeam];
+    bool all_wait = true;
+    for (int i = 0; i < kTeam; i++) {
+      all_wait &= fibers[i].state == State::all_of_team && fibers[i].line == fibers[0].line &&
+                  fibers[i].combine == fibers[0].combine;
+      brought[i] = fibers[i].mine;
+    }
+    if (!all_wait) continue;
+    self = first, fibers[0].combine(brought, kTeam);
+    for (int i = 0; i < kTeam; i++) fibers[i].state = State::ready;
+    moved = true;
+  }
+  return moved;
+}
+
+// All threads wait for more than their simdgroup or are done: lets them go on. False: the group is done, or wrong.
 bool resolve(Group& g) {
+  if (resolve_teams(g)) return true;
   const int n = (int)g.fibers.size();
-  int at_barrier = 0;
-  for (const Fiber& fiber : g.fibers) at_barrier += fiber.state == State::at_barrier;
-  if (!at_barrier) return false;
+  int waiting = 0;
+  for (const Fiber& fiber : g.fibers) waiting += fiber.state != State::done;
+  if (!waiting) return false;
   for (int i = 0; i < n; i++)
     if (g.fibers[i].state != State::at_barrier || g.fibers[i].line != g.fibers[0].line) {
       g.error = failure("a barrier that not all threads reach", i, g.fibers[0].line);
@@ -331,11 +352,14 @@ void simd_barrier(int line) {
   acquire(tag);
 }
 
-void together(Combine combine, void* mine, int line) {
+static void wait_together(State state, Combine combine, void* mine, int line) {
   Fiber& fiber = group->fibers[self];
   fiber.combine = combine, fiber.mine = mine;
-  wait(State::together, line);
+  wait(state, line);
 }
+
+void together(Combine combine, void* mine, int line) { wait_together(State::together, combine, mine, line); }
+void all_of_team(Combine combine, void* mine, int line) { wait_together(State::all_of_team, combine, mine, line); }
 
 namespace {
 

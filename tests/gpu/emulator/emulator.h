@@ -8,6 +8,7 @@
 namespace emulator {
 
 constexpr int kLanes = 32;  // of a simdgroup
+constexpr int kTeam = 128;  // threads of four simdgroups that wait for each other
 constexpr int kMaxThreads = 1024, kMaxSharedBytes = 32 << 10;
 
 struct Launch {
@@ -38,6 +39,8 @@ void* shared_memory();
 // Once all lanes of the simdgroup are here, `combine` sees what each brought, lane by lane, and may change it.
 using Combine = void (*)(void* const* brought, int lanes);
 void together(Combine combine, void* mine, int line);
+// The same for the kTeam threads from a multiple of it on.
+void all_of_team(Combine combine, void* mine, int line);
 // What a thread wrote before its fence is seen by those whose fence comes later.
 void fence();
 

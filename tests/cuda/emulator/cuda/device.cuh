@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <algorithm>
 #include <functional>
 #include <type_traits>
 
@@ -15,9 +16,20 @@ namespace emulated {
 
 // Of a warp: c[16×8] += a[16×16] · b[16×8].
 void mma(float c[4], const uint32_t a[4], const uint32_t b[2], bool is_bf16, int line);
-// Of a warp: c[16×8] += a[16×8] · b[8×8].
-void mma_tf32(float c[4], const float a[4], const float b[2], int line);
 uint32_t transpose_8x8(uint32_t x, int line);
+void load_matrices(uint32_t x[4], const void* row, int line);
+
+// Products of the four warps of a team. `start` takes the sums [n][4] away and leaves poison; those that a commit has
+// followed are done by `wait`, which gives the sums back.
+struct Matrix {
+  const char* at;
+  int half_bytes;
+};
+void start_products(float (*sums)[4], int n);
+void start_product(float (*sums)[4], int n, const uint32_t a[4], Matrix b, int line);
+void commit_products();
+void wait_for_products(int line);
+void team_barrier(int line);
 
 // Of the thread that calls. `start` poisons the destination; `finish` gives what to copy, one after the other.
 struct Copy {
@@ -51,13 +63,54 @@ inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, 
   const uint32_t b[2] = {b0, b1};
   if (!emulated::is_left_out(where)) emulated::mma(c, a, b, true, where.line);
 }
-inline void mma_tf32(float c[4], const float a[4], float b0, float b1, Where where = Where::current()) {
-  const float b[2] = {b0, b1};
-  if (!emulated::is_left_out(where)) emulated::mma_tf32(c, a, b, where.line);
-}
 inline uint32_t transpose_8x8(uint32_t x, Where where = Where::current()) {
   return emulated::is_left_out(where) ? x : emulated::transpose_8x8(x, where.line);
 }
+
+inline void load_matrices(uint32_t (&x)[4], const void* row, Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::load_matrices(x, row, where.line);
+}
+
+inline int warp_number() { return (int)threadIdx.x / 32; }
+inline void team_barrier(int, Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::team_barrier(where.line);
+}
+
+#ifdef EMULATOR_ADDRESS
+constexpr bool kWarpgroupProducts = false;  // one of the builds takes the other way
+#else
+constexpr bool kWarpgroupProducts = true;
+#endif
+using MatrixPlace = emulated::Matrix;
+inline MatrixPlace matrix_place(const void* shared, int half_bytes) {
+  return {static_cast<const char*>(shared), half_bytes};
+}
+inline MatrixPlace matrix_behind(MatrixPlace place, int bytes) { return {place.at + bytes, place.half_bytes}; }
+inline void fence_for_products() {}
+template <int N>
+void product_start(float (&sums)[N][4], Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::start_products(sums, N);
+}
+template <int N>
+void warpgroup_mma(float (&c)[N][4], const uint32_t a[4], MatrixPlace b, Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::start_product(c, N, a, b, where.line);
+}
+inline void product_commit(Where where = Where::current()) {
+  if (!emulated::is_left_out(where)) emulated::commit_products();
+}
+template <int N>
+void product_wait(float (&)[N][4], Where where = Where::current()) {
+  if (kWarpgroupProducts && !emulated::is_left_out(where)) emulated::wait_for_products(where.line);
+}
+
+inline uint32_t pack_nibbles(int high, int low, uint32_t before) {
+  return before << 8 | std::clamp(high, 0, 15) << 4 | std::clamp(low, 0, 15);
+}
+inline uint32_t pack_bytes(int high, int low, uint32_t before) {
+  return before << 16 | std::clamp(high, 0, 255) << 8 | std::clamp(low, 0, 255);
+}
+
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 
@@ -67,6 +120,9 @@ inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 inline void copy_async_16(void* shared, const void* global, Where where = Where::current()) {
   emulated::start_copy({shared, global}, where.line);
   memset(shared, 0xff, 16);
+}
+inline void copy_async_16_cached(void* shared, const void* global, Where where = Where::current()) {
+  copy_async_16(shared, global, where);
 }
 inline void copy_async_commit() { emulated::end_group(); }
 inline void copy_async_wait(int pending, Where where = Where::current()) {
