@@ -315,7 +315,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
   constexpr int kCodes = kTileBlocks * D / kSpan * (kSpanBytes<KBits> + kSpanBytes<VBits>);
   constexpr int kScales =
       kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
-  const int first = first_item(call, blockIdx.x), last = first_item(call, blockIdx.x + 1);
+  const auto [first_segment, first, last] = items_of(call, blockIdx.x);
   const int raw_slots_here = raw_slots(D, call.warps);
   const WorkPlan plan = work_plan(call);
   const Work work = work_at(memory, plan, raw_slots_here);
@@ -323,8 +323,8 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
   const auto ask = [&](int slot) { ask_for_tile<kCodes, kScales>(call, ring, slot, first + warp, last, lane); };
 
   int item = first + warp, begin = first;  // this warp's next tile; the first one of the segment
+  unsigned segment = first_segment;        // (sequence, head, row tile)
   do {
-    const unsigned segment = call.n_tiles ? begin / (unsigned)call.n_tiles : blockIdx.x;  // (sequence, head, row tile)
     const unsigned of_heads = segment / tiles;
     const int end = min(last, (int)(segment + 1) * call.n_tiles);
     const int tile = (int)(segment % tiles), head = (int)(of_heads % s.kv_heads), b = (int)(of_heads / s.kv_heads);
@@ -376,7 +376,7 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
       turned = turn_tiles(call, work, before, to, end);  // apart from the first ones, which nothing in registers meets
     }
     finish_segment<D>(call, running, work, warp, lane);
-    begin = end;
+    begin = end, segment++;
   } while (begin < last);
 }
 

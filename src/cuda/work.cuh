@@ -28,7 +28,8 @@ struct AttendCall {
   int n_raw;
   int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
   int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
-  int share, larger;        // splits 0: so many items a block, and one more for the first `larger` of them
+  int share, larger;        // so many items a block, of a segment's or of all, and one more for the first `larger`
+  int first_weight;         // a segment's first item counts for so many more
   int warps, stages;        // stages: tiles of each warp that are under way
   int bytes;                // of a stage
   int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
@@ -137,51 +138,70 @@ HALFBYTE_INLINE void packed_range(const AttendShape& s, bool masked, int& begin,
   for (int query = 0; query < s.queries; query++) end = max(end, sight_of(s, query * s.group, masked).packed_end);
 }
 
-// Tiles that take as long as preparing the queries of one more segment and finishing it.
+// Tiles that take as long as preparing the queries of one more segment and finishing it, or as its raw tokens.
 constexpr int kSegmentTiles = 40;
 constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
 
-// Whole segments to blocks, or equal parts of one segment, unless that leaves too many multiprocessors idle: then
-// blocks cross from one segment into the next. all: tiles of all segments.
+// Whole segments to blocks, or parts of one segment, unless that leaves too many multiprocessors idle: then blocks
+// cross from one segment into the next. all: tiles of all segments.
 HALFBYTE_INLINE void split_work(AttendCall& call, int all, int processors) {
   const int segments = all / call.n_tiles;
   const int most = max(1, call.n_tiles / (call.warps * kFewestTiles));
   call.splits = max(1, min(most, processors / segments));
   call.blocks = segments * call.splits;
-  const int rounds = (call.blocks + processors - 1) / processors;
-  if (rounds * (call.n_tiles / call.splits + kSegmentTiles) <= all / processors + 2 * kSegmentTiles ||
-      call.splits == most)
+  const int rounds = (call.blocks + processors - 1) / processors, part = call.n_tiles / call.splits;
+  if (rounds * (part + kSegmentTiles) <= all / processors + 2 * kSegmentTiles || call.splits == most) {
+    call.first_weight = call.splits > 1 ? min(kSegmentTiles, part / 4) : 0;
+    call.share = (call.n_tiles + call.first_weight) / call.splits;
+    call.larger = (call.n_tiles + call.first_weight) % call.splits;
     return;
+  }
   call.splits = 0;
   call.blocks = min(processors, (all + call.warps - 1) / call.warps);
-  call.share = all / call.blocks, call.larger = all % call.blocks;
+  call.first_weight = min(kSegmentTiles, all / call.blocks / 2);  // less than a share: every block has a tile
+  const int weighed = all + segments * call.first_weight;
+  call.share = weighed / call.blocks, call.larger = weighed % call.blocks;
 }
 
 // Deals the packed tokens [begin, end) of all segments; without any, each segment has a block all the same.
 HALFBYTE_INLINE void deal_tiles(AttendCall& call, int begin, int end, int segments, int processors) {
   call.first_tile = begin / kTileTokens, call.n_tiles = 0, call.blocks = segments, call.splits = 1;
+  call.share = call.larger = call.first_weight = 0;
   if (begin >= end) return;
   call.n_tiles = (end + kTileTokens - 1) / kTileTokens - call.first_tile;
   split_work(call, segments * call.n_tiles, processors);
 }
 
-// First work item of a thread block. Items are the tiles of tokens of all segments, one segment after the other.
-HALFBYTE_INLINE int first_item(const AttendCall& call, int block) {
-  const unsigned tiles = call.n_tiles, splits = call.splits, of = block;
-  if (splits) return (int)(of / splits * tiles + tiles * (of % splits) / splits);
-  return block * call.share + (block < call.larger ? block : call.larger);
+// The work items [first, last) of a thread block, and the segment of the first one. Items are the tiles of tokens of
+// all segments, one segment after the other.
+struct Items {
+  int segment, first, last;
+};
+
+HALFBYTE_INLINE Items items_of(const AttendCall& call, int block) {
+  const int share = call.share, larger = call.larger, weight = call.first_weight, tiles = call.n_tiles;
+  if (call.splits) {
+    const int segment = (int)((unsigned)block / (unsigned)call.splits), part = block - segment * call.splits;
+    const int from = part * share + min(part, larger), to = from + share + (part < larger ? 1 : 0);
+    return {segment, segment * tiles + max(from - weight, 0), segment * tiles + max(to - weight, 0)};
+  }
+  const unsigned from = block * share + min(block, larger), to = from + share + (block < larger ? 1 : 0);
+  const int first = (int)(from / (tiles + weight)), last = (int)(to / (tiles + weight));
+  return {first, first * tiles + max((int)(from % (tiles + weight)) - weight, 0),
+          last * tiles + max((int)(to % (tiles + weight)) - weight, 0)};
 }
 
-// The thread block that item i belongs to; only where splits is 0.
-HALFBYTE_INLINE int block_of(const AttendCall& call, int i) {
-  const int in_larger = call.larger * (call.share + 1);
-  return i < in_larger ? i / (call.share + 1) : call.larger + (i - in_larger) / call.share;
+// The thread block that the i-th item of a segment belongs to; only where splits is 0.
+HALFBYTE_INLINE int block_of(const AttendCall& call, int segment, int i) {
+  const unsigned weighed = segment * (call.n_tiles + call.first_weight) + call.first_weight + i;
+  const unsigned in_larger = call.larger * (call.share + 1), share = call.share;
+  return (int)(weighed < in_larger ? weighed / (share + 1) : call.larger + (weighed - in_larger) / share);
 }
 
 HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
   if (call.splits) return {segment * call.splits, call.splits};
-  const int first = block_of(call, segment * call.n_tiles);
-  return {first, block_of(call, (segment + 1) * call.n_tiles - 1) - first + 1};
+  const int first = block_of(call, segment, 0);
+  return {first, block_of(call, segment, call.n_tiles - 1) - first + 1};
 }
 
 // ---- One warp's ring of tiles
