@@ -353,8 +353,8 @@ __device__ __forceinline__ void attend_items(const AttendCall& call, float* memo
     Running<D> running;
     const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
     int to = begin;
+    attend_raw<D>(call, b, head, tile, slots, work, warp, lane);  // while others turn
     const float* turned = turn_tiles(call, work, before, to, end);
-    attend_raw<D>(call, b, head, tile, slots, work, warp, lane);
     take_queries<D>(call, tile, work, lane, q, columns);
     clear(running);
 #pragma unroll 1
