@@ -95,6 +95,7 @@ def bench_attend(
 def _attend_row(device, geometry, recipe, tokens, batch, copy, rounds, seed):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    torch.cuda.empty_cache()  # or the cells before decide in which pieces of memory this one lies, which it can tell
     torch.manual_seed(seed)
     _, heads, kv_heads, d = geometry
     kind = {"device": device, "dtype": torch.float16}
