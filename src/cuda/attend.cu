@@ -202,7 +202,8 @@ bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_
   const AttendShape& s = call.shape;
   if (a.portable || !a.k.attend_fragments || !is_aligned(a) || !kernels_for(s.format, s.dtype).call) return false;
   if (!plan_memory(call, other)) return false;
-  if (segments_of(s) * ((tokens + kTileTokens - 1) / kTileTokens + 1) >= 1 << 30) return false;  // counted in 32 bits
+  const long long counted = (tokens + kTileTokens - 1) / kTileTokens + kSegmentTiles;  // of a segment, in 32 bits
+  if (segments_of(s) * counted >= 1 << 30) return false;
   call.bytes = stage_bytes(s.format);
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
   call.fragments[0] = static_cast<const uint4*>(a.k.attend_fragments);
