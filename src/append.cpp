@@ -65,11 +65,6 @@ const uint8_t* chunk_row(const State& s, const Chunk& chunk, Side side, int b, i
   return row_of(side == Side::k ? *chunk.k : *chunk.v, s.element_bytes(), b, head, token);
 }
 
-float largest_codable(const State& s) {
-  if (s.format.k.bits == kPlainBits) return kLargestFloat;
-  return s.config.recipe.scale_bits == 16 ? kLargestForHalfScales : kLargestForFloatScales;
-}
-
 // Whether one head's new tokens can be coded; writes the position of the first that cannot.
 bool head_is_codable(const State& s, const Chunk& chunk, Side side, int b, int head, float limit, size_t* where) {
   for (size_t t = 0; t < chunk.tokens; t++)
@@ -92,7 +87,7 @@ Status uncodable(const State& s, const Chunk& chunk, Side side, int b, int head,
 }
 
 Status check_values(const State& s, const Chunk& chunk) {
-  const float limit = largest_codable(s);
+  const float limit = s.largest_codable();
   const size_t heads = s.config.kv_heads, rows = 2 * heads * chunk.batch;
   std::atomic<bool> all_good = true;
   auto check = [&](size_t row, size_t* where) {
@@ -359,6 +354,11 @@ void drop_behind_window(State& s) {
 }
 
 }  // namespace
+
+float Layer::State::largest_codable() const {
+  if (format.k.bits == kPlainBits) return kLargestFloat;
+  return config.recipe.scale_bits == 16 ? kLargestForHalfScales : kLargestForFloatScales;
+}
 
 Status Layer::append(const View& k, const View& v, int batch, size_t tokens, const uint8_t* counted,
                      bool answered) try {

@@ -254,6 +254,12 @@ Status Layer::set_offset(const float* k, const float* v) try {
   };
   if (!s.config.recipe.offset) return bad("set_offset on a recipe without offset");
   if (s.packed_end > s.sink_tokens()) return bad("set_offset after tokens were packed; set it before");
+  const float limit = s.largest_codable();
+  for (auto [from, d] : {std::pair{k, s.config.head_dim_k}, std::pair{v, s.config.head_dim_v}})
+    for (int i = 0; from && i < s.config.kv_heads * d; i++)
+      if (!(std::abs(from[i]) <= limit))
+        return {Code::bad_value, "the offset holds " + std::to_string(from[i]) + "; it takes values up to " +
+                                     std::to_string((int64_t)limit)};
   std::vector<float> given_k = given(k, s.config.head_dim_k, s.given_k),
                      given_v = given(v, s.config.head_dim_v, s.given_v);
   s.given_k.swap(given_k), s.given_v.swap(given_v);

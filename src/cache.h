@@ -102,6 +102,7 @@ struct Layer::State {
     return pages[b][token / kPageTokens - pages_dropped].get() + head * page_head_bytes(format);
   }
   RawTokens make_raw(size_t capacity) const;
+  float largest_codable() const;  // magnitude of a K, V or given offset
 };
 
 // The offset of one sequence and head, on its way along the tokens.

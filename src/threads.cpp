@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -29,8 +30,12 @@ inline void pause() {
 
 class Pool {
  public:
-  explicit Pool(int workers) {
-    for (int i = 0; i < workers; i++) threads_.emplace_back([this] { work(); });
+  explicit Pool(int workers) : asked_(workers) {
+    try {
+      for (int i = 0; i < workers; i++) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those there are, and the caller, do the work.
+    }
   }
   ~Pool() {
     stop_ = true;
@@ -54,7 +59,7 @@ class Pool {
     }
   }
 
-  size_t workers() const { return threads_.size(); }
+  int asked() const { return asked_; }
 
  private:
   void claim() {
@@ -72,6 +77,7 @@ class Pool {
     }
   }
 
+  const int asked_;  // workers, of which threads_ may have fewer
   std::vector<std::thread> threads_;
   std::atomic<unsigned> job_{0};
   std::atomic<size_t> next_{0};
@@ -124,7 +130,7 @@ void parallel_for(size_t n, const std::function<void(size_t)>& task) {
     for (size_t i = 0; i < n; i++) task(i);
     return;
   }
-  if (!pool || pool->workers() != (size_t)wanted - 1) pool = std::make_unique<Pool>(wanted - 1);
+  if (!pool || pool->asked() != wanted - 1) pool = std::make_unique<Pool>(wanted - 1);
   pool->run(n, task);
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <new>
@@ -94,6 +95,9 @@ inline Status check(const AttendArgs& args, int kv_heads, size_t length, int bat
   if (args.mask && args.mask_tokens > length)
     return bad("mask_tokens is " + std::to_string(args.mask_tokens) + "; the cache holds " + std::to_string(length));
   if (!args.q.data || !args.out.data) return bad("attend needs the addresses of q and out");
+  if (!std::isfinite(args.scale)) return bad("scale is " + std::to_string(args.scale) + "; it takes a finite number");
+  if (!(args.softcap >= 0.0f && std::isfinite(args.softcap)))
+    return bad("softcap is " + std::to_string(args.softcap) + "; it takes a positive number, or 0 for none");
   return {};
 }
 
@@ -117,6 +121,17 @@ inline void load_queries(const Tile& tile) {
     float* q = tile.q + r * plan.q_stride();
     load_elements(view.data, plan.dtype, at, plan.head_dim_k, plan.args.scale, q);
     std::fill(q + plan.head_dim_k, q + plan.q_stride(), 0.0f);
+  }
+}
+
+// Kernels that round queries to bytes would make a number of a query that is none: its row is NaN.
+inline void spoil_undefined(Tile& tile) {
+  for (int r = 0; r < tile.n; r++) {
+    const float* q = tile.q + r * tile.plan.q_stride();
+    int32_t largest = 0;  // bits of magnitudes order as they do, infinity and NaN last
+    for (int c = 0; c < tile.plan.head_dim_k; c++)
+      largest = std::max(largest, std::bit_cast<int32_t>(q[c]) & 0x7fffffff);
+    if (largest >= 0x7f800000) tile.state.sum[r] = NAN;
   }
 }
 
@@ -191,7 +206,7 @@ inline void store_row(const Tile& tile, int r, float max, float sum, const float
   } else {
     max = 0.0f;
   }
-  const float norm = sum > 0.0f ? std::exp(max) / sum : 0.0f;  // a row that sees nothing gives zeros
+  const float norm = sum == 0.0f ? 0.0f : std::exp(max) / sum;  // a row that sees nothing gives zeros
   ptrdiff_t at = tile.b * out.batch_stride + tile.query_head(r) * out.head_stride + tile.query(r) * out.token_stride;
   store_elements(acc, norm, plan.head_dim_v, out.data, plan.dtype, at);
 }
@@ -272,6 +287,7 @@ inline Status run(const Plan& plan, size_t packed_tokens, AttendTile attend_tile
       load_queries(tile);
       start(tile.state, tile.n);
       attend_tile(tile, task % cut.splits, cut.splits);
+      spoil_undefined(tile);
       for (int r = 0; r < tile.n; r++) {
         if (split) {
           partials.max[task * cut.rows + r] = tile.state.max[r];

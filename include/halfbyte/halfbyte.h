@@ -76,7 +76,7 @@ typedef struct halfbyte_mutable_view {
 } halfbyte_mutable_view;
 
 typedef struct halfbyte_attend_args {
-  halfbyte_view q;           /* [batch, heads, queries, head_dim_k]: the newest `queries` positions */
+  halfbyte_view q;           /* [batch, heads, queries, head_dim_k]: the newest positions; NaN out where not finite */
   halfbyte_mutable_view out; /* [batch, heads, queries, head_dim_v] */
   int heads;                 /* a multiple of kv_heads; head h reads KV head h / (heads / kv_heads) */
   int queries;
@@ -117,7 +117,8 @@ halfbyte_status halfbyte_select(halfbyte_layer* layer, const size_t* rows, size_
 halfbyte_status halfbyte_copy(const halfbyte_layer* layer, halfbyte_layer** copy);    /* pages are shared */
 halfbyte_status halfbyte_reset(halfbyte_layer* layer); /* forgets all tokens; keeps what the set_ calls gave */
 
-/* float32 [kv_heads, head_dim] each; NULL leaves that side alone. Only while nothing is packed. */
+/* float32 [kv_heads, head_dim] each; NULL leaves that side alone. Offsets as large as K and V may be, lambda finite and
+   1e-6 or more. Only while nothing is packed. */
 halfbyte_status halfbyte_set_offset(halfbyte_layer* layer, const float* k, const float* v);
 halfbyte_status halfbyte_set_lambda(halfbyte_layer* layer, const float* k, const float* v);
 /* R of a dense recipe: float32 [head_dim, head_dim] each, row-major, y = R (x - mu), orthonormal within 1e-3. NULL

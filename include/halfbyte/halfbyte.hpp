@@ -100,7 +100,7 @@ struct MutableView {
 };
 
 struct AttendArgs {
-  View q;           // [batch, heads, queries, head_dim_k]: the newest `queries` positions
+  View q;           // [batch, heads, queries, head_dim_k]: the newest `queries` positions; NaN out where not finite
   MutableView out;  // [batch, heads, queries, head_dim_v]
   int heads = 0;    // a multiple of kv_heads; head h reads KV head h / (heads / kv_heads)
   int queries = 1;
@@ -171,7 +171,8 @@ class Layer {
   Status save(LayerParts& parts) const;
   static Result<Layer> load(const LayerConfig& config, const LayerParts& parts);
 
-  // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. Only while nothing is packed.
+  // mu and lambda as float32 [kv_heads, head_dim]; null leaves that side alone. mu: as large as K and V may be; lambda:
+  // finite, 1e-6 or more. Only while nothing is packed.
   Status set_offset(const float* k, const float* v);
   Status set_lambda(const float* k, const float* v);
   // R of a dense recipe, for all heads: float32 [head_dim, head_dim] row-major, y = R (x − mu), orthonormal within

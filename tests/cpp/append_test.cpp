@@ -187,6 +187,20 @@ TEST(Append, GivenOffsetHoldsForOneSideAndUntilPacking) {
   EXPECT_FALSE(bare.has_offset());
 }
 
+TEST(Append, AnOffsetThatCanNotBeCodedIsRefused) {
+  Layer layer = make_layer(config_of(1, 32));
+  std::vector<float> mu(32, 1e4f);
+  must(layer.set_offset(mu.data(), mu.data()));
+  for (float wrong : {NAN, INFINITY, -1.001e4f}) {
+    mu[31] = wrong;
+    EXPECT_EQ(layer.set_offset(nullptr, mu.data()).code(), Code::bad_value) << wrong;
+  }
+  LayerParts parts;
+  must(append(layer, Array(1, 1, 20, 32), Array(1, 1, 20, 32)));
+  must(layer.save(parts));
+  EXPECT_EQ(parts.given_offset_v, std::vector<float>(32, 1e4f));  // what was there before
+}
+
 // ---- offset_tokens
 
 struct Given {

@@ -493,6 +493,33 @@ TEST(Attend, NamesBadArguments) {
   args = good, args.mask = mask.data(), args.mask_tokens = 21, expect_bad(args, "mask_tokens is 21");
   args = good, args.q.data = nullptr, expect_bad(args, "addresses");
   args = good, args.out.data = nullptr, expect_bad(args, "addresses");
+  args = good, args.scale = NAN, expect_bad(args, "scale is nan");
+  args = good, args.softcap = -1.0f, expect_bad(args, "softcap is -1");
+  args = good, args.softcap = INFINITY, expect_bad(args, "softcap is inf");
+}
+
+TEST(Attend, AQueryThatIsNotFiniteGivesNaNAndTheOthersTheirs) {
+  Random random;
+  const Array k = random_array(random, 1, 1, 1500, 64);
+  Layer layer = make_layer(config_of(1, 64));
+  must(append(layer, k, k));
+  for (const std::string& name : usable_backends()) {
+    UseBackend use(name);
+    for (int threads : {1, 2}) {  // with two, the tokens are split and merged
+      UseThreads several(threads);
+      Array q = random_array(random, 1, 4, 1, 64);
+      const Array want = attend(layer, q);
+      q.set(0, 1, 0, 5, NAN), q.set(0, 3, 0, 63, -INFINITY);
+      const Array got = attend(layer, q);
+      for (int head = 0; head < 4; head++)
+        for (int c = 0; c < 64; c++) {
+          if (head % 2)
+            ASSERT_TRUE(std::isnan(got.get(0, head, 0, c))) << name << " " << head;
+          else
+            ASSERT_EQ(got.get(0, head, 0, c), want.get(0, head, 0, c)) << name << " " << head;
+        }
+    }
+  }
 }
 
 }  // namespace

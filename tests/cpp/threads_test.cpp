@@ -1,6 +1,7 @@
 // Threads: every task once, results that do not depend on their number, concurrent callers, forks, a foreign runtime.
 #include "threads.h"
 
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -191,6 +192,21 @@ TEST(Threads, AForeignRuntimeRunsTheTasks) {
   use_openmp(nullptr);
   expect_each_once(50);
   EXPECT_EQ(foreign_calls, 2);
+}
+
+TEST(Threads, AThreadThatDoesNotStartIsDoneWithout) {
+  pthread_attr_t attributes;
+  ASSERT_EQ(pthread_getattr_default_np(&attributes), 0);
+  size_t before = 0;
+  pthread_attr_getstacksize(&attributes, &before);
+  pthread_attr_setstacksize(&attributes, size_t{1} << 47);  // as large as the address space
+  ASSERT_EQ(pthread_setattr_default_np(&attributes), 0);
+  UseThreads use(7);
+  expect_each_once(50);
+  pthread_attr_setstacksize(&attributes, before);
+  ASSERT_EQ(pthread_setattr_default_np(&attributes), 0);
+  pthread_attr_destroy(&attributes);
+  expect_each_once(50);
 }
 
 TEST(Threads, ReadBandwidthIsANumber) {
