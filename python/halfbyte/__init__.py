@@ -4,6 +4,8 @@
 asked for, so that importing the package alone needs no PyTorch.
 """
 
+import importlib
+
 from halfbyte._native import Recipe
 from halfbyte._native import commit as __commit__
 from halfbyte._native import version as __version__
@@ -13,12 +15,14 @@ __all__ = ["RECIPES", "Int4Cache", "Int4StaticCache", "Recipe", "__commit__", "_
 
 
 def __getattr__(name: str):
-    if name == "Int4Cache":
-        from halfbyte.hf import Int4Cache
-
-        return Int4Cache
-    if name == "Int4StaticCache":
-        from halfbyte.static import Int4StaticCache
-
-        return Int4StaticCache
-    raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    module = {"Int4Cache": "hf", "Int4StaticCache": "static"}.get(name)
+    if module is None:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"halfbyte.{module}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors"):
+            raise
+        raise ModuleNotFoundError(
+            f"halfbyte.{name} needs {error.name}: pip install 'halfbyte[hf]'", name=error.name
+        ) from error

@@ -102,9 +102,7 @@ def explain(config, recipe, layer_recipes, layers, reasons) -> str:
     bits = [bits_per_value(layer_recipes[index], head_dim) for index in packed]
     mean = sum(bits) / len(bits) if bits else 0.0
     own = [
-        f"{i}: K {layer_recipes[i].k_bits} V {layer_recipes[i].v_bits}"
-        for i in packed
-        if layer_recipes[i] is not recipe
+        f"{i}: K {layer_recipes[i].k_bits} V {layer_recipes[i].v_bits}" for i in packed if layer_recipes[i] != recipe
     ]
 
     def side(bits, group):

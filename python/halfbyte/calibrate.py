@@ -55,6 +55,7 @@ class Calibration:
 
     def save(self, path) -> None:
         """Writes one safetensors file: a tensor a layer and part, the rest as metadata."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {
@@ -72,8 +73,8 @@ class Calibration:
         }
         try:
             save_file(tensors, str(path), {"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
-        except OSError as error:
-            raise ValueError(f"path: cannot write {str(path)!r}: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"path: cannot write {str(path)!r}: {error}") from error
 
     @classmethod
     def load(cls, path, model=None) -> Calibration:
@@ -108,7 +109,9 @@ class Calibration:
         return Recipe(**self.learned["recipe"])
 
     def check_recipe(self, recipe) -> None:
-        """ValueError unless lambda was collected under this recipe's rotation, seed and offset."""
+        """ValueError if lambda is known to be of another rotation, seed or offset than the recipe's."""
+        if "rotation" not in self.recipe:  # made by hand, or of a saved cache
+            return
         for field, made_with in ({"offset_span": 0} | self.recipe).items():
             if getattr(recipe, field) != made_with and (recipe.offset or field != "offset_span"):
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Int4Cache: a transformers cache that holds K and V in 4 bits, for model.generate(past_key_values=...)."""
 
 import copy
+import functools
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from .auto import choose_recipe, explain
 from .drift import DriftMonitor
 from .layer import Int4Layer
 from .recipes import get_recipe, layer_recipes, needs_calibration
-from .shared import Shared, tensor_bytes
+from .shared import Shared, check_config, tensor_bytes
 
 PACKED_LAYERS = ("full_attention", "sliding_attention")
 CONSISTENT_OFFSET_TOKENS = 64  # the mean of so few costs a tenth more KL than that of a long prompt
@@ -60,8 +61,7 @@ class Int4Cache(DynamicCache):
         drift_every=0,
         **overrides,
     ):
-        if not hasattr(config, "get_text_config"):
-            raise ValueError(f"config: got {type(config).__name__}, takes a model's config: Int4Cache(model.config)")
+        check_config(config)
         if prefill not in ("exact", "consistent"):
             raise ValueError(f"prefill: got {prefill!r}, takes 'exact' or 'consistent'")
         self.prefill = prefill
@@ -77,11 +77,7 @@ class Int4Cache(DynamicCache):
         if consistent and self.recipe.offset and not self.recipe.offset_tokens:
             self.recipe = get_recipe(self.recipe, offset_tokens=CONSISTENT_OFFSET_TOKENS)
         self.layer_recipes = layer_recipes(self.recipe, layers, len(kinds))
-        needs = next((need for need in map(needs_calibration, self.layer_recipes) if need), None)
-        if needs and calibration is None:
-            raise ValueError(
-                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
-            )
+        _check_calibration(calibration, self.layer_recipes)
         self._shared = Shared(text_config)
         made = [
             self._make_layer(index, kind, of_kind, calibration)
@@ -179,6 +175,10 @@ class Int4Cache(DynamicCache):
         return load(cls, path, config, model, **options)
 
     def __reduce__(self):
+        if self.get_seq_length() == 0:  # nothing to save but how it was made
+            options = {"recipe": self.recipe, "layers": dict(enumerate(self.layer_recipes)), "prefill": self.prefill}
+            options["calibration"] = next((layer.calibration for layer in self._shared.layers), None)
+            return functools.partial(type(self), self._shared.config, **options, **self._own_options), ()
         from .save import from_bytes, to_bytes
 
         return from_bytes, (type(self), to_bytes(self), self._shared.config, self._own_options)
@@ -187,3 +187,24 @@ class Int4Cache(DynamicCache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
+
+
+def _check_calibration(calibration, recipes):
+    """Raises unless `calibration` is what these recipes of layers need, and was made for them."""
+    needs = next((need for need in map(needs_calibration, recipes) if need), None)
+    if calibration is None:
+        if needs:
+            raise ValueError(
+                f"calibration: got None, takes a halfbyte.calibrate.Calibration as the recipe uses {needs}"
+            )
+        return
+    from .calibrate import Calibration
+
+    if not isinstance(calibration, Calibration):
+        raise ValueError(
+            f"calibration: got a {type(calibration).__name__}, takes a halfbyte.calibrate.Calibration, such as "
+            "Calibration.load(path) gives"
+        )
+    for recipe in recipes:
+        if recipe.lambda_:
+            calibration.check_recipe(recipe)

@@ -451,15 +451,18 @@ class Int4Layer(CacheLayerMixin):
         self.seen -= remove
 
     def _select(self, rows):
+        """rows: for each sequence from now on, which one it was."""
         if not self.is_initialized or self.seen == 0:
             return
+        if not rows or not all(type(row) is int and 0 <= row < self.batch for row in rows):
+            raise ValueError(f"layer {self.layer_idx}: got sequences {rows}, takes some of 0 to {self.batch - 1}")
         if self._staged is not None or self._assigned:
             self._settle()
         self.native.select(rows)
         self._set_batch(len(rows))
 
     def reorder_cache(self, beam_idx):
-        self._select(beam_idx.tolist())
+        self._select(torch.as_tensor(beam_idx).tolist())
 
     def batch_repeat_interleave(self, repeats):
         self._select([row for row in range(self.batch) for _ in range(repeats)])

@@ -11,7 +11,7 @@ import torch
 from .calibrate import RECIPE_FIELDS, Calibration, fingerprint, hash_ids, turning_offset
 from .codecs import extreme, join_groups, rotate, split_groups
 from .files import read_safetensors
-from .recipes import FIELDS, Recipe, get_recipe
+from .recipes import Recipe, fields_of, get_recipe
 from .watch import watch_attention
 
 KINDS = ("lambda", "cayley", "householder")
@@ -237,7 +237,7 @@ def learn(
         model=facts["model"],
         text_sha256=facts["text"],
         tokens=ids.numel(),
-        learned=facts["plan"] | {"losses": done.losses, "recipe": {field: getattr(final, field) for field in FIELDS}},
+        learned=facts["plan"] | {"losses": done.losses, "recipe": fields_of(final)},
     )
     done.close()
     return calibration

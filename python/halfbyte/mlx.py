@@ -19,7 +19,7 @@ import mlx_lm.models.cache as library
 import numpy as np
 
 from . import _native, mlx_layer
-from .recipes import FIELDS, get_recipe
+from .recipes import fields_of, get_recipe
 
 __all__ = ["Int4KVCache", "make_prompt_cache", "use_packed_attention"]
 
@@ -147,7 +147,7 @@ class Int4KVCache:
     @property
     def state(self):
         """Arrays alone, so that any version of mlx_lm can evaluate and save them; `facts` is JSON text in bytes."""
-        facts = {"recipe": {name: getattr(self.recipe, name) for name in FIELDS}}
+        facts = {"recipe": fields_of(self.recipe)}
         facts |= {"layer_index": self.layer_index, "sliding_window": self.sliding_window, "packed": self.packed}
         arrays = {}
         if self._layer is not None:

@@ -48,6 +48,22 @@ FIELDS = (
 )
 
 
+def fields_of(recipe: Recipe) -> dict:
+    """{field: value} of a recipe, as its constructor takes them."""
+    return {field: getattr(recipe, field) for field in FIELDS}
+
+
+def _from_fields(fields: dict) -> Recipe:
+    return Recipe(**fields)
+
+
+# A recipe is its fields: printed, compared, copied and pickled by them.
+Recipe.__repr__ = lambda self: f"Recipe({', '.join(f'{name}={value!r}' for name, value in fields_of(self).items())})"
+Recipe.__eq__ = lambda self, other: fields_of(self) == fields_of(other) if isinstance(other, Recipe) else NotImplemented
+Recipe.__hash__ = lambda self: hash(tuple(fields_of(self).values()))
+Recipe.__reduce__ = lambda self: (_from_fields, (fields_of(self),))
+
+
 def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
     """A recipe by name, or one given, with some of its fields replaced.
 
@@ -72,7 +88,11 @@ def get_recipe(recipe: str | Recipe, **overrides) -> Recipe:
         raise ValueError(f"{unknown[0]!r} is no field of a recipe; these are: {', '.join(FIELDS)}")
     if not overrides:
         return recipe
-    return Recipe(**({field: getattr(recipe, field) for field in FIELDS} | overrides))
+    try:
+        return Recipe(**(fields_of(recipe) | overrides))
+    except TypeError:
+        got = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+        raise ValueError(f"recipe: got {got}; numbers are ints (seed from 0 on), switches True or False") from None
 
 
 def needs_calibration(recipe: Recipe) -> str | None:
@@ -91,6 +111,8 @@ def layer_recipes(base: Recipe, layers: dict | None, count: int) -> list[Recipe]
         ValueError: a layer that is not there, or what ``get_recipe`` raises for.
     """
     recipes = [base] * count
+    if layers is not None and not isinstance(layers, dict):
+        raise ValueError(f"layers: got a {type(layers).__name__}; takes a dict such as {{0: 'k8v4', -1: 'g32'}}")
     for layer, own in (layers or {}).items():
         if not isinstance(layer, int) or not -count <= layer < count:
             raise ValueError(f"layers: got layer {layer!r}; takes {-count} to {count - 1}")

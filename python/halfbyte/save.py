@@ -15,7 +15,8 @@ from . import _native
 from .calibrate import Calibration, fingerprint
 from .files import read_safetensors
 from .layer import DTYPES, Int4Layer
-from .recipes import FIELDS, Recipe, needs_calibration
+from .recipes import FIELDS, Recipe, fields_of, needs_calibration
+from .shared import check_config
 
 FORMAT = "halfbyte-cache"
 VERSION = 2  # 1: without offsets that turn
@@ -86,12 +87,10 @@ def _to_tensors(cache, model):
         tensors.update({f"layers.{index}.{name}": array for name, array in arrays.items()})
     facts = {
         "halfbyte": _native.version,
-        "recipe": _fields(cache.recipe),
+        "recipe": fields_of(cache.recipe),
         # Those of layers that have their own.
         "layer_recipes": {
-            index: _fields(recipe)
-            for index, recipe in enumerate(cache.layer_recipes)
-            if _fields(recipe) != _fields(cache.recipe)
+            index: fields_of(recipe) for index, recipe in enumerate(cache.layer_recipes) if recipe != cache.recipe
         },
         "prefill": cache.prefill,
         "model": _model_facts(cache._shared.config),
@@ -102,10 +101,6 @@ def _to_tensors(cache, model):
     text = json.dumps(facts)
     # One entry: safetensors writes several in random order, and equal caches are to give equal files.
     return tensors, {FORMAT: json.dumps({"version": VERSION, "crc32": zlib.crc32(text.encode()), "facts": text})}
-
-
-def _fields(recipe):
-    return {field: getattr(recipe, field) for field in FIELDS}
 
 
 def _recipe(fields):
@@ -182,6 +177,10 @@ def _checksum(tensor):
 
 
 def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
+    for name in options:
+        if name in (*FIELDS, "recipe", "calibration", "prefill", "layers"):
+            raise ValueError(f"{name}: the file has its own; load takes drift_every, and max_cache_len if static")
+    check_config(config)
     facts = _checked_facts(tensors, metadata, path)
     _check_model(facts, config, path, model)
     try:
@@ -189,9 +188,11 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
         own = {int(index): _recipe(fields) for index, fields in facts["layer_recipes"].items()}
         calibrated = any(map(needs_calibration, [recipe, *own.values()]))
         calibration = _calibration(layers, tensors, recipe) if calibrated else None
-        cache = cache_class(
-            config, recipe=recipe, calibration=calibration, prefill=facts["prefill"], layers=own, **options
-        )
+        arguments = {"recipe": recipe, "calibration": calibration, "prefill": facts["prefill"], "layers": own}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: the cache file {path!r} is damaged: {error}") from error
+    cache = cache_class(config, **arguments, **options)
+    try:
         if len(layers) != len(cache.layers):
             raise ValueError(f"it holds {len(layers)} layers, the model {len(cache.layers)}")
         for index, (layer, state) in enumerate(zip(cache.layers, layers, strict=True)):
@@ -200,6 +201,9 @@ def _from_tensors(cache_class, tensors, metadata, config, path, model, options):
             _fill_layer(layer, state, arrays)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: the cache file {path!r} is damaged: {error}") from error
+    room, held = cache._own_options.get("max_cache_len"), int(cache.get_seq_length())
+    if room is not None and held > room:
+        raise ValueError(f"max_cache_len: got {room}; the cache file {path!r} holds {held} tokens")
     return cache
 
 
@@ -274,6 +278,8 @@ def _fill_layer(layer, facts, arrays):
         raise ValueError(f"a layer is packed, the model's is a {type(layer).__name__}")
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     dtype = dtypes[facts["dtype"]]
+    if type(facts["seen"]) is not int or facts["seen"] < facts["length"]:
+        raise ValueError(f"seen is {facts['seen']!r} in a layer of {facts['length']} tokens")
     parts = {name: facts[name] for name in COUNTS if name in facts}
     for name, array in arrays.items():
         if array.dtype is not (ARRAYS[name] or dtype):

@@ -53,6 +53,12 @@ def _alike(config):
     return not any(getattr(config, name, None) for name in ("no_rope_layers", "per_layer_config"))
 
 
+def check_config(config):
+    """Raises unless it is a config of the library's."""
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"config: got {type(config).__name__}, takes a model's config, such as model.config")
+
+
 def check_against_config(config, layer_idx, kv_heads, head_dim):
     """Raises if the K of a model can not be that of this config; only where the config says plainly what K is."""
     layer_configs = getattr(config, "per_layer_config", None)  # of newer transformers

@@ -144,9 +144,7 @@ class Int4StaticLayer(Int4Layer):
 
     def restore(self, facts, dtype, parts):
         super().restore(facts, dtype, parts)
-        if self.seen > self.max_cache_len:
-            raise ValueError(f"it holds {self.seen} tokens, max_cache_len is {self.max_cache_len}")
-        self.native.reserve(self.batch, self.max_cache_len - self.seen)
+        self.native.reserve(self.batch, max(self.max_cache_len - self.seen, 0))
         self._write_length()
 
     @_on_host
@@ -272,6 +270,8 @@ class Int4StaticCache(Int4Cache):
         return {"max_cache_len": self._capacity}
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx >= len(self.layers):
+            return self._update_untraced(key_states, value_states, layer_idx)
         return self.layers[layer_idx].update(key_states, value_states)
 
 

@@ -6,10 +6,19 @@ import sys
 
 import pytest
 
+import halfbyte
+
 
 def test_importing_halfbyte_does_not_import_torch():
     code = "import halfbyte, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_torch_the_cache_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "halfbyte.hf", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"halfbyte.Int4Cache needs torch: pip install 'halfbyte\[hf\]'"):
+        halfbyte.Int4Cache  # noqa: B018
 
 
 torch = pytest.importorskip("torch")
@@ -17,7 +26,7 @@ pytest.importorskip("transformers")
 
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from halfbyte import Int4Cache  # noqa: E402
+from halfbyte import Int4Cache, Int4StaticCache  # noqa: E402
 
 
 @torch.no_grad()
@@ -197,6 +206,23 @@ def test_a_model_with_other_layers(qwen, text, cache, attention):
     forward(with_layers(qwen, 3), text[:, 40:45], cache, attention)
     with pytest.raises(ValueError, match="layer 0 holds 45 tokens but layer 3 40"):
         forward(qwen, text[:, 45:46], cache, attention)
+
+
+def test_a_static_cache_for_fewer_layers(qwen, text):
+    cache = Int4StaticCache(qwen.config, 60)
+    forward(qwen, text[:, :40], cache)
+    with pytest.raises(ValueError, match=r"layer 4.*4 layers"):
+        forward(with_layers(qwen, 6), text[:, 40:45], cache)
+    assert int(cache.get_seq_length()) == 40
+
+
+@pytest.mark.parametrize("rows", [[2], [-1], [0.5], [True], [[0]], []])
+def test_sequences_that_are_not_there(cache, rows):
+    cache.batch_repeat_interleave(2)
+    before = state(cache)
+    with pytest.raises(ValueError, match=r"layer 0: got sequences \[.*\], takes some of 0 to 1"):
+        cache.reorder_cache(torch.tensor(rows))
+    assert_unchanged(cache, before)
 
 
 def test_a_mask_of_another_size(qwen, text, cache):

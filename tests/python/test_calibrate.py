@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from halfbyte import Int4Cache
 from halfbyte.calibrate import Calibration, calibrate, fingerprint, sample_text
 from halfbyte.codecs import rotate
 from halfbyte.recipes import get_recipe
@@ -124,6 +125,8 @@ def test_files_that_are_no_calibration_are_refused(calibration, gemma, tmp_path)
     path = tmp_path / "calibration.safetensors"
     with pytest.raises(ValueError, match="no calibration file"):
         Calibration.load(path)
+    with pytest.raises(ValueError, match="path: cannot write"):
+        calibration.save(tmp_path / "missing" / "calibration.safetensors")
     calibration.save(path)
     with pytest.raises(ValueError, match="another model"):
         Calibration.load(path, gemma)
@@ -147,6 +150,14 @@ def test_a_calibration_for_another_rotation_is_refused(calibration):
     calibration.check_recipe(get_recipe("paper-g32-lambda"))
     with pytest.raises(ValueError, match="made with offset=False, the recipe has True"):
         calibration.check_recipe(get_recipe("default"))
+
+
+def test_a_cache_refuses_what_is_no_calibration_or_of_another_rotation(qwen, calibration):
+    Int4Cache(qwen.config, "paper-g32-lambda", calibration)
+    with pytest.raises(ValueError, match="made with rotation='srft', the recipe has 'srht'"):
+        Int4Cache(qwen.config, "paper-g32-lambda", calibration, rotation="srht")
+    with pytest.raises(ValueError, match=r"calibration: got a str, takes .*Calibration.load\(path\)"):
+        Int4Cache(qwen.config, "paper-g32-lambda", "calibration.safetensors")
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_their_dtype(qwen, gemma):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Cohere2Config
 
-from halfbyte import Int4Cache, Int4StaticCache
+from halfbyte import Int4Cache, Int4StaticCache, Recipe
 from halfbyte.auto import bias_sizes
 from halfbyte.peers import PEERS
 from halfbyte.recipes import FIELDS, RECIPES, get_recipe, layer_recipes
@@ -34,9 +34,23 @@ def test_layers_get_their_recipes():
         ({"0": "k8v4"}, "layers: got layer '0'"),
         ({1: "none"}, "layers: layer 1: recipe is 'none'"),
         ({1: {"bits": 4}}, "layers: layer 1: 'bits' is no field"),
+        (["k8v4"] * 4, "layers: got a list; takes a dict"),
     ):
         with pytest.raises(ValueError, match=message):
             layer_recipes(get_recipe("default"), layers, 4)
+
+
+def test_a_recipe_is_its_fields():
+    recipe = get_recipe("default", k_group=16)
+    for same in (get_recipe("default", k_group=16), copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
+        assert same == recipe
+        assert hash(same) == hash(recipe)
+    assert recipe != get_recipe("default") != "default"
+    assert eval(repr(recipe), {"Recipe": Recipe}) == recipe
+    for wrong in ({"k_bits": "4"}, {"v_group": 32.0}, {"offset": 1}, {"seed": -1}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"recipe: got {name}={value!r}; numbers are ints"):
+            get_recipe("default", **wrong)
 
 
 def test_a_cache_packs_each_layer_by_its_recipe(qwen, text):

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import struct
+from functools import partial
 
 import pytest
 
@@ -15,7 +16,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from halfbyte import Int4Cache, _native  # noqa: E402
+from halfbyte import Int4Cache, Int4StaticCache, _native  # noqa: E402
 from halfbyte.calibrate import Calibration, calibrate  # noqa: E402
 from halfbyte.save import FORMAT  # noqa: E402
 
@@ -168,6 +169,31 @@ def test_pickle(qwen, text, saved):
     forward(qwen, text[:, 320:321].repeat(2, 1), saved)
     forward(qwen, text[:, 320:321].repeat(2, 1), other)
     assert other.nbytes == saved.nbytes
+
+
+@pytest.mark.parametrize("make", [Int4Cache, partial(Int4StaticCache, max_cache_len=90)])
+def test_an_empty_cache_is_pickled_as_it_was_made(qwen, text, make):
+    calibration = calibrate(qwen, text[:, :64], progress=False)
+    cache = make(qwen.config, recipe="paper-g32-lambda", layers={0: "k8v4"}, calibration=calibration)
+    other = pickle.loads(pickle.dumps(cache))
+    assert_goes_on_alike(qwen, cache, other, text[:, :80])
+    assert (type(other), other.recipe, other.layer_recipes) == (type(cache), cache.recipe, cache.layer_recipes)
+    other.reset()
+    assert pickle.loads(pickle.dumps(other)).get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "g32"}, "recipe: the file has its own; load takes drift_every"),
+        ({"sink_tokens": 0}, "sink_tokens: the file has its own"),
+    ],
+)
+def test_options_that_the_file_decides(qwen, saved, path, options, message):
+    with pytest.raises(ValueError, match=message):
+        Int4Cache.load(path, qwen.config, **options)
+    with pytest.raises(ValueError, match="config: got Qwen2ForCausalLM, takes a model's config"):
+        Int4Cache.load(path, qwen)
 
 
 def test_nothing_to_save(qwen, path):
