@@ -432,8 +432,7 @@ class Int4Layer(CacheLayerMixin):
         if not self.is_initialized:
             return
         remove = max(self.seen - count, 0) if count > 0 else -count
-        if self._staged is not None or self._assigned:
-            self._settle()
+        self._settle()
         if self.is_sliding and remove and self.seen >= self.sliding_window and not self.record_past:
             raise RuntimeError(
                 f"layer {self.layer_idx}: crop({count}): tokens that fell out of the sliding window are gone; "
@@ -445,19 +444,16 @@ class Int4Layer(CacheLayerMixin):
         if remove >= self.seen:
             self._clear()
             return
-        if self._staged is not None or self._assigned:
-            self._settle()
+        self._settle()
         self.native.crop(self.native.length - remove)
         self.seen -= remove
 
     def _select(self, rows):
-        """rows: for each sequence from now on, which one it was."""
         if not self.is_initialized or self.seen == 0:
             return
         if not rows or not all(type(row) is int and 0 <= row < self.batch for row in rows):
             raise ValueError(f"layer {self.layer_idx}: got sequences {rows}, takes some of 0 to {self.batch - 1}")
-        if self._staged is not None or self._assigned:
-            self._settle()
+        self._settle()
         self.native.select(rows)
         self._set_batch(len(rows))
 
