@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import _cuda
 from .bench import Geometry, ratio, uncalibrated
+from .models import cache_argument
 from .recipes import get_recipe
 
 FLUSH_BYTES = 128 << 20  # over twice the L2 cache of an H100: nothing timed finds its input or its code there
@@ -229,7 +230,7 @@ class Arm:
         self.ms_per_token = []
 
     def _step(self, ids):
-        out = self.forward(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.forward(ids, use_cache=True, logits_to_keep=1, **cache_argument(self.model, self.cache))
         return out.logits[:, -1].argmax(-1, keepdim=True).clone()
 
     def decode(self, count):

@@ -7,6 +7,7 @@ import statistics
 import time
 
 from .bench import SETTLE_S, ratio
+from .models import cache_argument
 from .recipes import get_recipe
 
 
@@ -22,10 +23,11 @@ class DecodeArm:
     def __init__(self, model, cache, prompt, implementation: str):
         self.model, self.cache, self.implementation = model, cache, implementation
         self.tokens = []
+        self.past = cache_argument(model, cache)
         self.last = self._step(prompt[None])
 
     def _step(self, ids):
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(ids, use_cache=True, logits_to_keep=1, **self.past).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
     def decode(self, count: int) -> float:

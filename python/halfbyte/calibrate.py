@@ -10,6 +10,7 @@ import torch
 
 from .codecs import rotate
 from .files import read_safetensors
+from .models import cache_argument
 from .recipes import Recipe, get_recipe
 from .simulated import turning
 from .watch import watch_attention
@@ -252,7 +253,7 @@ def sample_text(model, tokens: int, seed: int = 0, progress: bool = True, rows: 
     step = torch.full((rows, 1), _first_token(model))
     drawn = []
     for _ in tqdm(range(length), desc="sample text", unit="step", disable=not progress, leave=False):
-        logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits = model(step, use_cache=True, **cache_argument(model, cache)).logits[:, -1].float()
         step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         drawn.append(step)
     return torch.cat(drawn, dim=1).reshape(-1)[:tokens]

@@ -32,7 +32,7 @@ def score_after_prefix(model, ids, prefix: int) -> tuple[Score, Score]:
     for packed in (False, True):
         with attention_set_to(model, "sdpa"):
             arm = make_arm(model, ids[:prefix], packed)
-            logits[packed] = model(ids[None, prefix:], past_key_values=arm.cache, use_cache=True).logits[0, :-1]
+            logits[packed] = model(ids[None, prefix:], use_cache=True, **arm.past).logits[0, :-1]
     full, packed = Score(), Score()
     full.add(logits[False], logits[False], ids[prefix + 1 :])
     packed.add(logits[False], logits[True], ids[prefix + 1 :])

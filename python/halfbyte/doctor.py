@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from . import _cuda, _native
+from .models import cache_argument
 from .recipes import get_recipe
 from .results import cpu_model, usable_cores, version_of
 
@@ -123,12 +124,12 @@ def check_generate(device="cpu", head_dim=32) -> float:
     for implementation, cache in (("sdpa", DynamicCache(config=model.config)), ("halfbyte", Int4Cache(model.config))):
         model.set_attn_implementation(implementation)
         generated = model.generate(
-            ids, past_key_values=cache, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
+            ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, **cache_argument(model, cache)
         )
         if generated.shape != (1, 108):
             raise RuntimeError(f"generate gave {list(generated.shape)} tokens, not [1, 108]")
         with torch.inference_mode():
-            logits.append(model(ids[:, :1], past_key_values=cache).logits[0, -1].cpu().numpy())
+            logits.append(model(ids[:, :1], **cache_argument(model, cache)).logits[0, -1].cpu().numpy())
     return _relative_error(logits[1], logits[0])
 
 

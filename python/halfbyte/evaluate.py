@@ -11,6 +11,7 @@ import torch
 from .auto import head_size
 from .calibrate import Calibration, calibrate, sample_text
 from .codecs import OFFSET_TOKENS, Packed
+from .models import cache_argument
 from .recipes import RECIPES, Recipe, get_recipe, needs_calibration
 from .simulated import SIMULATED, packed
 from .tasks import GREEDY_PROMPTS, Greedy, Needles
@@ -98,7 +99,7 @@ def logits_deployed(model, ids, recipe, calibration=None, chunk: int = PREFILL_T
     starts = [0, *range(PREFILL_TOKENS, ids.numel(), chunk)]
     with attention_set_to(model, "halfbyte"):
         chunks = [
-            model(ids[None, start:end], past_key_values=cache, use_cache=True).logits[0]
+            model(ids[None, start:end], use_cache=True, **cache_argument(model, cache)).logits[0]
             for start, end in zip(starts, [*starts[1:], ids.numel()], strict=True)
         ]
     return torch.cat(chunks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 
@@ -65,6 +67,16 @@ def load_model(name: str, dtype="float32", attn_implementation: str = "sdpa"):
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"model: {name!r} could not be loaded as a folder or a hub id: {reason}") from error
     return model.eval(), tokenizer
+
+
+def cache_argument(model, cache) -> dict:
+    """{name: cache} as a model takes it: transformers 5.24 calls `cache` what was `past_key_values`."""
+    return {_cache_name(type(model)): cache}
+
+
+@functools.cache
+def _cache_name(model_class) -> str:
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
 
 
 def encode_text(tokenizer, text: str):

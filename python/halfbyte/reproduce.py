@@ -13,6 +13,7 @@ from .calibrate import calibrate
 from .codecs import Codec, Linear, Only, Packed, Side, both
 from .evaluate import evaluate
 from .learn import Plan, learn, learned_recipe
+from .models import cache_argument
 from .offset import bias_offset
 from .recipes import get_recipe
 from .simulated import packed, turning
@@ -225,7 +226,7 @@ def _memory_rows(model, ids):
         full, packed = DynamicCache(config=model.config), Int4Cache(model.config)
         for cache, attention in ((full, "sdpa"), (packed, "halfbyte")):
             with attention_set_to(model, attention):
-                model(text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(text, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         held = sum(tensor_bytes([layer.keys, layer.values]) for layer in full.layers)
         line = Line(f"{tokens} tokens", None, PAPER_BYTES[tokens], "Qwen2.5-1.5B")
         rows.append(_row("memory", line, bytes_ratio=held / packed.nbytes))

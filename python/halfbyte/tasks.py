@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .models import cache_argument
+
 GREEDY_PROMPTS = 4
 KEY_TOKENS, VALUE_TOKENS = 4, 4
 
@@ -21,10 +23,10 @@ class Greedy:
         self.tokens = tokens
         self.texts = []
         for prompt in prompts:
-            cache = DynamicCache(config=model.config)
+            past = cache_argument(model, DynamicCache(config=model.config))
             step, text = prompt[None], [prompt]
             for _ in range(tokens):
-                step = model(step, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)[None]
+                step = model(step, use_cache=True, **past).logits[:, -1].argmax(-1)[None]
                 text.append(step[0])
             self.texts.append(torch.cat(text))
 
