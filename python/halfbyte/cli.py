@@ -183,7 +183,8 @@ def evaluate(
     from .evaluate import named_recipes
 
     drawn = whole_numbers(seeds, "seeds", 0)
-    recipes = named_recipes([name.strip() for name in recipe.split(",")])
+    names = [name.strip() for name in recipe.split(",")]
+    recipes = named_recipes([name for name in names if calibration is None or name != "learned"])  # it is added below
     loaded, tokenizer = load_model(model, dtype)
     given = None if calibration is None else Calibration.load(calibration, loaded)
     if given is not None and given.learned:
@@ -328,8 +329,6 @@ def write_page(
     from .report import write_report
 
     if plots is not None:
-        if not plots.is_dir():
-            raise ValueError(f"plots: the folder {str(plots)!r} does not exist")
         from .report_plots import write_plots
 
         print(f"drew {', '.join(write_plots(files, plots))} in {plots}")

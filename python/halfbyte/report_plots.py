@@ -25,7 +25,7 @@ BITS = 3.9, 5.1  # of the codecs that are drawn against each other: those of abo
 def write_plots(paths, folder) -> list[str]:
     """Draws what the files hold into `folder`; returns the names, some of pareto, ladder, layers, time and memory .png.
 
-    ValueError when the files hold nothing that is drawn.
+    The folder is made if need be. ValueError when the files hold nothing that is drawn.
     """
     load_matplotlib()
     documents = read_documents(paths)
@@ -38,6 +38,7 @@ def write_plots(paths, folder) -> list[str]:
         ("memory.png", _draw_memory, _contexts(documents)),
     ):
         if panels:
+            Path(folder).mkdir(parents=True, exist_ok=True)
             save(draw(panels), Path(folder) / name, DPI)
             written.append(name)
     if not written:

@@ -63,7 +63,6 @@ def test_help_does_not_import_torch():
         (["calibrate", "--out", "missing/c.safetensors"], "out: the folder .*missing' does not exist"),
         (["calibrate", "--out", "c.safetensors", "--learn", "x"], "kind: got 'x'; takes one of lambda, cayley"),
         (["reproduce", "--text", "TEXT", "--table", "x"], "tables: got 'x'; takes some of rotation, ladder"),
-        (["report", "missing.json", "--plots", "missing"], "plots: the folder 'missing' does not exist"),
         (["report", "missing.json"], "json: 'missing.json' is not a file that --json wrote"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -126,7 +125,7 @@ def test_learning_evaluating_and_reporting_fit_together(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert outcome.output.count("loss") == 8
     size = ["--windows", 1, "--window", 128]
-    document = run_rows(tmp_path, "eval", *options, *size, "--recipe", "default", "--calibration", file)
+    document = run_rows(tmp_path, "eval", *options, *size, "--recipe", "default,learned", "--calibration", file)
     assert [row["recipe"] for row in document["rows"]] == ["default", "learned"]
     rows = run_rows(tmp_path, "reproduce", *options, *size, "--table", "seeds,memory")["rows"]
     assert [row["table"] for row in rows] == ["seeds"] * 2 + ["memory"] * 3

@@ -107,7 +107,7 @@ def test_the_files_of_the_results_page_become_pictures(tmp_path):
         assert picture.shape[1] > 1.5 * picture.shape[0]  # a panel a model, side by side
         assert (results / "quality" / name).stat().st_size < 200_000  # the one that is shown: in the repository, small
     only = written(tmp_path, "ladder", [line("ladder", "per token", 0.8), line("ladder", "`ours`", 0.008)])
-    assert write_plots([only], tmp_path) == ["ladder.png"]
+    assert write_plots([only], tmp_path / "new" / "folder") == ["ladder.png"]
     with pytest.raises(ValueError, match="none of the files is of `eval`"):
         write_plots([written(tmp_path, "x", [{"ok": True}])], tmp_path)
 
