@@ -65,4 +65,5 @@ def mean_of(spans, side, total, weights, turn=None):
             if weights is not None:
                 x = x * weights[:, None, at:to, None]
             sums = sums + (x.sum(2) if turn is None else turn.sum_back(x, at))
-    return sums / (total if weights is None else weights.sum(1)[:, None, None])
+    # By a tensor in either case: a GPU divides by a number as it multiplies by 1 / number, which rounds otherwise.
+    return sums / (sums.new_full((), total) if weights is None else weights.sum(1)[:, None, None])

@@ -162,7 +162,7 @@ class Int4StaticLayer(Int4Layer):
         else:
             step = Step(self, key, value, self.seen - tokens)
             keys, values = States(step, 0), States(step, 1)
-        if mask is not None:  # all columns of the capacity: those this step can see
+        if mask is not None:  # columns of the capacity, but for a first prefill's: those this step can see
             mask = mask[..., self.seen - keys.step.tokens : self.seen]
         module = SimpleNamespace(
             is_causal=causal, num_key_value_groups=query.shape[1] // self.kv_heads, config=self._shared.config
@@ -231,6 +231,10 @@ class Int4StaticLayer(Int4Layer):
         return self.max_cache_len
 
     def get_mask_sizes(self, query_length):
+        # A prompt is masked as in an Int4Cache: columns for the whole room would make models with a shorter window mask
+        # what needs no mask, and PyTorch's attention take another kernel, whose bits differ.
+        if query_length > 1 and not torch.compiler.is_compiling() and not self.seen:
+            return super().get_mask_sizes(query_length)
         return self.max_cache_len, 0
 
     def copy(self, shared):
@@ -291,8 +295,9 @@ def append_and_attend(
 ) -> torch.Tensor:
     """Appends K, V [batch, kv_heads, tokens, head_dim] at the state (layer, length) and attends query to the layer.
 
-    query: [batch, heads, tokens, head_dim]; mask: bool [batch or 1, 1, tokens, max_cache_len] or None; append=False
-    attends again to states that are in the layer already. Returns [batch, tokens, heads, head_dim_v].
+    query: [batch, heads, tokens, head_dim]; mask: bool [batch or 1, 1, tokens, max_cache_len] (of a first prefill,
+    the columns of its own tokens suffice) or None; append=False attends again to states that are in the layer already.
+    Returns [batch, tokens, heads, head_dim_v].
     """
     number, length = state.tolist()
     layer = _layers.get(number)

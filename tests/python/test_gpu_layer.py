@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from gpu_walk import KV_HEADS, Walk  # noqa: E402
+from gpu_walk import KV_HEADS, Walk, assert_same_content  # noqa: E402
 from halfbyte.cuda_kernels import CudaKernels  # noqa: E402
 from halfbyte.mps_kernels import MetalKernels  # noqa: E402
 from plain_kernels import PlainKernels, PlainKernelsOfMps  # noqa: E402
@@ -210,6 +210,15 @@ def test_padding_is_left_out_of_the_offset(walk, first, pairs):
     for side in ("k", "v"):
         ours, theirs = (layer.save()[f"offset_{side}"] for layer in (walk.ours, walk.theirs))
         assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_a_mask_that_hides_nothing_changes_no_bit(walk):
+    saved = []
+    for counted in (None, torch.ones(2, 60, dtype=torch.uint8)):
+        same = walk(pairs=20)
+        same.append(60, counted)
+        saved.append(same.ours.save())
+    assert_same_content(*saved)
 
 
 def test_padding_that_is_cropped_away_is_forgotten(walk):

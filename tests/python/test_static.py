@@ -44,6 +44,30 @@ def test_left_padding(model, text):
     assert torch.equal(generate(model, ids, Int4StaticCache(model.config, CAPACITY), attention_mask=mask), wanted)
 
 
+@pytest.mark.parametrize("prompt", [100, 300])  # shorter and longer than the window, which is shorter than the room
+@pytest.mark.parametrize("padded", [0, 2])
+def test_a_prompt_gets_the_attention_of_int4_cache(model, text, monkeypatch, prompt, padded):
+    """PyTorch is asked for the very same: with a mask in place of none, a GPU takes kernels that round otherwise."""
+    calls = []
+
+    def record(*states, attn_mask, sdpa=torch.nn.functional.scaled_dot_product_attention, **options):
+        calls.append(([*states, attn_mask], options))
+        return sdpa(*states, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    shown = torch.ones(1, prompt, dtype=torch.long)
+    shown[:, :padded] = 0
+    for cache in (Int4StaticCache(model.config, CAPACITY), Int4Cache(model.config)):
+        forward(model, text[:, :prompt], cache, attention_mask=shown)
+    layers = len(calls) // 2
+    assert layers == len(cache.layers)
+    for (tensors, options), (wanted, options_wanted) in zip(calls[:layers], calls[layers:], strict=True):
+        assert options == options_wanted
+        for got, want in zip(tensors, wanted, strict=True):
+            assert (got is None) == (want is None)
+            assert got is None or (torch.equal(got, want) and got.stride() == want.stride())
+
+
 def test_memory_is_allocated_once_and_reset_keeps_it(model, text):
     cache = Int4StaticCache(model.config, CAPACITY)
     forward(model, text[:, :289], cache)
