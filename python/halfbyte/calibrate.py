@@ -189,7 +189,7 @@ def calibrate(
 
     def observe(layer, query, key, value):
         for which, x in (("k", key), ("v", value)):
-            raw = x[0].float()
+            raw = x[0].float().cpu()
             turns = offset is not None and which == "k"
             seen = ranges.setdefault((layer, which), _Range(recipe.offset_span if turns else 0))
             seen.add(rotate(raw, recipe, layer), offset.back(raw, layer) if turns else raw)
@@ -201,7 +201,7 @@ def calibrate(
         for start in tqdm(
             range(0, ids.numel(), window), desc="calibrate", unit="window", disable=not progress, leave=False
         ):
-            model(ids[None, start : start + window], use_cache=False, logits_to_keep=1)
+            model(ids[None, start : start + window].to(model.device), use_cache=False, logits_to_keep=1)
     return _assemble(model, recipe, ranges, offset, offsets, ids, seed)
 
 

@@ -308,9 +308,16 @@ class Only:
         return dataclasses.replace(self, base=self.base.with_seed(seed))
 
 
+def _in_cpu_memory(x):
+    """x as float32, contiguous; ValueError for one on another device, whose address would mean nothing here."""
+    if x.device.type != "cpu":
+        raise ValueError(f"x: got a tensor on {x.device}, takes one in CPU memory: measure a model on the CPU")
+    return x.float().contiguous()
+
+
 def rotate(x: torch.Tensor, recipe, layer_index: int, inverse: bool = False) -> torch.Tensor:
     """R x (or its inverse) for float32 x [..., head_dim], with the recipe's rotation for this layer."""
-    x = x.float().contiguous()
+    x = _in_cpu_memory(x)
     out = torch.empty_like(x)
     head_dim = x.shape[-1]
     _native.rotate(x.data_ptr(), out.data_ptr(), x.numel() // head_dim, head_dim, recipe, layer_index, inverse)
@@ -322,7 +329,7 @@ def round_trip(x: torch.Tensor, recipe, which: str, layer: int, offset=None, lam
 
     offset, lambda_: float32 [kv_heads, head_dim] or None; matrix: R of a dense recipe, float32 [head_dim, head_dim].
     """
-    source = x.float().contiguous()
+    source = _in_cpu_memory(x)
     out = torch.empty_like(source)
     heads, tokens, head_dim = source.shape
     if lambda_ is not None and lambda_.shape != (heads, head_dim):

@@ -50,7 +50,7 @@ class CudaKernels(GpuKernels):
         self._own_flag()
 
     def _own_flag(self):
-        self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # which the device can write to
+        self._flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)  # which the device can write to
         self._failed = ctypes.c_int32.from_address(self._flag.data_ptr())
 
     @property
@@ -256,7 +256,7 @@ def _shared_tables(description, device):
     made = []
     for side in (0, 1):
         dim = description.head_dim_v if side else description.head_dim_k
-        matrix = torch.empty(dim, dim)
+        matrix = torch.empty(dim, dim, dtype=torch.float32, device="cpu")
         library.halfbyte_cuda_rotation(description, side, matrix.data_ptr())
         made.append(_tables(library, description, device, side, matrix))
     return tuple(made)
@@ -270,13 +270,14 @@ def _tables(library, description, device, side, matrix):
         ("fragments", library.halfbyte_cuda_fragment_bytes(description, side)),
         ("attend_fragments", library.halfbyte_cuda_attend_fragment_bytes(description, side)),
     ):
-        made = torch.empty(size, dtype=torch.uint8)
+        made = torch.empty(size, dtype=torch.uint8, device="cpu")
         if size:
             getattr(library, f"halfbyte_cuda_{kind}")(description, side, matrix.data_ptr(), made.data_ptr())
         fragments.append(made.to(device) if size else None)
     if description.rotation == 0:
         return None, None, *fragments, None
-    fast = torch.empty(library.halfbyte_cuda_fast_bytes(description, side) // 4)
+    count = library.halfbyte_cuda_fast_bytes(description, side) // 4
+    fast = torch.empty(count, dtype=torch.float32, device="cpu")
     if fast.numel():
         library.halfbyte_cuda_fast(description, side, fast.data_ptr())
     fast = fast.to(device) if fast.numel() else None

@@ -109,7 +109,8 @@ class StepPlan:
         # Zeros: kernels read whole blocks and all offsets, and what does not count must be numbers.
         pages = torch.zeros(self.batch, self.ring, self.page_bytes, dtype=torch.uint8, **flat)
         raw = torch.zeros(sum(map(math.prod, self.raw_shapes.values())), dtype=self.dtype, **flat)
-        offsets = torch.zeros(max(sum(map(math.prod, self.offset_shapes.values())), 1), **flat)
+        floats = max(sum(map(math.prod, self.offset_shapes.values())), 1)
+        offsets = torch.zeros(floats, dtype=torch.float32, **flat)
         return state, pages, raw, offsets
 
     # ------------------------------------------------------------------------------------------------ launches

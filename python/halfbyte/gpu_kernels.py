@@ -6,6 +6,7 @@ import math
 import torch
 
 BLOCK_TOKENS, PAGE_TOKENS = 16, 64
+NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 ROTATIONS = {"identity": 0, "srft": 1, "srht": 2, "dense": 3}
 LARGEST = {16: 1e4, 32: 1e15}  # codable magnitudes by scale_bits, as in the C++ Layer

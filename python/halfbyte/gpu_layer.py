@@ -3,7 +3,7 @@
 import torch
 
 from . import _native
-from .gpu_kernels import BLOCK_TOKENS, PAGE_TOKENS, between, host_floats
+from .gpu_kernels import BLOCK_TOKENS, NOTHING, PAGE_TOKENS, between, host_floats
 from .gpu_turn import Turn, mean_of
 
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
@@ -280,7 +280,7 @@ class GpuLayer:
         self._check()
         begin = max(self.length - tokens, self.first)
         shape = self.batch, self.kv_heads, self.length - begin
-        parts = [torch.empty(*shape, dim, device=self.device) for dim in self.dims]
+        parts = [torch.empty(*shape, dim, dtype=torch.float32, device=self.device) for dim in self.dims]
         packed = max(begin, self.sink)
         if packed < self.packed_end:
             self.kernels.decode(packed, self.packed_end - packed, begin, parts)
@@ -417,21 +417,21 @@ class GpuLayer:
         parts["pages_dropped"] = self._pages_dropped
         parts["offset_ready"] = self._offset is not None or not self.recipe.offset
         begin, end = self._pages_dropped, self._pages_end
-        table, pages = self._pages.save(begin, end) if begin < end else (torch.empty(0), torch.empty(0))
+        table, pages = self._pages.save(begin, end) if begin < end else (NOTHING, NOTHING)
         parts |= {"page_table": table.int(), "pages": pages.byte()}
         spans = self._raw_spans()
         if self.sink and self._sinks is None:  # a window has passed them
             spans.insert(0, (0, self.sink, [torch.zeros_like(x) for x in self._raw_room(self.sink)]))
         for side, name in enumerate("kv"):
             held = [x[side][:, :, : end - first] for first, end, x in spans]
-            raw = torch.cat(held, 2) if held else torch.empty(0)
+            raw = torch.cat(held, 2) if held else NOTHING
             parts[f"raw_{name}"] = raw.contiguous().view(-1).view(torch.uint8)
             floats = {"offset": self._offset[side][0] if self._offset is not None else None}
             floats |= {"given_offset": self._given[side], "lambda": self._factors[side][0]}
             floats["rotation"] = self._dense[side]
-            parts |= {f"{kind}_{name}": torch.empty(0) if x is None else x for kind, x in floats.items()}
+            parts |= {f"{kind}_{name}": NOTHING if x is None else x for kind, x in floats.items()}
         parts["counted"] = torch.empty(0, dtype=torch.uint8) if self._counted is None else self._counted
-        parts["frequencies"] = torch.empty(0) if self._turn is None else self._turn.frequencies
+        parts["frequencies"] = NOTHING if self._turn is None else self._turn.frequencies
         parts["interleaved"] = self._turn is not None and self._turn.interleaved
         for name, value in parts.items():
             if isinstance(value, torch.Tensor):

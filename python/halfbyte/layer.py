@@ -125,7 +125,7 @@ class Int4Layer(CacheLayerMixin):
                     continue
                 if len(tensors) <= self.layer_idx:
                     raise ValueError(f"calibration: got {len(tensors)} layers, takes those of the model")
-                tensor = torch.as_tensor(tensors[self.layer_idx], dtype=torch.float32).contiguous()
+                tensor = torch.as_tensor(tensors[self.layer_idx], dtype=torch.float32, device="cpu").contiguous()
                 shape = [dim if name == "rotation" else kv_heads, dim]
                 if list(tensor.shape) != shape:
                     raise ValueError(
@@ -458,13 +458,14 @@ class Int4Layer(CacheLayerMixin):
         self._set_batch(len(rows))
 
     def reorder_cache(self, beam_idx):
-        self._select(torch.as_tensor(beam_idx).tolist())
+        self._select(torch.as_tensor(beam_idx, device="cpu").tolist())
 
     def batch_repeat_interleave(self, repeats):
         self._select([row for row in range(self.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices):
-        self._select(torch.arange(self.batch)[indices].tolist())
+        indices = torch.as_tensor(indices, device="cpu")
+        self._select(torch.arange(self.batch, device="cpu")[indices].tolist())
 
     def reset(self):
         self._clear()

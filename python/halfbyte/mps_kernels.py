@@ -53,7 +53,7 @@ class MetalKernels(GpuKernels):
         recipe, self.dim = self.recipe, self.dims[0]
         self.padded = metal.padded(self.dim)
         self.bits = recipe.k_bits, recipe.v_bits
-        self.nothing = torch.zeros(1, device=device)  # where a kernel has nothing to read
+        self.nothing = torch.zeros(1, dtype=torch.float32, device=device)  # where a kernel has nothing to read
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)  # `refuse` has looked before: nobody reads it
         self.tables = [torch.from_numpy(metal.rotation_table(recipe, self.layer_index, self.dim)).to(device)] * 2
 

@@ -20,11 +20,11 @@ def bias_offset(module, shared, kv_heads, head_dim, span=0):
     rotate_half = getattr(sys.modules.get(type(module).__module__), "rotate_half", None)
     if bias is None or bias.numel() != kv_heads * head_dim or rotate_half is None or hasattr(module, "k_norm"):
         return None
-    if rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+    if rotate_half(torch.arange(4.0, device="cpu")).tolist() != [-2.0, -3.0, 0.0, 1.0]:
         return None  # pairs neighbours instead of halves
     kind = getattr(module, "layer_type", None)
     if (kind, span) not in shared.rope_means:
-        positions = torch.arange(span) - (span - 1) // 2 if span else torch.arange(ROPE_POSITIONS)
+        positions = torch.arange(span or ROPE_POSITIONS, device="cpu") - ((span - 1) // 2 if span else 0)
         shared.rope_means[kind, span] = _rope_mean(module.config, kind, head_dim, positions)
     if shared.rope_means[kind, span] is None:
         return None

@@ -48,7 +48,9 @@ def attend_native(native, query, out, scale, chunk, mask, softcap, sinks, exact=
 def unpack_native(native, dims, kv_heads, tokens, dtype):
     """The newest `tokens` tokens as K, V [batch, kv_heads, tokens, head_dim] in CPU memory."""
     held = native.visible
-    parts = [torch.empty(native.batch, kv_heads, held, dim) for dim in dims]
+    # Here and wherever the extension gets an address: what PyTorch's default dtype and device are does not matter.
+    floats = {"dtype": torch.float32, "device": "cpu"}
+    parts = [torch.empty(native.batch, kv_heads, held, dim, **floats) for dim in dims]
     if held:
         native.dequantize(*(part.data_ptr() for part in parts))
     return [part[:, :, max(held - tokens, 0) :].to(dtype) for part in parts]
@@ -79,7 +81,7 @@ class HostLayer:
         append_native(self.native, k.cpu(), v.cpu(), None if counted is None else counted.cpu(), answered)
 
     def attend(self, query, out, scale, chunk, mask, softcap, sinks, exact=False):
-        host = torch.empty(out.shape, dtype=out.dtype)
+        host = torch.empty(out.shape, dtype=out.dtype, device="cpu")
         chunk = None if chunk is None else [x.cpu() for x in chunk]
         mask, sinks = (None if x is None else x.cpu() for x in (mask, sinks))
         attend_native(self.native, query.cpu(), host, scale, chunk, mask, softcap, sinks, exact)

@@ -77,7 +77,7 @@ def rope_frequencies(config, kind, head_dim):
         return None
     if name == "default":
         rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated), 1.0
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, device="cpu").float() / rotated), 1.0
     return ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=kind if nested else None)
 
 
@@ -93,11 +93,11 @@ def pairs_side_by_side(config) -> bool | None:
 
 def quarter_turn(module) -> tuple | None:
     """What the model's own code makes of channels 0, 1, 2, 3 when it turns them by a right angle."""
-    x = torch.arange(4.0)
+    x = torch.arange(4.0, device="cpu")
     with contextlib.suppress(AttributeError, TypeError, RuntimeError, ValueError, IndexError):
         if hasattr(module, "rotate_half"):
             return tuple(module.rotate_half(x).tolist())
-        half = torch.ones(1, 1, 2)
+        half = x.new_ones(1, 1, 2)
         keys = module.apply_rotary_pos_emb(x[None, None, None], x[None, None, None], 0 * half, half)[1]
         return tuple(keys.flatten().tolist())
     return None

@@ -52,7 +52,7 @@ class Int4StaticLayer(Int4Layer):
     def __init__(self, *args, max_cache_len, **kwargs):
         self.max_cache_len = max_cache_len
         self.number = next(_numbers)
-        self.state = torch.tensor([self.number, 0])
+        self.state = torch.tensor([self.number, 0], device="cpu")
         self.room = None  # a StaticRoom, on CUDA
         self.fresh = True  # no token has come
         super().__init__(*args, **kwargs)
@@ -244,7 +244,7 @@ class Int4StaticLayer(Int4Layer):
             other.room = None
             other._open_room(other.batch)
         other.number = next(_numbers)
-        other.state = torch.tensor([other.number, self.seen])
+        other.state = torch.tensor([other.number, self.seen], device="cpu")
         _layers[other.number] = other
         return other
 

@@ -248,3 +248,18 @@ def test_an_offset_given_for_k_turns_and_is_kept(walk):
     for name, arguments in (("set_offset", (mu.data_ptr(), 0)), ("set_frequencies", (0, 0))):
         with pytest.raises(ValueError, match="after tokens were packed"):
             getattr(walk.ours, name)(*arguments)
+
+
+def test_the_default_dtype_does_not_matter(walk):
+    """What the kernels write is float32, whatever PyTorch would make of an array without a dtype."""
+    was = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        walk = walk("default", seed=3)
+        walk.append(150)
+        walk.check()
+        walk.restore()
+        walk.append(1)
+        walk.check()
+    finally:
+        torch.set_default_dtype(was)

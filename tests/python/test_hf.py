@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 import halfbyte.layer  # noqa: E402
-from halfbyte import Int4Cache, _native  # noqa: E402
+from halfbyte import Int4Cache, Int4StaticCache, _native  # noqa: E402
+from halfbyte.attention import halfbyte_attention  # noqa: E402
 from halfbyte.calibrate import Calibration  # noqa: E402
 from halfbyte.offset import bias_offset  # noqa: E402
 
@@ -471,3 +472,35 @@ def test_threads_follow_torch(qwen, text):
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [Int4Cache, lambda config: Int4StaticCache(config, 80)], ids=["dynamic", "static"])
+def test_the_default_dtype_and_device_do_not_matter(qwen, text, make, tmp_path):
+    """The C++ layer writes float32 to CPU memory, whatever PyTorch would make of an array without a dtype or device."""
+
+    def run():
+        """What comes of tensors that are all given; meta, the default device, has no memory to be written to."""
+        generator = torch.Generator("cpu").manual_seed(1)
+        cache = make(qwen.config)
+        for tokens in (5, 40, 1):  # the offset comes from the key bias, as the first prompt is short
+            for layer, module in enumerate(qwen.model.layers):
+                k, v = torch.randn(2, 1, 2, tokens, 128, generator=generator, dtype=torch.float32, device="cpu")
+                handles = cache.update(k, v, layer)
+                query = k.repeat_interleave(2, 1)
+                halfbyte_attention(module.self_attn, query, *handles, None)
+        cache.reorder_cache(torch.tensor([0, 0], device="cpu"))
+        cache.batch_select_indices([1])
+        cache.save(tmp_path / "cache.safetensors")
+        other = Int4Cache.load(tmp_path / "cache.safetensors", qwen.config)
+        return [x for one in (copy.deepcopy(cache), other) for x in (one.layers[3].keys, one.layers[0].values)]
+
+    qwen.set_attn_implementation("halfbyte")
+    was, wanted = torch.get_default_dtype(), run()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = run()
+    finally:
+        torch.set_default_dtype(was)
+    for tensor, same in zip(got, wanted, strict=True):
+        assert torch.equal(tensor, same)
