@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .attention import States, Step
 from .offset import bias_offset
 from .rooms import append_native, attend_native, make_room, unpack_native
-from .shared import Shared, check_against_config, tensor_bytes
+from .shared import Shared, alike, check_against_config, tensor_bytes
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 OFFSET_TOKENS = 16  # a shorter first prefill gives no mean worth having
@@ -167,7 +167,7 @@ class Int4Layer(CacheLayerMixin):
                 or type(key_states) is not torch.Tensor
                 or key_states.device != self.device
             ):
-                self._admit(key_states, value_states)
+                key_states, value_states = self._admit(key_states, value_states)
             step = Step(self, key_states, value_states, start)
             if shared.packed:
                 one_by_one = self._steps and step.length == start + 1  # attention adds the token as well
@@ -192,7 +192,7 @@ class Int4Layer(CacheLayerMixin):
         return tensors
 
     def _admit(self, k, v):
-        """Raises unless this layer can take K and V; initialises it on the first ones."""
+        """K and V as this layer takes them, which the first ones initialise; raises for others."""
         where = f"layer {self.layer_idx}"
         if _is_traced(k):
             raise NotImplementedError(f"{where}: torch.compile and torch.export can not trace Int4Cache: run eagerly")
@@ -203,14 +203,13 @@ class Int4Layer(CacheLayerMixin):
                 f"{where}: key_states and value_states: got shapes {list(k.shape)} and {list(v.shape)}, "
                 "takes [batch, kv_heads, tokens, head_dim], alike but for head_dim"
             )
-        if k.dtype is not v.dtype:
-            raise ValueError(f"{where}: value_states: got {v.dtype}, takes {k.dtype} as key_states")
+        v = alike(where, k, v)
         if not self.is_initialized:
             try:
                 self.lazy_initialization(k, v)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            return
+            return k, v
         if k.device != self.device:
             self._move(k.device)
         if self.seen == 0 and self.batch != k.shape[0]:
@@ -220,6 +219,7 @@ class Int4Layer(CacheLayerMixin):
         if got != takes:
             form = "batch {}, kv_heads {}, head_dim {} in K and {} in V, {}"
             raise ValueError(f"{where}: key_states: got {form.format(*got)}, the cache takes {form.format(*takes)}")
+        return k, v
 
     def restore(self, facts, dtype, parts):
         """Takes over saved content. facts: kv_heads, head sizes and tokens seen; parts: what native.save() gave."""

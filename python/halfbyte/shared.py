@@ -76,6 +76,15 @@ def check_against_config(config, layer_idx, kv_heads, head_dim):
         )
 
 
+def alike(where, k, v):
+    """V in the dtype of K, which RoPE leaves in float32 under autocast. ValueError for two dtypes without autocast."""
+    if k.dtype is v.dtype:
+        return v
+    if not torch.is_autocast_enabled(k.device.type):
+        raise ValueError(f"{where}: value_states: got {v.dtype}, takes {k.dtype} as key_states")
+    return v.to(k.dtype)
+
+
 def tensor_bytes(value):
     """Bytes of all tensors in nested lists and dicts."""
     if isinstance(value, torch.Tensor):

@@ -14,6 +14,7 @@ from .cuda_kernels import CudaKernels
 from .cuda_step import step, tokens_seen
 from .hf import Int4Cache
 from .layer import Int4Layer
+from .shared import alike
 from .static_cuda import StaticRoom
 
 _layers = weakref.WeakValueDictionary()  # number -> layer: what the operator's `state` tensor names
@@ -193,6 +194,7 @@ class Int4StaticLayer(Int4Layer):
         """Returns handles for attention, which appends the states: nothing is stored before it runs."""
         if self._shared.config._attn_implementation != "halfbyte":
             raise ValueError('Int4StaticCache: takes a model with set_attn_implementation("halfbyte")')
+        value_states = alike(f"layer {self.layer_idx}", key_states, value_states)
         if not self.is_initialized or key_states.device != self.device:
             if key_states.device.type not in ("cpu", "cuda"):
                 raise NotImplementedError(_no_kernels(key_states.device))

@@ -475,6 +475,18 @@ def test_threads_follow_torch(qwen, text):
 
 
 @pytest.mark.parametrize("make", [Int4Cache, lambda config: Int4StaticCache(config, 80)], ids=["dynamic", "static"])
+def test_autocast(qwen, text, make):
+    """Under it RoPE makes K float32, and V is bfloat16."""
+    cache, theirs = make(qwen.config), DynamicCache(config=qwen.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for begin, end in ((0, 60), (60, 61), (61, 64)):
+            got = forward(qwen, text[:, begin:end], cache)
+            want = forward(qwen, text[:, begin:end], theirs, "sdpa")
+            assert (got - want).norm() < 0.05 * want.norm()
+    assert cache.layers[0].keys.dtype is torch.float32
+
+
+@pytest.mark.parametrize("make", [Int4Cache, lambda config: Int4StaticCache(config, 80)], ids=["dynamic", "static"])
 def test_the_default_dtype_and_device_do_not_matter(qwen, text, make, tmp_path):
     """The C++ layer writes float32 to CPU memory, whatever PyTorch would make of an array without a dtype or device."""
 
