@@ -26,6 +26,7 @@ pytest.importorskip("transformers")
 
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
+from architectures import ARCHITECTURES  # noqa: E402
 from halfbyte import Int4Cache, Int4StaticCache  # noqa: E402
 
 
@@ -206,6 +207,13 @@ def test_a_model_with_other_layers(qwen, text, cache, attention):
     forward(with_layers(qwen, 3), text[:, 40:45], cache, attention)
     with pytest.raises(ValueError, match="layer 0 holds 45 tokens but layer 3 40"):
         forward(qwen, text[:, 45:46], cache, attention)
+
+
+def test_an_encoder_decoder_without_a_pair_of_caches():
+    model = ARCHITECTURES["bart"].build()
+    with pytest.raises(ValueError, match=r"takes EncoderDecoderCache\(Int4Cache\(config\), DynamicCache"):
+        model.set_attn_implementation("halfbyte")
+        model.generate(torch.arange(3, 20)[None], past_key_values=Int4Cache(model.config), max_new_tokens=5)
 
 
 def test_a_static_cache_for_fewer_layers(qwen, text):
