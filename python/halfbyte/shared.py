@@ -24,11 +24,11 @@ class Shared:
             _native.set_num_threads(threads)
         last = self.layers[-1]
         if last.seen != first.seen:
-            pair = "EncoderDecoderCache(Int4Cache(config), DynamicCache(config=config)), and "
+            paired = getattr(self.config, "is_encoder_decoder", False)
+            pair = "EncoderDecoderCache(Int4Cache(config), DynamicCache(config=config)), and " if paired else ""
             raise ValueError(
                 f"past_key_values: layer {first.layer_idx} holds {first.seen} tokens but layer {last.layer_idx} "
-                f"{last.seen}: takes {pair if getattr(self.config, 'is_encoder_decoder', False) else ''}a model with the "
-                "layers of the config that the cache was made with "
+                f"{last.seen}: takes {pair}a model with the layers of the config that the cache was made with "
                 "(call reset() after a forward pass that was interrupted)"
             )
 

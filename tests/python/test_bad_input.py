@@ -211,8 +211,8 @@ def test_a_model_with_other_layers(qwen, text, cache, attention):
 
 def test_an_encoder_decoder_without_a_pair_of_caches():
     model = ARCHITECTURES["bart"].build()
+    model.set_attn_implementation("halfbyte")
     with pytest.raises(ValueError, match=r"takes EncoderDecoderCache\(Int4Cache\(config\), DynamicCache"):
-        model.set_attn_implementation("halfbyte")
         model.generate(torch.arange(3, 20)[None], past_key_values=Int4Cache(model.config), max_new_tokens=5)
 
 
