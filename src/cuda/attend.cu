@@ -151,7 +151,8 @@ int shift_of(const SideFormat& f) { return f.n_groups == 1 ? 31 : f.group == 2 *
 bool plan_memory(AttendCall& call, size_t other) {
   const PageFormat& f = call.shape.format;
   for (call.warps = max_warps(f.v.head_dim); call.warps >= 2; call.warps /= 2) {
-    const int room = shared_memory_limit() - 64 - (int)other - work_plan(call).end * 4;
+    call.plan = work_plan(f.v.head_dim, call.warps, call.buffers.turn.waves != nullptr);
+    const int room = shared_memory_limit() - 64 - (int)other - call.plan.end * 4;
     call.stages = std::min(kMaxStages, room / (call.warps * stage_bytes(f)));
     if (call.stages >= 2) return true;
   }
@@ -183,6 +184,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
     call.raw[i] = {bytes_of(raw.k.data), bytes_of(raw.v.data), strides_of(raw.k), strides_of(raw.v),
                    (int)raw.first,       (int)raw.begin,       (int)raw.end,      (int)raw.are_sinks};
   }
+  call.raw_blocks = raw_blocks(call);
   return call;
 }
 
@@ -191,7 +193,7 @@ bool is_aligned(const HalfbyteCudaAttend& a) {
   const auto fits = [](const HalfbyteCudaView& view, uintptr_t bytes) {
     return ((uintptr_t)view.data | 2 * (view.batch_stride | view.head_stride | view.token_stride)) % bytes == 0;
   };
-  bool all = fits(a.q, 16) && fits(a.out, 4);
+  bool all = fits(a.q, 16) && fits(a.out, 4) && a.turn.pairs % 2 == 0 && (uintptr_t)a.turn.waves % 16 == 0;
   for (int i = 0; i < a.n_raw; i++) all = all && fits(a.raw[i].k, 16) && fits(a.raw[i].v, 16);
   return all;
 }
@@ -204,7 +206,7 @@ bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_
   if (!plan_memory(call, other)) return false;
   const long long counted = (tokens + kTileTokens - 1) / kTileTokens + kSegmentTiles;  // of a segment, in 32 bits
   if (segments_of(s) * counted >= 1 << 30) return false;
-  call.bytes = stage_bytes(s.format);
+  call.bytes = stage_bytes(s.format), call.head_bytes = (int)page_head_bytes(s.format);
   call.k_shift = shift_of(s.format.k), call.v_shift = shift_of(s.format.v);
   call.fragments[0] = static_cast<const uint4*>(a.k.attend_fragments);
   call.fragments[1] = static_cast<const uint4*>(a.v.attend_fragments);
@@ -212,7 +214,7 @@ bool plan(AttendCall& call, const HalfbyteCudaAttend& a, long long tokens, size_
 }
 
 size_t shared_bytes(const AttendCall& call) {
-  return work_plan(call).end * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
+  return call.plan.end * 4 + (size_t)call.warps * call.stages * stage_bytes(call.shape.format);
 }
 
 // Copies the new token to where the call reads it, for kernels that do not.

@@ -26,9 +26,7 @@ struct PackedSight {
   int lo, end;
 };
 
-__device__ __forceinline__ PackedSight packed_sight(const AttendCall& call, int row) {
-  const AttendShape& s = call.shape;
-  const RowSight sight = sight_of(s, min(row, rows_of(s) - 1), call.buffers.mask != nullptr);
+__device__ __forceinline__ PackedSight packed_sight(const AttendShape& s, const RowSight& sight) {
   return {max(sight.lo, s.sink_tokens), sight.packed_end};  // sinks are raw
 }
 
@@ -80,7 +78,12 @@ __device__ __forceinline__ void expand_span(const uint8_t* words, uint32_t first
 }
 
 template <int Bits>
-constexpr int kSpanBytes = (Bits == 4 ? 4 : 8) * kRowBytes;
+constexpr int kSpanBytes = Bits * kRowBytes;
+
+// Bytes of a tile's codes.
+HALFBYTE_INLINE constexpr int tile_codes(int d, int k_bits, int v_bits) {
+  return kTileBlocks * (d / kSpan) * (k_bits + v_bits) * kRowBytes;
+}
 
 // Products of 16 tokens with the 8 columns: tokens 2g, 2g+1 by columns 2t, 2t+1.
 template <int D, int Bits, Groups Kind, class Scale>
@@ -148,18 +151,39 @@ __device__ __forceinline__ int largest_exponent(int groups, const uint8_t* scale
   return min(max(exponent, -14), 14);
 }
 
-// Makes `to` the end of the items from there on that attend_tile may take, and gives what it reads of turned offsets,
-// if there are any. They lie where warps will merge, which has room for so many spans.
-__device__ __forceinline__ const float* turn_tiles(const AttendCall& call, const Work& work, int before, int& to,
-                                                   int end) {
+// The items [from, to) of a segment whose offsets are turned together. They lie where warps will merge, which has room
+// for so many spans.
+struct Piece {
+  int to;
+  Spans spans;
+};
+
+// The next piece, before item `end`. before: tiles of the sequence before item 0's.
+__device__ __forceinline__ Piece next_piece(const AttendCall& call, int before, int from, int end) {
   const Turn& turn = call.buffers.turn;
-  const int from = to, room = call.warps / 2 * call.shape.format.k.head_dim;
-  to = end;
-  if (!turn.waves) return nullptr;
-  to = min(end, from + (room - 1) * turn.span / kTileTokens);
-  const int first = (before + from) * kTileTokens / turn.span, last = ((before + to) * kTileTokens - 1) / turn.span;
-  turn_offsets(turn, work, first, last + 1 - first, work.slots, call.warps);
-  return work.slots - first * kTileRows;
+  if (!turn.waves) return {end, {}};
+  const int room = call.warps / 2 * call.shape.format.k.head_dim, shift = span_shift(turn);
+  const int to = min(end, from + ((room - 1) << shift) / kTileTokens);
+  const int first = (before + from) * kTileTokens >> shift, last = ((before + to) * kTileTokens - 1) >> shift;
+  return {to, {first, max(last + 1 - first, 0)}};
+}
+
+// What `warps` warps turn of some spans, this one from span `from` on.
+template <int D>
+__device__ __forceinline__ void turn_spans(const Turn& turn, const Turning& to, Spans spans, int from, int warps,
+                                           int lane) {
+  constexpr int kSteps = 2;
+#pragma unroll 1
+  for (; from < spans.n; from += 16 * warps) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int step = 0; step < D / 16; step += kSteps) {
+      Waves<kSteps> waves;
+      ask_for_waves(turn, spans, from, step, lane, waves);
+      turn_steps(to, step, waves, lane, sum);
+    }
+    store_turned(to, spans, from, sum, lane);
+  }
 }
 
 // at_once(D) blocks of 16 tokens, of a tile in shared memory, join the running softmax. codes, scales: of the first
@@ -167,7 +191,7 @@ __device__ __forceinline__ const float* turn_tiles(const AttendCall& call, const
 // exist; or null.
 template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale>
 __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint8_t* codes, const uint8_t* scales,
-                                              const float* turned, int b, int first_row, int token,
+                                              const float* turned, const Work& work, int token,
                                               const uint32_t q[D / 16][2], const Columns& columns, int lane,
                                               Running<D>& r) {
   const AttendShape& s = call.shape;
@@ -180,7 +204,7 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
 #pragma unroll
   for (int i = 0; i < kBlocks; i++) {
     if (turned && (i == 0 || call.buffers.turn.span == kBlockTokens)) {
-      const int span = (token + i * kBlockTokens) >> (call.buffers.turn.span == kBlockTokens ? 4 : 6);
+      const int span = (token + i * kBlockTokens) >> span_shift(call.buffers.turn);
       const float2 own = reinterpret_cast<const float2*>(turned + span * kTileRows)[t];
       offset[0] = columns.offset[0] + own.x * log_base(s);
       offset[1] = columns.offset[1] + own.y * log_base(s);
@@ -194,12 +218,13 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
   if (call.buffers.mask || token < columns.open_from || token + kBlocks * kBlockTokens > columns.open_to)
     for (int j = 0; j < 2; j++) {
-      const int row = min(first_row + 2 * t + j, rows_of(s) - 1);
-      const PackedSight sight = packed_sight(call, row);
+      const SegmentPlace& at = work.segment->place;
+      const int row = min(at.tile * kTileRows + 2 * t + j, rows_of(s) - 1);
+      const PackedSight sight = packed_sight(s, work.sights[2 * t + j]);
       for (int i = 0; i < kBlocks; i++)
         for (int of = 0; of < 2; of++) {
-          const int at = token + i * kBlockTokens + 2 * g + of;
-          if (at < sight.lo || at >= sight.end || !mask_shows(s, call.buffers.mask, b, row, at))
+          const int seen = token + i * kBlockTokens + 2 * g + of;
+          if (seen < sight.lo || seen >= sight.end || !mask_shows(s, call.buffers.mask, at.b, row, seen))
             score[i][2 * of + j] = -INFINITY;
         }
     }
@@ -231,51 +256,62 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
 
 // ---- The kernel
 
-constexpr int kLine = 128;  // bytes that one prefetch brings
-
-// Brings `bytes` bytes into the L2 cache, by the whole block.
-__device__ __forceinline__ void prefetch_all(const AttendCall& call, const void* from, int bytes) {
+// Brings `bytes` bytes into the L2 cache, by one of `threads` threads.
+__device__ __forceinline__ void prefetch_all(const void* from, int bytes, int thread, int threads) {
 #pragma unroll 1
-  for (int at = threadIdx.x * kLine; at < bytes; at += call.warps * kSimd * kLine)
-    prefetch(static_cast<const char*>(from) + at);
-}
-
-// What preparing tiles [begin, end) of a segment reads, which should not queue behind the tiles themselves.
-template <int D>
-__device__ __forceinline__ void prefetch_before_tiles(const AttendCall& call, int begin, int end) {
-  const Turn& turn = call.buffers.turn;
-  prefetch_all(call, call.fragments[0], kQueryTerms * 2 * D * D);
-  if (!turn.waves || begin >= end) return;
-  const int first = (call.first_tile + begin) * kTileTokens / turn.span;
-  const int last = ((call.first_tile + end) * kTileTokens - 1) / turn.span;
-  prefetch_all(call, turn.waves + (long long)first * turn.pairs * 2, (last + 1 - first) * turn.pairs * 8);
+  for (int at = thread * kLine; at < bytes; at += threads * kLine) prefetch(static_cast<const char*>(from) + at);
 }
 
 // What finish_segment reads beside parts.
 template <int D>
-__device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head) {
-  prefetch_all(call, call.fragments[1], 2 * D * D);
+__device__ __forceinline__ void prefetch_for_finish(const AttendCall& call, int b, int head, int thread, int threads) {
+  prefetch_all(call.fragments[1], 2 * D * D, thread, threads);
   const float* mu = call.buffers.offset_v;
-  if (mu) prefetch_all(call, mu + ((long long)b * call.shape.kv_heads + head) * D, D * 4);
+  if (mu) prefetch_all(mu + ((long long)b * call.shape.kv_heads + head) * D, D * 4, thread, threads);
 }
 
-// The row tile's queries to shared memory, by the whole block. Ends with a barrier.
-template <int D>
-__device__ __forceinline__ void prepare_tile(const AttendCall& call, int b, int head, int tile, const Work& work,
-                                             int warp, int lane) {
-  if (threadIdx.x < kTileRows) work.tops[threadIdx.x] = ordered_bits(kUnseen);
-  // Warps that have nothing to rotate take the offsets, if there are any beside the last, which fetches tiles.
-  const int rotating = min(call.warps, D / 16), helpers = max(call.warps - 1 - rotating, 0);
-  rotate_queries<D>(call, b, head, tile, work, warp, lane);
-  if (helpers == 0 || (warp >= rotating && warp < rotating + helpers))
-    dot_offsets<D>(call, b, head, tile, work, helpers ? warp - rotating : warp, helpers ? helpers : call.warps, lane);
+// What warps turn after the first spans of each, of which the first is `from`.
+__device__ __forceinline__ void prefetch_waves(const Turn& turn, Spans spans, int from, int lane) {
+  const int bytes = turn.pairs * 8, n = min(spans.n - from, 16);
+  if (n > 0) prefetch_all(turn.waves + (long long)(spans.first + from) * turn.pairs * 2, n * bytes, lane, kSimd);
+}
+
+// What the scores of a piece's tokens come from, to shared memory, by the whole block: the first warps, `rotating` in
+// number, rotate queries, the others take q·mu, and all of them turn offsets. meanwhile: what each warp does while its
+// first loads are under way.
+template <int D, class Meanwhile>
+__device__ __forceinline__ void prepare_segment(const AttendCall& call, int rotating, const SegmentPlace& at,
+                                                const Piece& piece, const Work& work, int warp, int lane,
+                                                const Meanwhile& meanwhile) {
+  const AttendShape& s = call.shape;
+  const int helpers = call.warps - rotating, helper = helpers ? warp - rotating : warp;
+  Rotated<D> rotated = {};  // defined on all ways, or the compiler keeps it in memory
+  if (warp < rotating) ask_for_rotation(call, at.b, at.head, at.tile, warp, lane, rotated);
+  meanwhile();
+  if (warp < rotating) rotate_queries(call, at.head, rotated, work, warp, lane);
+  const int from = 16 * (warp < rotating ? warp + helpers : helper);
+  Waves<D / 16> waves = {};
+  if (from < piece.spans.n) ask_for_waves(call.buffers.turn, piece.spans, from, 0, lane, waves);
+  prefetch_waves(call.buffers.turn, piece.spans, from + 16 * call.warps, lane);
+  if (helper >= 0) dot_offsets<D>(call, at.b, at.head, at.tile, work, helper, helpers ? helpers : call.warps, lane);
+  if (threadIdx.x < kTileRows) {
+    const int row = min(at.tile * kTileRows + (int)threadIdx.x, rows_of(s) - 1);
+    work.sights[threadIdx.x] = sight_of(s, row, call.buffers.mask != nullptr);
+  }
   __syncthreads();
+  if (from < piece.spans.n) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    turn_steps(turning(work), 0, waves, lane, sum);
+    store_turned(turning(work), piece.spans, from, sum, lane);
+    turn_spans<D>(call.buffers.turn, turning(work), piece.spans, from + 16 * call.warps, call.warps, lane);
+  }
+  if (call.buffers.turn.waves) __syncthreads();
 }
 
 // This thread's part of the prepared queries: B fragments, and what its two columns may see.
 template <int D>
-__device__ __forceinline__ void take_queries(const AttendCall& call, int tile, const Work& work, int lane,
-                                             uint32_t q[D / 16][2], Columns& columns) {
+__device__ __forceinline__ void take_queries(const AttendCall& call, const Work& work, int lane, uint32_t q[D / 16][2],
+                                             Columns& columns) {
   const AttendShape& s = call.shape;
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
@@ -286,22 +322,46 @@ __device__ __forceinline__ void take_queries(const AttendCall& call, int tile, c
   for (int j = 0; j < 2; j++) {
     const int column = 2 * (lane % 4) + j;
     columns.factor[j] = work.factor[column] * log_base(s), columns.offset[j] = work.offset[column] * log_base(s);
-    sight[j] = packed_sight(call, tile * kTileRows + column);
+    sight[j] = packed_sight(s, work.sights[column]);
   }
   columns.open_from = __reduce_max_sync(0xffffffffu, max(sight[0].lo, sight[1].lo));
   columns.open_to = __reduce_min_sync(0xffffffffu, min(sight[0].end, sight[1].end));
 }
 
-// Copies the new token to where this block, which takes the raw tokens, reads it after a barrier.
-template <int D>
-__device__ __forceinline__ void keep_new_token(const AttendCall& call, int b, int head) {
-  const NewToken& from = call.new_token;
-  const RawTokens& to = call.raw[call.n_raw - 1];
-  const int64_t k = element_at(to.k_strides, b, head, to.end - 1 - to.first);
-  const int64_t v = element_at(to.v_strides, b, head, to.end - 1 - to.first);
-  for (int c = threadIdx.x; c < D; c += call.warps * kSimd) {
-    ((ushort*)to.k)[k + c] = ((const ushort*)from.k)[element_at(from.k_strides, b, head, 0) + c];
-    ((ushort*)to.v)[v + c] = ((const ushort*)from.v)[element_at(from.v_strides, b, head, 0) + c];
+// This warp's tiles of a segment, of which a piece is prepared, from item `item` on to before `end`, join its running
+// softmax. before: tiles of the sequence before item 0's; ask: for the next tile, to a slot.
+template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Scale, class Ask>
+__device__ __forceinline__ void attend_tiles(const AttendCall& call, const Work& work, Piece piece, int before,
+                                             int& item, int end, Ring& ring, const Ask& ask, int warp, int lane,
+                                             Running<D>& running) {
+  constexpr int kCodes = tile_codes(D, KBits, VBits);
+  const Turn& turn = call.buffers.turn;
+  uint32_t q[D / 16][2];
+  Columns columns{};
+  take_queries<D>(call, work, lane, q, columns);
+  clear(running);
+  int to = piece.to;
+  const float* turned = turn.waves ? work.slots - piece.spans.first * kTileRows : nullptr;
+#pragma unroll 1
+  while (true) {
+    for (; item < to; item += call.warps) {
+      wait_for_tile(call, ring);
+      const uint8_t* stage = ring.memory + ring.slot * call.bytes;
+#pragma unroll 1
+      for (int i = 0; i < kTileBlocks; i += at_once(D))
+        attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
+            call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
+            turned, work, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
+      __syncwarp();  // before the slot is filled again
+      ask(work.segment->place, ring.slot);
+      next_slot(call, ring);
+    }
+    if (to >= end) return;
+    const Piece next = next_piece(call, before, to, end);
+    __syncthreads();  // all have read the offsets of the piece before
+    turn_spans<D>(turn, turning(work), next.spans, 16 * warp, call.warps, lane);
+    __syncthreads();
+    to = next.to, turned = work.slots - next.spans.first * kTileRows;
   }
 }
 
@@ -311,72 +371,46 @@ template <int D, int KBits, int VBits, Groups KGroups, Groups VGroups, class Sca
 __device__ __forceinline__ void attend_items(const AttendCall& call, float* memory) {
   const AttendShape& s = call.shape;
   const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd;
-  const unsigned tiles = row_tiles(s);
-  constexpr int kCodes = kTileBlocks * D / kSpan * (kSpanBytes<KBits> + kSpanBytes<VBits>);
-  constexpr int kScales =
-      kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
   const auto [first_segment, first, last] = items_of(call, blockIdx.x);
   const int raw_slots_here = raw_slots(D, call.warps);
-  const WorkPlan plan = work_plan(call);
-  const Work work = work_at(memory, plan, raw_slots_here);
-  Ring ring = start_ring(call, memory, plan, first, last, warp, lane);
-  const auto ask = [&](int slot) { ask_for_tile<kCodes, kScales>(call, ring, slot, first + warp, last, lane); };
+  const Work work = work_at(memory, call.plan, raw_slots_here);
+  SegmentPlace at = segment_place(s, first_segment);
+  Ring ring = start_ring(call, memory, at, first + warp, last, warp, lane);
+  const auto ask = [&](const SegmentPlace& from, int slot) {
+    constexpr int kScales =
+        kTileBlocks * (most_groups(D, KGroups) + most_groups(D, VGroups)) * kBlockTokens * (int)sizeof(Scale);
+    ask_for_tile<tile_codes(D, KBits, VBits), kScales>(call, ring, from, slot, lane);
+  };
 
-  int item = first + warp, begin = first;  // this warp's next tile; the first one of the segment
-  unsigned segment = first_segment;        // (sequence, head, row tile)
+  int item = first + warp, begin = first;  // this warp's next tile; the segment's first one
   do {
-    const unsigned of_heads = segment / tiles;
-    const int end = min(last, (int)(segment + 1) * call.n_tiles);
-    const int tile = (int)(segment % tiles), head = (int)(of_heads % s.kv_heads), b = (int)(of_heads / s.kv_heads);
-    const Sharers sharers = sharers_of(call, segment);
+    const int end = min(last, (at.index + 1) * call.n_tiles);
+    const Sharers sharers = sharers_of(call, at.index);
+    const int before = call.first_tile - at.index * call.n_tiles;  // tiles of the sequence before item 0's
+    const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, call.raw_blocks) : 0;
     if (begin != first) __syncthreads();  // the last segment is finished
-    prefetch_before_tiles<D>(call, begin - (int)segment * call.n_tiles, end - (int)segment * call.n_tiles);
-    prefetch_for_finish<D>(call, b, head);
-    // Whoever asks for tiles waits once memory has enough to do. Where one warp has nothing to rotate it asks for all,
-    // while the others prepare: for part of the tiles, if there is one more barrier to come.
-    const bool one_asks = call.warps > D / 16, asks = begin == first && (!one_asks || warp == call.warps - 1);
-    const int early = one_asks && call.buffers.turn.waves ? 1 : call.stages;
+    if (threadIdx.x == 0) *work.segment = {at, sharers, slots};
+    // Whoever asks for tiles waits once memory has enough to do: for half of them at first, for the others once nobody
+    // waits for this warp.
     const auto fill = [&](int from, int to) {
-      fill_rings<kCodes>(call, ring, from, to, one_asks ? 0 : warp, one_asks ? call.warps : 1, first, last, warp, lane);
+#pragma unroll 1
+      for (int slot = from; slot < to && begin == first; slot++) ask(at, slot);
     };
-    if (kBulkCopies && asks) fill(0, early);
-    if (!kBulkCopies && begin == first)
-#pragma unroll 1
-      for (int i = 0; i < call.stages; i++) ask(i);
-    if ((int)blockIdx.x == sharers.first && call.new_token.k) keep_new_token<D>(call, b, head);
-    const int slots = (int)blockIdx.x == sharers.first ? min(raw_slots_here, raw_blocks(call)) : 0;
-    if (threadIdx.x == 0) *work.segment = {(int)segment, b, head, tile, sharers, slots};
-    prepare_tile<D>(call, b, head, tile, work, warp, lane);
-    if (kBulkCopies && asks) fill(early, call.stages);
-    uint32_t q[D / 16][2];
-    Columns columns{};
+    const int rotating = min(call.warps, D / 16), early = (call.stages + 1) / 2;
+    const Piece piece = next_piece(call, before, begin, end);
+    prepare_segment<D>(call, rotating, at, piece, work, warp, lane, [&] {
+      prefetch_raw<D>(call, at.b, at.head, slots, warp, lane);
+      fill(0, early);
+      if (warp < rotating) prefetch_for_finish<D>(call, at.b, at.head, threadIdx.x, rotating * kSimd);
+    });
+    fill(early, call.stages);
+    attend_raw<D>(call, at.b, at.head, at.tile, slots, work, warp, lane);
     Running<D> running;
-    const int before = call.first_tile - (int)segment * call.n_tiles;  // tiles of the sequence before item 0's
-    int to = begin;
-    attend_raw<D>(call, b, head, tile, slots, work, warp, lane);  // while others turn
-    const float* turned = turn_tiles(call, work, before, to, end);
-    take_queries<D>(call, tile, work, lane, q, columns);
-    clear(running);
-#pragma unroll 1
-    while (true) {
-      for (; item < to; item += call.warps) {
-        wait_for_tile(call, ring);
-        const uint8_t* stage = ring.memory + ring.slot * call.bytes;
-#pragma unroll 1
-        for (int i = 0; i < kTileBlocks; i += at_once(D))
-          attend_blocks<D, KBits, VBits, KGroups, VGroups, Scale>(
-              call, stage + i * (kCodes / kTileBlocks), stage + kCodes + i * ((call.bytes - kCodes) / kTileBlocks),
-              turned, b, tile * kTileRows, (before + item) * kTileTokens + i * kBlockTokens, q, columns, lane, running);
-        __syncwarp();  // before the slot is filled again
-        ask(ring.slot);
-        next_slot(call, ring);
-      }
-      if (to >= end) break;
-      __syncthreads();                                   // all have read the offsets of the piece before
-      turned = turn_tiles(call, work, before, to, end);  // apart from the first ones, which nothing in registers meets
-    }
+    attend_tiles<D, KBits, VBits, KGroups, VGroups, Scale>(call, work, piece, before, item, end, ring, ask, warp, lane,
+                                                           running);
     finish_segment<D>(call, running, work, warp, lane);
-    begin = end, segment++;
+    at = work.segment->place;
+    begin = end, next_segment(s, at);
   } while (begin < last);
 }
 

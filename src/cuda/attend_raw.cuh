@@ -106,7 +106,41 @@ __device__ __forceinline__ int raw_channel(int i, int j, int g) {
   return i / 2 * 32 + g / 2 * 8 + i % 2 * 4 + j / 2 * 2 + g % 2;
 }
 
-// This warp's part of the raw tokens, if any, to its slot in shared memory; the last warps have the least else to do.
+// The new token to its place, by the warp that reads it next.
+template <int D>
+__device__ __forceinline__ void keep_new_token(const NewToken& from, const RawTokens& to, int b, int head, int lane) {
+  const int64_t k = element_at(to.k_strides, b, head, to.end - 1 - to.first);
+  const int64_t v = element_at(to.v_strides, b, head, to.end - 1 - to.first);
+#pragma unroll
+  for (int c = lane; c < D; c += kSimd) {
+    ((ushort*)to.k)[k + c] = ((const ushort*)from.k)[element_at(from.k_strides, b, head, 0) + c];
+    ((ushort*)to.v)[v + c] = ((const ushort*)from.v)[element_at(from.v_strides, b, head, 0) + c];
+  }
+  __syncwarp();
+}
+
+// Brings what this warp will read of raw tokens first, if any, into the L2 cache.
+template <int D>
+__device__ __forceinline__ void prefetch_raw(const AttendCall& call, int b, int head, int slots, int warp, int lane) {
+  const int slot = call.warps - 1 - warp;
+  if (slot >= slots) return;
+  int before = 0;  // blocks of spans so far
+#pragma unroll 1
+  for (int i = 0; i < call.n_raw; i++) {
+    const RawTokens& raw = call.raw[i];
+    const int from = raw.begin + (slot - before) * kBlockTokens;
+    if (from >= raw.begin && from < raw.end) {
+      const int token = min(from + lane % kBlockTokens, raw.end - 1) - raw.first;
+      const uchar* row = lane < kBlockTokens ? raw.k + 2 * element_at(raw.k_strides, b, head, token)
+                                             : raw.v + 2 * element_at(raw.v_strides, b, head, token);
+#pragma unroll
+      for (int at = 0; at < 2 * D; at += kLine) prefetch(row + at);
+    }
+    before += (raw.end - raw.begin + kBlockTokens - 1) / kBlockTokens;
+  }
+}
+
+// This warp's part of the raw tokens, if any, to its slot in shared memory.
 template <int D>
 __device__ __forceinline__ void attend_raw(const AttendCall& call, int b, int head, int tile, int slots,
                                            const Work& work, int warp, int lane) {
@@ -124,29 +158,22 @@ __device__ __forceinline__ void attend_raw(const AttendCall& call, int b, int he
   for (int i = 0; i < call.n_raw; i++)
 #pragma unroll 1
     for (int from = call.raw[i].begin; from < call.raw[i].end; from += kBlockTokens, turn++)
-      if (turn % (unsigned)slots == (unsigned)slot)
-        attend_raw_block<D>(call, call.raw[i], b, head, tile, from, min(kBlockTokens, call.raw[i].end - from), q, lane,
-                            r);
+      if (turn % (unsigned)slots == (unsigned)slot) {
+        const int n = min(kBlockTokens, call.raw[i].end - from);
+        if (call.new_token.k && i == call.n_raw - 1 && from + n == call.raw[i].end)
+          keep_new_token<D>(call.new_token, call.raw[i], b, head, lane);
+        attend_raw_block<D>(call, call.raw[i], b, head, tile, from, n, q, lane, r);
+      }
   const int g = lane / 4, t = lane % 4;
   sum_columns(r);
   for (int j = 0; j < 2; j++)
-    if (g == 0) {
+    if (g == 0)
       work.raw_tops[slot * kTileRows + 2 * t + j] = r.top[j], work.raw_sums[slot * kTileRows + 2 * t + j] = r.sum[j];
-      atomicMax(&work.tops[2 * t + j], ordered_bits(r.top[j]));
-    }
   float* to = work.raw + slot * kTileRows * raw_pitch(D);
 #pragma unroll
   for (int i = 0; i < D / 16; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) to[(2 * t + j % 2) * raw_pitch(D) + raw_channel(i, j, g)] = r.acc[i][j];
-}
-
-// Blocks of 16 of all raw tokens.
-__device__ __forceinline__ int raw_blocks(const AttendCall& call) {
-  int n = 0;
-#pragma unroll 1
-  for (int i = 0; i < call.n_raw; i++) n += (call.raw[i].end - call.raw[i].begin + kBlockTokens - 1) / kBlockTokens;
-  return n;
 }
 
 }  // namespace halfbyte::gpu

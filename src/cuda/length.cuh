@@ -72,7 +72,7 @@ HALFBYTE_INLINE void take_length(AttendCall& call, const LengthRule& rule, int p
   AttendShape& s = call.shape;
   const bool masked = call.buffers.mask != nullptr;
   take_counts(s, rule, masked);
-  call.n_raw = take_raw(call.raw, s, rule);
+  call.n_raw = take_raw(call.raw, s, rule), call.raw_blocks = raw_blocks(call);
   const int segments = s.batch * s.kv_heads * row_tiles(s);
   int begin, end;
   packed_range(s, masked, begin, end);

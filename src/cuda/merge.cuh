@@ -194,13 +194,21 @@ __device__ __forceinline__ void store_fragments(const HalfPlane<D>& x, const Wor
 // What raw tokens gave a segment, in global memory: [kTileRows][raw_pitch], then maxima and sums as Work has them.
 HALFBYTE_INLINE constexpr int raw_bytes(int d) { return kTileRows * (raw_pitch(d) + 2) * 4; }
 
+// The greatest of raw tokens' scores in a row.
+__device__ __forceinline__ float raw_top(const Work& work, int slots, int row) {
+  float top = kUnseen;
+#pragma unroll 1
+  for (int i = 0; i < slots; i++) top = fmaxf(top, work.raw_tops[i * kTileRows + row]);
+  return top;
+}
+
 // Raw results of `slots` warps to `to`, by threads `thread` of `threads`.
 template <int D>
 __device__ __forceinline__ void merge_raw(const Work& work, int slots, float* to, int thread, int threads) {
 #pragma unroll 1
   for (int at = thread; at < kTileRows * raw_pitch(D); at += threads) {
     const int row = at / raw_pitch(D);
-    const float top = from_ordered(work.tops[row]);
+    const float top = raw_top(work, slots, row);
     float sum = 0.0f;
 #pragma unroll 1
     for (int i = 0; i < slots; i++)
@@ -212,16 +220,17 @@ __device__ __forceinline__ void merge_raw(const Work& work, int slots, float* to
 // A row's sum of them, and its maximum, to where they belong.
 template <int D>
 __device__ __forceinline__ void sum_raw(const Work& work, int slots, float* to, int row) {
+  const float top = raw_top(work, slots, row);
   float sum = 0.0f;
 #pragma unroll 1
-  for (int i = 0; i < slots; i++) {
-    const int at = i * kTileRows + row;
-    sum += work.raw_sums[at] * exp2_fast(work.raw_tops[at] - from_ordered(work.tops[row]));
+  for (int i = 0; i < slots; i++)
+    sum += work.raw_sums[i * kTileRows + row] * exp2_fast(work.raw_tops[i * kTileRows + row] - top);
+  if (to == work.raw) {
+    work.raw_top[row] = top, work.raw_sum[row] = sum;
+  } else {
+    to[kTileRows * raw_pitch(D) + row] = top;
+    to[kTileRows * (raw_pitch(D) + 1) + row] = sum;
   }
-  work.raw_sum[row] = sum;
-  if (to == work.raw) return;
-  to[kTileRows * raw_pitch(D) + row] = __uint_as_float(work.tops[row]);
-  to[kTileRows * (raw_pitch(D) + 1) + row] = sum;
 }
 
 // Starts copying what merge_raw has left in global memory to where it would be without other blocks.
@@ -230,7 +239,7 @@ __device__ __forceinline__ void fetch_raw(const float* from, const Work& work, i
   constexpr int kRaw = kTileRows * raw_pitch(D) / 4, kAll = raw_bytes(D) / 16;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kAll; i += threads)
-    copy_async_16(i < kRaw ? work.raw + 4 * i : reinterpret_cast<float*>(work.tops) + 4 * (i - kRaw), from + 4 * i);
+    copy_async_16(i < kRaw ? work.raw + 4 * i : work.raw_top + 4 * (i - kRaw), from + 4 * i);
   copy_async_commit();
 }
 
@@ -264,16 +273,17 @@ __device__ __forceinline__ OutputRow output_row(const AttendCall& call, const Wo
                                                 float top, float sum, float unit) {
   const AttendShape& s = call.shape;
   const int slot = row % kTileRows, in_tile = min(row, rows_of(s) - 1);
-  const int of_head = head * s.group + in_tile % s.group, query = in_tile / s.group;
-  const float raw_top = from_ordered(work.tops[slot]);
+  const QueryPlace place = query_place(s, in_tile);
+  const int of_head = head * s.group + place.head;
+  const float raw_top = work.raw_top[slot];
   float all_top = fmaxf(top, raw_top), sink = 0.0f;
   if (call.buffers.sinks) sink = call.buffers.sinks[of_head] * kLog2e, all_top = fmaxf(all_top, sink);
   const float keep = exp2_fast(top - all_top), keep_raw = exp2_fast(raw_top - all_top);
   float all = sum * keep + work.raw_sum[slot] * keep_raw;
   if (call.buffers.sinks) all += exp2_fast(sink - all_top + kWeightBias);  // one more logit in the denominator
   const float norm = all > 0.0f ? 1.0f / all : 0.0f;                       // a row that sees nothing gives zeros
-  return {call.buffers.out + 2 * element_at(s.out_strides, b, of_head, query), unit * keep * norm, sum * keep * norm,
-          keep_raw * norm};
+  return {call.buffers.out + 2 * element_at(s.out_strides, b, of_head, place.query), unit * keep * norm,
+          sum * keep * norm, keep_raw * norm};
 }
 
 __device__ __forceinline__ uint32_t pack_pair(int dtype, float x, float y) {
@@ -341,7 +351,7 @@ __device__ __forceinline__ void sum_plane(const AttendCall& call, const Segment&
   PlaneSum<D> sum;
   sum_parts<D>(pass.from, pass.n, group, pass.groups, plane, lane, sum);
   if (!to && call.buffers.inverse_lambda_v)
-    multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)segment.head * D, plane, lane);
+    multiply_channels<D>(sum, call.buffers.inverse_lambda_v + (long long)segment.place.head * D, plane, lane);
   const HalfPlane<D> halves = as_halves(sum);
   if (lane < 2) {
     const int row = 2 * plane + lane;
@@ -352,8 +362,8 @@ __device__ __forceinline__ void sum_plane(const AttendCall& call, const Segment&
       PlaneRows& rows = rows_at(to, D, plane);
       rows.top[lane] = row_top, rows.sum[lane] = row_sum, rows.unit[lane] = unit;
     } else {
-      work.outputs[row] =
-          output_row(call, work, segment.b, segment.head, segment.tile * kTileRows + row, row_top, row_sum, unit);
+      work.outputs[row] = output_row(call, work, segment.place.b, segment.place.head,
+                                     segment.place.tile * kTileRows + row, row_top, row_sum, unit);
     }
   }
   if (to)
@@ -376,12 +386,12 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, Running<D
   const AttendShape& s = call.shape;
   const Segment segment = *work.segment;
   const Sharers sharers = segment.sharers;
-  const int planes = planes_of(s, segment.tile), segments = s.batch * s.kv_heads * row_tiles(s);
-  uchar* const own = shared_part(call, D, blockIdx.x + segment.index);
+  const int planes = planes_of(s, segment.place.tile), segments = s.batch * s.kv_heads * row_tiles(s);
+  uchar* const own = shared_part(call, D, blockIdx.x + segment.place.index);
   // The last warps sum planes; the others, or all where there are no others, merge what the first block has of raw
   // ones.
   const int others = call.warps > planes ? call.warps - planes : call.warps;
-  float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment.index);
+  float* const raw = sharers.n == 1 ? work.raw : shared_raw(call, D, segments, segment.place.index);
   float* new_raw = (int)blockIdx.x == sharers.first ? raw : nullptr;
   if (new_raw && warp < others) merge_raw<D>(work, segment.raw_slots, raw, threadIdx.x, others * kSimd);
   Pass pass{work.parts, call.warps, 1, sharers.n == 1 ? nullptr : own};
@@ -394,17 +404,18 @@ __device__ __forceinline__ void finish_segment(const AttendCall& call, Running<D
     }
     if (!pass.to) break;
     if (pass.to == own) {
-      if (!is_last(call.arrivals + segment.index, sharers.n)) return;
+      if (!is_last(call.arrivals + segment.place.index, sharers.n)) return;
       fetch_raw<D>(raw, work, call.warps * kSimd);
       new_raw = nullptr;
-      pass = {shared_part(call, D, sharers.first + segment.index), sharers.n, max(call.warps / planes, 1), work.parts};
+      pass = {shared_part(call, D, sharers.first + segment.place.index), sharers.n, max(call.warps / planes, 1),
+              work.parts};
     } else {
       copy_async_wait(0);
       __syncthreads();
       pass = {work.parts, pass.groups, 1, nullptr};
     }
   }
-  write_outputs<D>(call, segment.b, segment.head, segment.tile, work, warp, lane);
+  write_outputs<D>(call, segment.place.b, segment.place.head, segment.place.tile, work, warp, lane);
 }
 
 }  // namespace halfbyte::gpu

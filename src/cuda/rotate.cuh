@@ -64,7 +64,8 @@ template <int D>
 __device__ __forceinline__ QueryRow<D> load_row(const AttendCall& call, int b, int head, int tile, int lane) {
   const AttendShape& s = call.shape;
   const int g = lane / 4, t = lane % 4, row = tile * kTileRows + g;
-  const uchar* from = call.buffers.q + 2 * element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
+  const QueryPlace place = query_place(s, row);
+  const uchar* from = call.buffers.q + 2 * element_at(s.q_strides, b, head * s.group + place.head, place.query);
   QueryRow<D> out;
 #pragma unroll
   for (int p = 0; p < D / 32; p++)
@@ -120,27 +121,44 @@ __device__ __forceinline__ int lambda_exponent(const float* inverse_lambda, int 
   return (int)(float_as_bits(simd_max(most)) >> 23) - 127;
 }
 
+// A thread's part of the queries of a row tile, and of R by them, on their way from memory.
+template <int D>
+struct Rotated {
+  QueryRow<D> row;
+  uint4 a[kQueryTerms][D / 16];  // of the warp's next 16 results
+};
+
+template <int D>
+__device__ __forceinline__ void ask_for_matrix(const AttendCall& call, int term, int i, int lane, Rotated<D>& r) {
+  load_fragments<D>(call.fragments[0] + term * fragment_at(D, D / 16, 0, 0), i, lane, r.a[term]);
+}
+
+template <int D>
+__device__ __forceinline__ void ask_for_rotation(const AttendCall& call, int b, int head, int tile, int warp, int lane,
+                                                 Rotated<D>& r) {
+  r.row = load_row<D>(call, b, head, tile, lane);
+#pragma unroll
+  for (int term = kQueryTerms - 1; term >= 0; term--) ask_for_matrix(call, term, warp, lane, r);
+}
+
 // The row tile's queries in code domain, of unit size, to work.fragments, and their factors: all but q·mu of a score.
 template <int D>
-__device__ __forceinline__ void rotate_queries(const AttendCall& call, int b, int head, int tile, const Work& work,
+__device__ __forceinline__ void rotate_queries(const AttendCall& call, int head, Rotated<D>& r, const Work& work,
                                                int warp, int lane) {
   const AttendShape& s = call.shape;
-  if (warp >= D / 16) return;
-  const QueryRow<D> row = load_row<D>(call, b, head, tile, lane);
-  const int exponent = row_exponent(row, s.dtype), g = lane / 4, t = lane % 4;
+  const int exponent = row_exponent(r.row, s.dtype), g = lane / 4, t = lane % 4;
   uint2 q[D / 16];
-  unit_row(row, s.dtype, power_of_two(-exponent), q);
+  unit_row(r.row, s.dtype, power_of_two(-exponent), q);
   const float* lambda = call.buffers.inverse_lambda_k ? call.buffers.inverse_lambda_k + (long long)head * D : nullptr;
   const int of_lambda = lambda ? lambda_exponent<D>(lambda, lane) : 0;
   if (warp == 0 && t == 0) work.factor[g] = s.scale * power_of_two(exponent) * power_of_two(of_lambda);
 #pragma unroll 1
   for (int i = warp; i < D / 16; i += call.warps) {
     float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
+#pragma unroll
     for (int term = kQueryTerms - 1; term >= 0; term--) {  // the small ones first
-      uint4 a[D / 16];
-      load_fragments<D>(call.fragments[0] + term * fragment_at(D, D / 16, 0, 0), i, lane, a);
-      multiply_tile<D>(a, q, c);
+      multiply_tile<D>(r.a[term], q, c);
+      if (i + call.warps < D / 16) ask_for_matrix(call, term, i + call.warps, lane, r);
     }
     if (lambda) {
       const Element first = query_element(i, 0, lane, 0);
@@ -169,16 +187,18 @@ __device__ __forceinline__ Split split_pair(float x, float y) {
 // q·mu of an offset that turns is Σ product · wave over pairs, with
 //   products (qx mu_x + qy mu_y, qy mu_x − qx mu_y) and waves (cos, sin):
 // a row's products, of unit size, as B of a product: pair p is in step p / 8, thread p % 8 / 2, half p % 2.
+// is_row: or zeros.
 template <int D>
-__device__ __forceinline__ void turn_products(const AttendCall& call, const float* mu, long long q_at, int slot,
-                                              const Work& work, int lane) {
+__device__ __forceinline__ void turn_products(const AttendCall& call, const float* mu, bool is_row, long long q_at,
+                                              int slot, const Work& work, int lane) {
   const AttendShape& s = call.shape;
   const Turn& turn = call.buffers.turn;
   constexpr int kEach = D / 2 / kSimd;
-  float2 product[kEach];
+  float2 product[kEach] = {};
   float most = 0.0f;
 #pragma unroll
   for (int i = 0; i < kEach; i++) {
+    if (!is_row) break;
     const int pair = lane + i * kSimd, x = min(pair, turn.pairs - 1) * turn.pair_step, y = x + turn.pair_gap;
     const float in = pair < turn.pairs ? s.scale : 0.0f;
     const float qx = load_as<false>(call.buffers.q, s.dtype, q_at + x) * in;
@@ -192,7 +212,6 @@ __device__ __forceinline__ void turn_products(const AttendCall& call, const floa
 #pragma unroll
   for (int i = 0; i < kEach; i++) {
     const int pair = lane + i * kSimd;
-    if (pair >= turn_steps(turn) * 8) continue;
     const Split split = split_pair(product[i].x * unit, product[i].y * unit);
     uint32_t* to = reinterpret_cast<uint32_t*>(work.products + pair / 8 * kSimd + slot * 4 + pair % 8 / 2) + pair % 2;
     to[0] = split.whole, to[2] = split.rest;
@@ -210,61 +229,86 @@ __device__ __forceinline__ void dot_offsets(const AttendCall& call, int b, int h
   const int first = in.turn.waves ? 2 * in.turn.pairs : 0;
 #pragma unroll 1
   for (int slot = helper; slot < kTileRows; slot += helpers) {
-    const int row = min(tile * kTileRows + slot, rows_of(s) - 1);
-    const long long at = element_at(s.q_strides, b, head * s.group + row % s.group, row / s.group);
+    const int row = tile * kTileRows + slot;
+    const bool is_row = row < rows_of(s);
+    const QueryPlace place = query_place(s, row);
+    const long long at = element_at(s.q_strides, b, head * s.group + place.head, place.query);
     float dot = 0.0f;
-    if (in.offset_k && first < D) {
+    if (is_row && in.offset_k && first < D) {
 #pragma unroll
       for (int c = lane; c < D; c += kSimd)
         if (c >= first) dot += load_as<false>(in.q, s.dtype, at + c) * mu[c];
       dot = simd_sum(dot);
     }
     if (lane == 0) work.offset[slot] = dot * s.scale;
-    if (in.turn.waves) turn_products<D>(call, mu, at, slot, work, lane);
+    if (in.turn.waves) turn_products<D>(call, mu, is_row, at, slot, work, lane);
   }
 }
 
-// q·mu in `spans` spans from `first` on, to turned [spans][kTileRows], by the whole block: a warp takes 16 at a time,
-// as rows of A. Ends with a barrier.
-__device__ __forceinline__ void turn_offsets(const Turn& turn, const Work& work, int first, int spans, float* turned,
-                                             int warps) {
-  const int warp = threadIdx.x / kSimd, lane = threadIdx.x % kSimd, g = lane / 4, t = lane % 4;
-  constexpr int kAhead = 4;  // steps whose loads are under way
-#pragma unroll 1
-  for (int from = 16 * warp; from < spans; from += 16 * warps) {
-    const float2* waves = reinterpret_cast<const float2*>(turn.waves);
-    const float2* row[2] = {waves + (long long)(first + min(from + g, spans - 1)) * turn.pairs,
-                            waves + (long long)(first + min(from + g + 8, spans - 1)) * turn.pairs};
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-    for (int step = 0; step < turn_steps(turn); step += kAhead) {
-      float2 wave[kAhead][4];
+// ---- Offsets that turn
+
+// Spans of tokens, of which a warp takes 16 at a time, as rows of A.
+struct Spans {
+  int first, n;
+};
+
+// A thread's waves of 16 spans, on their way from memory, in some steps of a product: pairs 8i + 2t, + 1 of rows g and
+// g + 8 in of[i]. Those behind the last pair are any: their products are zeros.
+template <int Steps>
+struct Waves {
+  float4 of[Steps][2];
+};
+
+// From span `from` of the spans on, and from step `first` on.
+template <int Steps>
+__device__ __forceinline__ void ask_for_waves(const Turn& turn, Spans spans, int from, int first, int lane,
+                                              Waves<Steps>& waves) {
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll
-      for (int i = 0; i < kAhead; i++)
+  for (int half = 0; half < 2; half++) {
+    const auto* row = reinterpret_cast<const float4*>(
+        turn.waves + (long long)(spans.first + min(from + g + 8 * half, spans.n - 1)) * turn.pairs * 2);
 #pragma unroll
-        for (int j = 0; j < 4; j++) wave[i][j] = row[j % 2][min((step + i) * 8 + 2 * t + j / 2, turn.pairs - 1)];
-#pragma unroll
-      for (int i = 0; i < kAhead; i++) {
-        if (step + i >= turn_steps(turn)) break;
-        uint32_t whole[4], rest[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const Split split = split_pair(wave[i][j].x, wave[i][j].y);
-          whole[j] = split.whole, rest[j] = split.rest;
-        }
-        const uint4 b = work.products[(step + i) * kSimd + lane];
-        mma(sum, rest, b.x, b.y);
-        mma(sum, whole, b.z, b.w);
-        mma(sum, whole, b.x, b.y);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      if (from + g + 8 * half < spans)
-        *reinterpret_cast<float2*>(turned + (from + g + 8 * half) * kTileRows + 2 * t) =
-            float2{sum[2 * half] * work.turn_factor[2 * t], sum[2 * half + 1] * work.turn_factor[2 * t + 1]};
+    for (int i = 0; i < Steps; i++) waves.of[i][half] = row[min(4 * (first + i) + t, turn.pairs / 2 - 1)];
   }
-  __syncthreads();
+}
+
+// What turning reads and writes in shared memory.
+struct Turning {
+  const uint4* products;
+  const float* factor;
+  float* turned;  // [spans][kTileRows]
+};
+
+__device__ __forceinline__ Turning turning(const Work& work) { return {work.products, work.turn_factor, work.slots}; }
+
+// Adds what those steps give of q·mu in the 16 spans, but for the rows' factors.
+template <int Steps>
+__device__ __forceinline__ void turn_steps(const Turning& to, int first, const Waves<Steps>& waves, int lane,
+                                           float sum[4]) {
+#pragma unroll
+  for (int i = 0; i < Steps; i++) {
+    uint32_t whole[4], rest[4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float4 wave = waves.of[i][half];
+      const Split low = split_pair(wave.x, wave.y), high = split_pair(wave.z, wave.w);
+      whole[half] = low.whole, rest[half] = low.rest, whole[half + 2] = high.whole, rest[half + 2] = high.rest;
+    }
+    const uint4 b = to.products[(first + i) * kSimd + lane];
+    mma(sum, rest, b.x, b.y);
+    mma(sum, whole, b.z, b.w);
+    mma(sum, whole, b.x, b.y);
+  }
+}
+
+__device__ __forceinline__ void store_turned(const Turning& to, Spans spans, int from, const float sum[4], int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    if (from + g + 8 * half < spans.n)
+      *reinterpret_cast<float2*>(to.turned + (from + g + 8 * half) * kTileRows + 2 * t) =
+          float2{sum[2 * half] * to.factor[2 * t], sum[2 * half + 1] * to.factor[2 * t + 1]};
 }
 
 }  // namespace halfbyte::gpu

@@ -12,29 +12,7 @@ constexpr int kTileBlocks = kTileTokens / kBlockTokens;
 HALFBYTE_INLINE constexpr int max_warps(int head_dim) { return head_dim > 128 ? 8 : 16; }
 constexpr int kMaxRaw = 3;  // spans of raw tokens: sinks, the tail before this step, this step's own
 constexpr int kMaxStages = 8;
-
-// A token of each sequence that is not yet in the last place of the last raw tokens; k null: none.
-struct NewToken {
-  const uchar *k, *v;
-  Strides3 k_strides, v_strides;
-};
-
-struct AttendCall {
-  AttendShape shape;
-  AttendBuffers buffers;                 // partials are of another kind here, see merge.cuh
-  gpu_global const uint4* fragments[2];  // R of K and the transpose of V's, see fragment_at
-  RawTokens raw[kMaxRaw];
-  NewToken new_token;
-  int n_raw;
-  int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
-  int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
-  int share, larger;        // so many items a block, of a segment's or of all, and one more for the first `larger`
-  int first_weight;         // a segment's first item counts for so many more
-  int warps, stages;        // stages: tiles of each warp that are under way
-  int bytes;                // of a stage
-  int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
-  int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
-};
+constexpr int kLine = 128;  // bytes that one prefetch brings
 
 // ---- Shared memory
 
@@ -54,6 +32,11 @@ struct alignas(16) OutputRow {
   float of_codes, of_offset, of_raw;
 };
 
+// A segment: the queries of a row tile, of a sequence and a KV head.
+struct SegmentPlace {
+  int index, b, head, tile;
+};
+
 // The thread blocks that share a segment.
 struct Sharers {
   int first, n;
@@ -61,7 +44,7 @@ struct Sharers {
 
 // What a thread block works on. It lies in shared memory, since registers have no room for it beside tiles.
 struct alignas(16) Segment {
-  int index, b, head, tile;  // (sequence, head, row tile)
+  SegmentPlace place;
   Sharers sharers;
   int raw_slots;  // how many there are of raw results
 };
@@ -71,32 +54,68 @@ struct WorkPlan {
   int fragments, rows, raw_rows, raw, slots, products, barriers, end;
 };
 
-HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, int turning_pairs) {
+HALFBYTE_INLINE constexpr WorkPlan work_plan(int head_dim, int warps, bool turns) {
   WorkPlan plan{};
   plan.rows = plan.fragments + 4 * head_dim;
-  plan.raw_rows = plan.rows + 5 * kTileRows + (kTileRows * (int)sizeof(OutputRow) + (int)sizeof(Segment)) / 4;
+  plan.raw_rows =
+      plan.rows + 5 * kTileRows + (kTileRows * (int)(sizeof(OutputRow) + sizeof(RowSight)) + (int)sizeof(Segment)) / 4;
   plan.raw = plan.raw_rows + 2 * raw_slots(head_dim, warps) * kTileRows;
   plan.slots = plan.raw + raw_slots(head_dim, warps) * kTileRows * raw_pitch(head_dim);
   plan.products = plan.slots + warps * part_bytes(head_dim) / 4;
-  plan.barriers = plan.products + (turning_pairs + 7) / 8 * 4 * kSimd;
+  plan.barriers = plan.products + (turns ? head_dim / 16 * 4 * kSimd : 0);
   plan.end = plan.barriers + warps * kMaxStages * 2;
   return plan;
 }
 
-HALFBYTE_INLINE WorkPlan work_plan(const AttendCall& call) {
-  const Turn& turn = call.buffers.turn;
-  return work_plan(call.shape.format.k.head_dim, call.warps, turn.waves ? turn.pairs : 0);
+// ---- A call
+
+// A token of each sequence that is not yet in the last place of the last raw tokens; k null: none.
+struct NewToken {
+  const uchar *k, *v;
+  Strides3 k_strides, v_strides;
+};
+
+struct AttendCall {
+  AttendShape shape;
+  AttendBuffers buffers;                 // partials are of another kind here, see merge.cuh
+  gpu_global const uint4* fragments[2];  // R of K and the transpose of V's, see fragment_at
+  RawTokens raw[kMaxRaw];
+  NewToken new_token;
+  int n_raw, raw_blocks;    // spans, and blocks of tokens in all of them
+  int first_tile, n_tiles;  // packed tokens that any query sees, in tiles of kTileTokens
+  int blocks, splits;       // splits > 0: so many thread blocks a segment, that is, a (sequence, head, row tile)
+  int share, larger;        // so many items a block, of a segment's or of all, and one more for the first `larger`
+  int first_weight;         // a segment's first item counts for so many more
+  int warps, stages;        // stages: tiles of each warp that are under way
+  int bytes;                // of a stage
+  int head_bytes;           // of a KV head's part of a page
+  int k_shift, v_shift;     // a span's group is span >> shift, where groups are whole spans
+  int* arrivals;            // [batch][kv_heads][row tiles], zero between calls
+  WorkPlan plan;
+};
+
+HALFBYTE_INLINE SegmentPlace segment_place(const AttendShape& s, int index) {
+  const unsigned tiles = row_tiles(s), heads = s.kv_heads, of_heads = (unsigned)index / tiles;
+  return {index, (int)(of_heads / heads), (int)(of_heads % heads), (int)((unsigned)index % tiles)};
 }
 
-// Steps of a product over all pairs.
-__device__ __forceinline__ int turn_steps(const Turn& turn) { return (turn.pairs + 7) / 8; }
+__device__ __forceinline__ void next_segment(const AttendShape& s, SegmentPlace& at) {
+  at.index++;
+  if (++at.tile < row_tiles(s)) return;
+  at.tile = 0;
+  if (++at.head < s.kv_heads) return;
+  at.head = 0, at.b++;
+}
+
+// A token's span is token >> span_shift.
+__device__ __forceinline__ int span_shift(const Turn& turn) { return turn.span == kBlockTokens ? 4 : 6; }
 
 // That memory while a segment is worked on.
 struct Work {
   uint2* fragments;    // [d / 16][32]: queries in code domain as B, then what the packed tokens gave
   float* offset;       // [kTileRows] q·mu
   float* factor;       // [kTileRows]: a score is factor · product
-  unsigned* tops;      // [kTileRows] maxima of raw tokens' scores, as ordered_bits
+  float* raw_top;      // [kTileRows] maxima of raw tokens' scores
   float* raw_sum;      // [kTileRows] of weights
   OutputRow* outputs;  // [kTileRows]
   Segment* segment;
@@ -106,7 +125,8 @@ struct Work {
   float* slots;        // offsets that turn: [spans][kTileRows]
   uchar* parts;        // [warps] parts, in the same place: see merge.cuh
   float* turn_factor;  // [kTileRows]
-  uint4* products;     // [turn_steps][32]: see turn_products
+  uint4* products;     // [d / 16][32]: see turn_products
+  RowSight* sights;    // [kTileRows]
 };
 
 __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int slots) {
@@ -114,7 +134,7 @@ __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int
   return {reinterpret_cast<uint2*>(memory + plan.fragments),
           rows,
           rows + kTileRows,
-          reinterpret_cast<unsigned*>(rows + 2 * kTileRows),
+          rows + 2 * kTileRows,
           rows + 3 * kTileRows,
           reinterpret_cast<OutputRow*>(rows + 5 * kTileRows),
           reinterpret_cast<Segment*>(rows + 5 * kTileRows + kTileRows * sizeof(OutputRow) / 4),
@@ -124,7 +144,8 @@ __device__ __forceinline__ Work work_at(float* memory, const WorkPlan& plan, int
           memory + plan.slots,
           reinterpret_cast<uchar*>(memory + plan.slots),
           rows + 4 * kTileRows,
-          reinterpret_cast<uint4*>(memory + plan.products)};
+          reinterpret_cast<uint4*>(memory + plan.products),
+          reinterpret_cast<RowSight*>(rows + 5 * kTileRows + (kTileRows * sizeof(OutputRow) + sizeof(Segment)) / 4)};
 }
 
 HALFBYTE_INLINE int stage_bytes(const PageFormat& f) {
@@ -138,20 +159,27 @@ HALFBYTE_INLINE void packed_range(const AttendShape& s, bool masked, int& begin,
   for (int query = 0; query < s.queries; query++) end = max(end, sight_of(s, query * s.group, masked).packed_end);
 }
 
-// Tiles that take as long as preparing the queries of one more segment and finishing it, or as its raw tokens.
-constexpr int kSegmentTiles = 40;
-constexpr int kFewestTiles = 2;  // of a warp: with fewer, merging costs more than it saves
+// Blocks of 16 of all raw tokens.
+HALFBYTE_INLINE int raw_blocks(const AttendCall& call) {
+  int n = 0;
+  for (int i = 0; i < call.n_raw; i++) n += (call.raw[i].end - call.raw[i].begin + kBlockTokens - 1) / kBlockTokens;
+  return n;
+}
+
+// Tiles that take as long as preparing the queries of one more segment and finishing it; those that the block with a
+// segment's raw tokens has less time for, at most.
+constexpr int kSegmentTiles = 40, kRawTiles = 20;
 
 // Whole segments to blocks, or parts of one segment, unless that leaves too many multiprocessors idle: then blocks
-// cross from one segment into the next. all: tiles of all segments.
+// cross from one segment into the next. A warp has a tile at least. all: tiles of all segments.
 HALFBYTE_INLINE void split_work(AttendCall& call, int all, int processors) {
   const int segments = all / call.n_tiles;
-  const int most = max(1, call.n_tiles / (call.warps * kFewestTiles));
+  const int most = max(1, call.n_tiles / call.warps);
   call.splits = max(1, min(most, processors / segments));
   call.blocks = segments * call.splits;
   const int rounds = (call.blocks + processors - 1) / processors, part = call.n_tiles / call.splits;
   if (rounds * (part + kSegmentTiles) <= all / processors + 2 * kSegmentTiles || call.splits == most) {
-    call.first_weight = call.splits > 1 ? min(kSegmentTiles, part / 4) : 0;
+    call.first_weight = call.splits > 1 ? min(kRawTiles, part / 4) : 0;
     call.share = (call.n_tiles + call.first_weight) / call.splits;
     call.larger = (call.n_tiles + call.first_weight) % call.splits;
     return;
@@ -207,6 +235,7 @@ HALFBYTE_INLINE Sharers sharers_of(const AttendCall& call, int segment) {
 // ---- One warp's ring of tiles
 
 struct Ring {
+  int first, last;        // its tiles are work items first, first + warps, … before `last`
   uint8_t* memory;        // [stages][bytes of a stage]
   CopyBarrier* barriers;  // [stages], where copies are bulk copies
   int slot, round;        // the slot to read, and then to fill, next; how often the ring has begun anew, modulo 2
@@ -218,11 +247,13 @@ __device__ __forceinline__ void next_slot(const AttendCall& call, Ring& ring) {
   if (++ring.slot == call.stages) ring.slot = 0, ring.round ^= 1;
 }
 
-__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, unsigned item) {
-  const AttendShape& s = call.shape;
-  const unsigned n_tiles = call.n_tiles, row = item / n_tiles / row_tiles(s), heads = s.kv_heads;
-  const int token = (call.first_tile + (int)(item % n_tiles)) * kTileTokens;
-  return page_of(call.buffers.pages, s.format, (int)(row / heads), (int)(row % heads), token) +
+// at: the item's segment, or one before it.
+__device__ __forceinline__ const uint8_t* tile_address(const AttendCall& call, SegmentPlace at, int item) {
+  const Pages& pages = call.buffers.pages;
+  while (item - at.index * call.n_tiles >= call.n_tiles) next_segment(call.shape, at);
+  const int token = (call.first_tile + item - at.index * call.n_tiles) * kTileTokens;
+  const int64_t page = pages.table[(int64_t)at.b * pages.table_stride + token / kPageTokens - pages.first_page];
+  return pages.pool + page + (int64_t)at.head * call.head_bytes +
          token % kPageTokens / kTileTokens;  // a page is aligned to 16: the low bit tells which half of it
 }
 
@@ -247,14 +278,14 @@ __device__ __forceinline__ void copy_tile(const AttendCall& call, const uint8_t*
   copy_bulk(to + Codes, from.scales, call.bytes - Codes, barrier);
 }
 
-// Starts copying the warp's next tile, of work items first, first + warps, … before `last`, to slot `slot`; an empty
-// group once there is none, so that waiting counts on. Codes, MostScales: bytes.
+// Starts copying the warp's next tile to slot `slot`; an empty group once there is none, so that waiting counts on. at:
+// a segment not behind the tile's. Codes, MostScales: bytes.
 template <int Codes, int MostScales>
-__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, int slot, int first, int last,
+__device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring, const SegmentPlace& at, int slot,
                                              int lane) {
-  if (ring.asked % kSimd == 0) {
-    const int item = first + (ring.asked + lane) * call.warps;
-    ring.ahead = item < last ? tile_address(call, item) : nullptr;
+  if (ring.asked && ring.asked % kSimd == 0) {
+    const int item = ring.first + ((int)ring.asked + lane) * call.warps;
+    ring.ahead = item < ring.last ? tile_address(call, at, item) : nullptr;
   }
   const auto tagged = (const uint8_t*)__shfl_sync(0xffffffffu, (uint64_t)ring.ahead, ring.asked++ % kSimd);
   uint8_t* to = ring.memory + slot * call.bytes;
@@ -274,36 +305,21 @@ __device__ __forceinline__ void ask_for_tile(const AttendCall& call, Ring& ring,
   }
 }
 
-// The same for slots [begin, end) of the rings of `rings` warps from `from` on, one lane a ring. own: of this warp.
-template <int Codes>
-__device__ __forceinline__ void fill_rings(const AttendCall& call, const Ring& own, int begin, int end, int from,
-                                           int rings, int first, int last, int warp, int lane) {
-  const int behind = from + lane - warp;
-#pragma unroll 1
-  for (int slot = begin; slot < end; slot++) {
-    CopyBarrier* barrier = own.barriers + behind * kMaxStages + slot;
-    if (lane < rings) copy_barrier_start(barrier);
-    __syncwarp();  // that instruction is the warp's, though each lane has a barrier of its own
-    const int item = first + from + lane + slot * call.warps;
-    if (lane < rings && item < last)
-      copy_tile<Codes>(call, tile_address(call, item), own.memory + (behind * call.stages + slot) * call.bytes,
-                       barrier);
-  }
-}
-
-// A warp's ring, of which no tile is asked for; where copies are bulk copies, fill_rings does that for the first ones.
-__device__ __forceinline__ Ring start_ring(const AttendCall& call, float* memory, const WorkPlan& plan, int first,
+// A warp's ring, of which no tile is asked for yet. Where the first ones lie is on its way: it is asked for now, as
+// later loads wait for memory that has enough to do.
+__device__ __forceinline__ Ring start_ring(const AttendCall& call, float* memory, const SegmentPlace& at, int first,
                                            int last, int warp, int lane) {
-  Ring ring{reinterpret_cast<uint8_t*>(memory + plan.end) + (size_t)warp * call.stages * call.bytes,
-            reinterpret_cast<CopyBarrier*>(memory + plan.barriers) + warp * kMaxStages,
+  const int item = first + lane * call.warps;
+  Ring ring{first,
+            last,
+            reinterpret_cast<uint8_t*>(memory + call.plan.end) + (size_t)warp * call.stages * call.bytes,
+            reinterpret_cast<CopyBarrier*>(memory + call.plan.barriers) + warp * kMaxStages,
             0,
             0,
             0,
-            nullptr};
-  if constexpr (kBulkCopies) {
-    const int item = first + warp + lane * call.warps;
-    ring.asked = call.stages, ring.ahead = item < last ? tile_address(call, item) : nullptr;
-  }
+            item < last ? tile_address(call, at, item) : nullptr};
+  if (kBulkCopies && lane < call.stages) copy_barrier_start(ring.barriers + lane);
+  __syncwarp();  // the warp alone uses them
   return ring;
 }
 

@@ -62,6 +62,17 @@ struct RowSight {
 HALFBYTE_INLINE int rows_of(gpu_local const AttendShape& s) { return s.group * s.queries; }
 HALFBYTE_INLINE int row_tiles(gpu_local const AttendShape& s) { return (rows_of(s) + kTileRows - 1) / kTileRows; }
 
+// What a row is: a query, and a head of the KV head's group.
+struct QueryPlace {
+  int query, head;
+};
+
+HALFBYTE_INLINE QueryPlace query_place(gpu_local const AttendShape& s, int row) {
+  const int query = s.queries == 1 ? 0 : row / s.group;
+  QueryPlace place = {query, row - query * s.group};
+  return place;
+}
+
 // A partial result: acc [kTileRows][padded_dim of V] in code domain, then maxima and sums [kTileRows], in powers of
 // two.
 HALFBYTE_INLINE int partial_floats(gpu_local const AttendShape& s) { return kTileRows * (s.format.v.padded_dim + 2); }
@@ -75,7 +86,7 @@ HALFBYTE_INLINE int raw_start(gpu_local const Rule& s, int position) {
 }
 
 HALFBYTE_INLINE RowSight sight_of(gpu_local const AttendShape& s, int row, bool masked) {
-  const int position = s.length - s.queries + row / s.group;
+  const int position = s.length - s.queries + query_place(s, row).query;
   const int start = raw_start(s, position), held = s.kept < position + 1 ? s.kept : position + 1;
   RowSight sight;
   sight.raw_from = start > held ? start : held;
@@ -92,8 +103,8 @@ HALFBYTE_INLINE RowSight sight_of(gpu_local const AttendShape& s, int row, bool 
 }
 
 gpu_fn bool mask_shows(gpu_local const AttendShape& s, gpu_global const uchar* mask, int b, int row, int token) {
-  return !mask ||
-         mask[b * s.mask_batch_stride + row / s.group * s.mask_query_stride + token - (s.length - s.mask_tokens)];
+  return !mask || mask[b * s.mask_batch_stride + query_place(s, row).query * s.mask_query_stride + token -
+                       (s.length - s.mask_tokens)];
 }
 
 // A score as a power of two, soft-capped.

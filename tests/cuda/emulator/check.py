@@ -39,7 +39,7 @@ TESTS = "*Mutations*:CudaFastRotation.*"
 UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
     "__syncwarp();  // before the slot is filled again",
-    "__syncwarp();  // that instruction is the warp's, though each lane has a barrier of its own",
+    "__syncwarp();  // the warp alone uses them",
     "space.weights[row * kRawTokens + lane] = p;",
     "__syncwarp();  // before the memory is filled again",
     "__syncwarp();  // the others' part of the block is there as well",

@@ -12,9 +12,9 @@ class Emulated : public testing::Test {
   void TearDown() override { halfbyte_emulator_device(132, 227 << 10); }
 };
 
-// Two sequences of two KV heads are four segments of ten tiles. 36 KB hold the rings of two warps, so that a segment is
-// worth splitting: among few multiprocessors, blocks take whole segments or cross from one into the next, with equal
-// shares and unequal ones; among many, several blocks share one.
+// Two sequences of two KV heads are four segments of ten tiles. 36 KB hold the rings of two warps, so that a segment
+// can be split in five: among few multiprocessors, blocks take whole segments or cross from one into the next, with
+// equal shares and unequal ones; among many, several blocks share one.
 TEST_F(Emulated, EverySplitOfTheWorkGivesTheSame) {
   for (int shared_kilobytes : {36, 227})
     for (int processors : {1, 2, 3, 4, 7, 8, 40})
@@ -72,7 +72,9 @@ TEST_P(Mutations, Attend) {
   for (bool portable : {false, true})
     for (int kind = 0; kind < 6; kind++) {
       Case c;
-      if (kind == 3) c.queries = 7, c.window = 100, halfbyte_emulator_device(8, 54 << 10);  // four warps
+      halfbyte_emulator_device(kind == 0 ? 2 : 8, 36 << 10);  // 2: warps have several tiles
+      // A window that begins where some lanes see nothing of a warp's first tile; four warps.
+      if (kind == 3) c.queries = 7, c.window = 85, halfbyte_emulator_device(8, 54 << 10);
       c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
       if (kind == 0) c.sharpness = 4.0f, c.pairs = 40;
       if (kind == 4) c.head_dim = 256, c.recipe.lambda = true, halfbyte_emulator_device(8, 227 << 10);
