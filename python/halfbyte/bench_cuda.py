@@ -18,6 +18,7 @@ from .recipes import get_recipe
 
 FLUSH_BYTES = 128 << 20  # over twice the L2 cache of an H100: nothing timed finds its input or its code there
 COPY_BYTES = 1 << 30
+HOLD_CYCLES = 1_000_000  # some 0.6 ms
 REPEATS = 20
 ROPE_THETA = 1e4
 
@@ -44,6 +45,7 @@ def graph_us(call, rounds=REPEATS) -> list[float]:
     times = []
     for _ in range(rounds + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOLD_CYCLES)  # until all is queued: what a busy processor takes for it is none of ours
         flush.max()
         start.record()
         graph.replay()
