@@ -35,6 +35,17 @@ TEST_F(Emulated, OffsetsThatTurnComeInSeveralPieces) {
   EXPECT_LT(attend_distance(c, 3, false), tolerance(c.dtype, false));
 }
 
+// More spans than two warps take at a time, and at head size 256 than all of them do: some warps rotate queries as
+// well.
+TEST_F(Emulated, EveryWarpTurnsSpansOfItsOwn) {
+  halfbyte_emulator_device(1, 227 << 10);
+  for (int d : {64, 128, 256}) {
+    Case c;
+    c.head_dim = d, c.kv_heads = 1, c.heads = 2, c.prefix = 3000, c.pairs = d / 2, c.recipe.offset_span = 16;
+    EXPECT_LT(attend_distance(c, (unsigned)d, false), tolerance(c.dtype, false)) << d;
+  }
+}
+
 TEST_F(Emulated, PartsOfThePortableKernelMerge) {
   for (int processors : {1, 2, 3}) {
     halfbyte_emulator_device(processors, 227 << 10);
