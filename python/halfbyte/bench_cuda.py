@@ -235,15 +235,21 @@ class Arm:
         out = self.forward(ids, use_cache=True, logits_to_keep=1, **cache_argument(self.model, self.cache))
         return out.logits[:, -1].argmax(-1, keepdim=True).clone()
 
-    def decode(self, count):
-        """Adds a round of so many tokens."""
+    def decode(self):
+        """Adds a token, and waits for it as generate() does. Returns its milliseconds."""
         self.model.set_attn_implementation(self.implementation)
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(count):
-            self.last = self._step(self.last)
+        self.last = self._step(self.last)
         torch.cuda.synchronize()
-        self.ms_per_token.append((time.perf_counter() - start) / count * 1e3)
+        return (time.perf_counter() - start) * 1e3
+
+
+def _decode_round(arms, count):
+    """Has every arm decode `count` tokens, in turns of one: a processor's pace changes within a second."""
+    taken = [[arm.decode() for arm in arms] for _ in range(count)]
+    for arm, ms in zip(arms, zip(*taken, strict=True), strict=True):
+        arm.ms_per_token.append(statistics.fmean(ms))
 
 
 def _held(cache) -> int:
@@ -270,8 +276,8 @@ def bench_generate(
     without cuDNN's attention, which would plan anew for every length and be slower than flash attention;
     "static" is StaticCache and "int4_static" Int4StaticCache, both with torch.compile(mode="reduce-overhead"), which
     compiles in the first round and whose ratio is to the other. Peak memory counts from before the prefill,
-    without the weights, and is that of the prefill. Medians over rounds of new_tokens tokens, for which the arms take
-    turns.
+    without the weights, and is that of the prefill. Medians over rounds of new_tokens tokens, the arms taking turns
+    token by token.
     """
     from tqdm import tqdm
 
@@ -284,7 +290,7 @@ def bench_generate(
         sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
     ):
         for arm in ("dynamic", "int4"):  # loads what the first prefill would have to
-            Arm(arm, model, torch.zeros(1, 64, dtype=torch.int64, device="cuda"), 128, recipe).decode(4)
+            Arm(arm, model, torch.zeros(1, 64, dtype=torch.int64, device="cuda"), 128, recipe).decode()
         for prefix in tqdm(prefixes, "bench generate", disable=not progress, leave=False):
             prompt = torch.randint(vocabulary, (batch, prefix), generator=generator).cuda()
             row = {"model": name, "batch": batch, "prefix": prefix}
@@ -292,8 +298,7 @@ def bench_generate(
             room = prefix + (rounds + 1) * new_tokens + 2
             running = [Arm(arm, model, prompt, room, recipe) for arm in arms]
             for _ in range(rounds + 1):
-                for arm in running:
-                    arm.decode(new_tokens)
+                _decode_round(running, new_tokens)
             for arm in running:
                 ms = statistics.median(arm.ms_per_token[1:])  # the first round warms up
                 row |= {f"{arm.name}_ms_per_token": ms, f"{arm.name}_tokens_per_s": batch / ms * 1e3}

@@ -63,3 +63,20 @@ def test_rows_of_packing_hold_together(without_clock, tmp_path):
     for row in rows:
         assert row["of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"])
         assert row["tb_per_s"] * row["us"] * 1e6 > 256 * 64 * 2.5  # bytes: 16 bits in, 4 out
+
+
+def test_caches_take_turns_token_by_token():
+    order = []
+
+    class Paced:
+        def __init__(self, name, ms):
+            self.name, self.ms, self.ms_per_token = name, iter(ms), []
+
+        def decode(self):
+            order.append(self.name)
+            return next(self.ms)
+
+    arms = [Paced("dynamic", [3.0, 5.0]), Paced("int4", [1.0, 2.0])]
+    bench_cuda._decode_round(arms, 2)
+    assert order == ["dynamic", "int4"] * 2
+    assert [arm.ms_per_token for arm in arms] == [[4.0], [1.5]]
