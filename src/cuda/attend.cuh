@@ -216,18 +216,18 @@ __device__ __forceinline__ void attend_blocks(const AttendCall& call, const uint
   if (s.softcap > 0.0f)  // otherwise factor and offset hold log2(e) already
     for (int i = 0; i < kBlocks; i++)
       for (int j = 0; j < 4; j++) score[i][j] = s.softcap * kLog2e * tanh_fast(score[i][j] / s.softcap);
-  if (call.buffers.mask || token < columns.open_from || token + kBlocks * kBlockTokens > columns.open_to)
+  if (call.buffers.mask || token < columns.open_from || token + kBlocks * kBlockTokens > columns.open_to) {
+    uint32_t seen[2];
     for (int j = 0; j < 2; j++) {
-      const SegmentPlace& at = work.segment->place;
-      const int row = min(at.tile * kTileRows + 2 * t + j, rows_of(s) - 1);
       const PackedSight sight = packed_sight(s, work.sights[2 * t + j]);
-      for (int i = 0; i < kBlocks; i++)
-        for (int of = 0; of < 2; of++) {
-          const int seen = token + i * kBlockTokens + 2 * g + of;
-          if (seen < sight.lo || seen >= sight.end || !mask_shows(s, call.buffers.mask, at.b, row, seen))
-            score[i][2 * of + j] = -INFINITY;
-        }
+      seen[j] = bits_between(token, sight.lo, sight.end);
     }
+    const SegmentPlace& at = work.segment->place;
+    if (call.buffers.mask) take_mask(call, at.b, at.tile, token, lane, seen);
+    for (int i = 0; i < kBlocks; i++)
+      for (int j = 0; j < 4; j++)
+        if (!(seen[j & 1] >> (i * kBlockTokens + 2 * g + j / 2) & 1)) score[i][j] = -INFINITY;
+  }
   float high0 = fmaxf(score[0][0], score[0][2]), high1 = fmaxf(score[0][1], score[0][3]);
   for (int i = 1; i < kBlocks; i++) {
     high0 = fmaxf(high0, fmaxf(score[i][0], score[i][2]));

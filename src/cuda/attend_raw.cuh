@@ -3,6 +3,7 @@
 
 #include "cuda/rotate.cuh"
 #include "cuda/running.cuh"
+#include "cuda/sight.cuh"
 
 namespace halfbyte::gpu {
 
@@ -53,16 +54,18 @@ __device__ __forceinline__ void score_raw_block(const AttendCall& call, const Ra
       else
         mma(score, a, word_of(q.row.words[p], h), word_of(q.row.words[p], h + 1));
     }
-  const int g = lane / 4, t = lane % 4;
+  uint32_t seen[2];
+  for (int j = 0; j < 2; j++) {
+    const RowSight& sight = q.sight[j];
+    seen[j] = bits_between(from, raw.are_sinks ? sight.lo : max(sight.lo, sight.raw_from), min(sight.hi, from + n));
+  }
+  if (call.buffers.mask) take_mask(call, b, tile, from, lane, seen);
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const int i = g + j / 2 * 8, token = from + i;
-    const RowSight& sight = q.sight[j % 2];
-    bool seen = i < n && token >= (raw.are_sinks ? sight.lo : max(sight.lo, sight.raw_from)) && token < sight.hi;
-    if (call.buffers.mask && seen)
-      seen = mask_shows(s, call.buffers.mask, b, min(tile * kTileRows + 2 * t + j % 2, rows_of(s) - 1), token);
     const float x = score[j] * s.scale;
-    score[j] = seen ? (s.softcap > 0.0f ? s.softcap * tanh_fast(x / s.softcap) : x) * kLog2e : -INFINITY;
+    score[j] = seen[j % 2] >> (lane / 4 + j / 2 * 8) & 1
+                   ? (s.softcap > 0.0f ? s.softcap * tanh_fast(x / s.softcap) : x) * kLog2e
+                   : -INFINITY;
   }
 }
 

@@ -169,12 +169,13 @@ HALFBYTE_INLINE int raw_blocks(const AttendCall& call) {
 // Tiles that take as long as preparing the queries of one more segment and finishing it; those that the block with a
 // segment's raw tokens has less time for, at most.
 constexpr int kSegmentTiles = 40, kRawTiles = 20;
+constexpr int kLeastTiles = 4;  // of a block that shares a segment
 
 // Whole segments to blocks, or parts of one segment, unless that leaves too many multiprocessors idle: then blocks
-// cross from one segment into the next. A warp has a tile at least. all: tiles of all segments.
+// cross from one segment into the next. What is less than a tile a warp stays together. all: tiles of all segments.
 HALFBYTE_INLINE void split_work(AttendCall& call, int all, int processors) {
   const int segments = all / call.n_tiles;
-  const int most = max(1, call.n_tiles / call.warps);
+  const int most = call.n_tiles < call.warps ? 1 : max(1, call.n_tiles / kLeastTiles);
   call.splits = max(1, min(most, processors / segments));
   call.blocks = segments * call.splits;
   const int rounds = (call.blocks + processors - 1) / processors, part = call.n_tiles / call.splits;

@@ -28,6 +28,7 @@ FILES = (
     "cuda/rotate.cuh",
     "cuda/running.cuh",
     "cuda/scales.cuh",
+    "cuda/sight.cuh",
     "cuda/work.cuh",
     "gpu/attend.h",
     "gpu/attend_packed.h",

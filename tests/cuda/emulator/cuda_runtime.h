@@ -104,6 +104,10 @@ T __shfl_xor_sync(unsigned, T value, unsigned mask, emulated::Where where = emul
 inline bool __any_sync(unsigned, bool value, emulated::Where where = emulated::Where::current()) {
   return emulated::is_left_out(where) ? value : emulated::any_of_warp(value, where.line) != 0;
 }
+inline unsigned __ballot_sync(unsigned, bool value, emulated::Where where = emulated::Where::current()) {
+  const unsigned own = (unsigned)value << emulated::thread().x % 32;
+  return emulated::is_left_out(where) ? own : emulated::any_of_warp(own, where.line);
+}
 inline unsigned __reduce_max_sync(unsigned, unsigned value, emulated::Where where = emulated::Where::current()) {
   return emulated::is_left_out(where) ? value : emulated::largest_of_warp(value, where.line);
 }

@@ -88,6 +88,7 @@ TEST_P(Mutations, Attend) {
       if (kind == 3) c.queries = 7, c.window = 85, halfbyte_emulator_device(8, 54 << 10);
       c.prefix = 330, c.heads = 6, c.recipe.lambda = kind == 1, c.recipe.sink_tokens = kind == 1 ? 16 : 0;
       if (kind == 0) c.sharpness = 4.0f, c.pairs = 40;
+      if (kind == 1) c.masked = true;
       if (kind == 4) c.head_dim = 256, c.recipe.lambda = true, halfbyte_emulator_device(8, 227 << 10);
       if (kind == 2) c.dtype = Dtype::bfloat16, c.recipe.k.group = c.recipe.v.group = 16;
       if (kind == 5) c.dtype = Dtype::bfloat16, c.prefix = 20;  // all raw
