@@ -2,6 +2,7 @@
 #include "turn.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 namespace halfbyte {
@@ -22,6 +23,22 @@ struct Waves {
   }
 };
 
+Turn compute_turn(int span, const float* frequencies, int pairs, bool interleaved) {
+  Turn turn;
+  turn.span = span, turn.pairs = pairs;
+  turn.pair_step = interleaved ? 2 : 1, turn.pair_gap = interleaved ? 1 : pairs;
+  turn.frequencies.assign(frequencies, frequencies + pairs);
+  for (double frequency : turn.frequencies) {
+    for (size_t lane = 0; lane < kTurnSpans; lane++) {
+      turn.cos.push_back((float)std::cos(frequency * turn.middle_of(lane)));
+      turn.sin.push_back((float)std::sin(frequency * turn.middle_of(lane)));
+    }
+    turn.step_cos.push_back(std::cos(frequency * (kTurnSpans * span)));
+    turn.step_sin.push_back(std::sin(frequency * (kTurnSpans * span)));
+  }
+  return turn;
+}
+
 // (cos, sin) *= (other_cos, other_sin) as complex numbers.
 void multiply(double* cos, double* sin, const double* other_cos, const double* other_sin, int pairs) {
   for (int i = 0; i < pairs; i++) {
@@ -34,18 +51,16 @@ void multiply(double* cos, double* sin, const double* other_cos, const double* o
 }  // namespace
 
 std::shared_ptr<const Turn> make_turn(int span, const float* frequencies, int pairs, bool interleaved) {
-  auto turn = std::make_shared<Turn>();
-  turn->span = span, turn->pairs = pairs;
-  turn->pair_step = interleaved ? 2 : 1, turn->pair_gap = interleaved ? 1 : pairs;
-  turn->frequencies.assign(frequencies, frequencies + pairs);
-  for (double frequency : turn->frequencies) {
-    for (size_t lane = 0; lane < kTurnSpans; lane++) {
-      turn->cos.push_back((float)std::cos(frequency * turn->middle_of(lane)));
-      turn->sin.push_back((float)std::sin(frequency * turn->middle_of(lane)));
-    }
-    turn->step_cos.push_back(std::cos(frequency * (kTurnSpans * span)));
-    turn->step_sin.push_back(std::sin(frequency * (kTurnSpans * span)));
-  }
+  // The layers of a model want one of few, and computing its waves takes longer than making a layer.
+  thread_local std::array<std::weak_ptr<const Turn>, 8> recent;
+  thread_local size_t oldest = 0;
+  for (const std::weak_ptr<const Turn>& held : recent)
+    if (std::shared_ptr<const Turn> turn = held.lock())
+      if (turn->span == span && turn->interleaved() == interleaved &&
+          std::equal(turn->frequencies.begin(), turn->frequencies.end(), frequencies, frequencies + pairs))
+        return turn;
+  const auto turn = std::make_shared<const Turn>(compute_turn(span, frequencies, pairs, interleaved));
+  recent[oldest++ % recent.size()] = turn;
   return turn;
 }
 

@@ -73,6 +73,20 @@ Offset = _structure(
     ("transposed offset rotated_offset span_offset span_rotated_offset", _ADDRESS),
     ("span_count is_mean", _INT),
 )
+Offsets = _structure(
+    "Offsets",
+    ("layer", LayerDescription),
+    ("turn", Turn),
+    ("batch total", _INT),
+    ("raw", Raw * 3),
+    ("n_raw", _INT),
+    ("weights counts", _ADDRESS),
+    ("weight_stride first_span", _INT),
+    ("k v", Offset),
+    ("space", _ADDRESS),
+    ("device", _INT),
+    ("stream", _ADDRESS),
+)
 Append = _structure(
     "Append",
     ("layer", LayerDescription),
@@ -153,13 +167,15 @@ def bind(path):
     """The library at `path` with its functions typed."""
     library = ctypes.CDLL(str(path))
     pointer = ctypes.POINTER
-    for structure in (Append, Attend, Copy, Decode, Encode):
+    for structure in (Append, Attend, Copy, Decode, Encode, Offsets):
         getattr(library, f"halfbyte_cuda_{structure.__name__.lower()}").argtypes = [pointer(structure)]
     library.halfbyte_cuda_attend_space.argtypes = [pointer(Attend)]
+    library.halfbyte_cuda_offsets_space.argtypes = [pointer(Offsets)]
     library.halfbyte_cuda_page_bytes.argtypes = [pointer(LayerDescription)]
     for name in ("fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
         getattr(library, f"halfbyte_cuda_{name}").argtypes = [pointer(LayerDescription), _INT]
-    for name in ("attend_space", "page_bytes", "fragment_bytes", "attend_fragment_bytes", "fast_bytes"):
+    sizes = "attend_space", "offsets_space", "page_bytes", "fragment_bytes", "attend_fragment_bytes", "fast_bytes"
+    for name in sizes:
         getattr(library, f"halfbyte_cuda_{name}").restype = _INT
     for name, addresses in (("rotation", 1), ("fast", 1), ("fragments", 2), ("attend_fragments", 2)):
         function = getattr(library, f"halfbyte_cuda_{name}")

@@ -36,7 +36,7 @@ class CudaKernels(GpuKernels):
         super().__init__(device, **config)
         recipe = self.recipe
         self._library = _cuda.load()
-        names = "encode", "copy", "attend", "decode"
+        names = "encode", "copy", "attend", "decode", "offsets"
         self._functions = {name: getattr(self._library, f"halfbyte_cuda_{name}") for name in names}
         self._description = _cuda.LayerDescription(
             self.kv_heads, *self.dims, DTYPES[self.dtype],
@@ -83,11 +83,63 @@ class CudaKernels(GpuKernels):
         rotation = self._rotations[side][0]
         return mu, mu if rotation is None else (mu.double() @ rotation.double().T).float()
 
+    def means(self, spans, total, weights, turn, wanted):
+        call = self._describe_offsets_of(turn, total)
+        call.total, call.n_raw = total, len(spans)
+        for raw, (begin, end, (k, v)) in zip(call.raw, spans, strict=False):
+            raw.first, raw.begin, raw.end = begin, begin, min(end, total)
+            describe(raw.k, k)
+            describe(raw.v, v)
+        call.batch = spans[0][2][0].shape[0]
+        if weights is not None:
+            counts = weights.sum(1)
+            call.weights, call.counts, call.weight_stride = weights.data_ptr(), counts.data_ptr(), weights.stride(0)
+        made = [None, None]
+        for side, offset in enumerate((call.k, call.v)):
+            if wanted[side]:
+                mu, rotated = made[side] = self._new_offsets(call.batch, self.dims[side])
+                offset.offset, offset.rotated_offset = mu.data_ptr(), rotated.data_ptr()
+        space = torch.empty(self._library.halfbyte_cuda_offsets_space(call), dtype=torch.uint8, device=self.device)
+        call.space = space.data_ptr()
+        self._launch("offsets", call)
+        return made
+
+    def turned_tables(self, turn, tables, first, last):
+        call = self._describe_offsets_of(turn, last * turn.span)
+        mu, rotated = tables
+        call.batch, call.first_span, call.k.span_count = mu.shape[0], first, last - first
+        call.k.offset, call.k.rotated_offset = mu.data_ptr(), rotated.data_ptr()
+        turned = self._new_offsets(mu.shape[0], last - first, self.dims[0])
+        call.k.span_offset, call.k.span_rotated_offset = (x.data_ptr() for x in turned)
+        self._launch("offsets", call)
+        return turned
+
+    def _describe_offsets_of(self, turn, tokens):
+        """A call for offsets of which K's turns as in so many tokens, if it does."""
+        call = _cuda.Offsets(self._description, device=self.device.index)
+        if turn is not None:
+            call.turn = _cuda.Turn(turn.waves(tokens).data_ptr(), turn.span, turn.pairs, turn.interleaved)
+        for offset, (_, transposed, *_) in zip((call.k, call.v), self._rotations, strict=True):
+            offset.transposed = None if transposed is None else transposed.data_ptr()
+        return call
+
+    def _new_offsets(self, batch, *shape):
+        """Room for offsets [batch, kv_heads, …, head_dim], and for them rotated."""
+        return tuple(
+            torch.empty(batch, self.kv_heads, *shape, dtype=torch.float32, device=self.device) for _ in range(2)
+        )
+
     def bind(self, batch, pages, offset, factors, turn, warm_up):
         super().bind(batch, pages, offset, factors, turn, warm_up)
+        self._unbound = batch, pages, factors, warm_up  # a prefill tells of changes three times before it needs a call
+
+    def _describe_calls(self):
+        """The calls as far as they stay alike until the next `bind`."""
+        batch, pages, factors, warm_up = self._unbound
+        self._unbound = None
         tables = []
         for side in (0, 1):
-            held = *self._rotations[side], *(offset[side] if offset else NO_TABLES), *factors[side]
+            held = *self._rotations[side], *(self._offset[side] if self._offset else NO_TABLES), *factors[side]
             tables.append(_cuda.Tables(*(None if x is None else x.data_ptr() for x in held)))
         common = self._description, *tables, pages.described()
         self._encode, self._attend, self._decode = (
@@ -100,7 +152,7 @@ class CudaKernels(GpuKernels):
         call = self._attend
         call.causal, call.sliding_window, call.warm_up = 1, self.sliding_window, warm_up
         call.sink_tokens, call.raw_window = self.recipe.sink_tokens, self.recipe.raw_window
-        if self._turn is not None:
+        if (turn := self._turn) is not None:
             self._waves = turn.waves(pages.end * PAGE_TOKENS)  # kept: calls hold its address
             call.turn = _cuda.Turn(self._waves.data_ptr(), turn.span, turn.pairs, turn.interleaved)
         # A decoding step writes few fields: structures inside others are kept, and views of tensors that stay.
@@ -122,6 +174,8 @@ class CudaKernels(GpuKernels):
 
     def encode(self, pair, data_first, begin, end):
         """Packs tokens [begin, end) of (K, V), which start at position data_first."""
+        if self._unbound is not None:
+            self._describe_calls()
         call = self._encode
         describe(call.k, pair[0])
         describe(call.v, pair[1])
@@ -131,6 +185,8 @@ class CudaKernels(GpuKernels):
 
     def copy_raw(self, pair, room, slot):
         """Copies (K, V) to where raw tokens are kept, from `slot` on."""
+        if self._unbound is not None:
+            self._describe_calls()
         call = self._copy
         k, v = pair
         describe(self._k, k)
@@ -150,6 +206,8 @@ class CudaKernels(GpuKernels):
 
     def decode(self, first_token, tokens, out_first, parts):
         """Unpacks tokens to float32 (K, V) [batch, kv_heads, tokens, head_dim] that start at position out_first."""
+        if self._unbound is not None:
+            self._describe_calls()
         call = self._decode
         call.first_token, call.tokens, call.out_first = first_token, tokens, out_first
         call.out_tokens, call.k, call.v = parts[0].shape[2], parts[0].data_ptr(), parts[1].data_ptr()
@@ -169,6 +227,8 @@ class CudaKernels(GpuKernels):
         spans: ((K, V), position at their start, begin, end, are sinks) of raw tokens. new: K, V of a token that goes to
         the last place of the last of them before anything is read; then strides are those of query, K and V.
         """
+        if self._unbound is not None:
+            self._describe_calls()
         call = self._attend
         form = query.shape, strides, scale, softcap
         if new is None:

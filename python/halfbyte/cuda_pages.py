@@ -91,8 +91,8 @@ class CudaPages:
 
     def _addresses(self, chunk):
         batch, count, each = chunk.pages.shape
-        numbers = torch.arange(batch * count, dtype=torch.int64, device=self.device)
-        return (numbers * each + chunk.pages.data_ptr()).view(batch, count)
+        begin, end = chunk.pages.data_ptr(), chunk.pages.data_ptr() + batch * count * each
+        return torch.arange(begin, end, each, dtype=torch.int64, device=self.device).view(batch, count)
 
     def _rebuild(self):
         self._table = torch.cat([self._addresses(chunk) for chunk in self._chunks], 1) if self._chunks else None

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from .gpu_turn import mean_of
+
 BLOCK_TOKENS, PAGE_TOKENS = 16, 64
 NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -47,6 +49,21 @@ class GpuKernels:
         """The tables that kernels read of an offset of K or V, [..., head_dim]; mu comes first."""
         return (mu,)
 
+    def means(self, spans, total, weights, turn, wanted):
+        """The tables of offsets that are means of the first `total` tokens, for K and V, where they are wanted.
+
+        spans, weights: as of `mean_of`; turn: how that of K turns, or None.
+        """
+        turns = turn, None
+        return [
+            self.offset_tables(side, mean_of(spans, side, total, weights, turns[side])) if wanted[side] else None
+            for side in (0, 1)
+        ]
+
+    def turned_tables(self, turn, tables, first, last):
+        """The tables of K's offset in spans first to last - 1, from those of the offset itself."""
+        return self.offset_tables(0, turn.offsets(tables[0], first, last))
+
     def bind(self, batch, pages, offset, factors, turn, warm_up):
         """Tells of other pages, offsets or sequences.
 
@@ -65,7 +82,7 @@ class GpuKernels:
         first, last = begin // turn.span, (end - 1) // turn.span + 1
         if self._turned is None or first < self._turned[0] or last > self._turned[1]:
             last = max(last, first + SPANS_AHEAD)
-            self._turned = first, last, self.offset_tables(0, turn.offsets(self._offset[0][0], first, last))
+            self._turned = first, last, self.turned_tables(turn, self._offset[0], first, last)
         first, last, tables = self._turned
         return (turn.span, first, last - first), tables
 

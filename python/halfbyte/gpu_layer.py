@@ -4,7 +4,7 @@ import torch
 
 from . import _native
 from .gpu_kernels import BLOCK_TOKENS, NOTHING, PAGE_TOKENS, between, host_floats
-from .gpu_turn import Turn, mean_of
+from .gpu_turn import Turn
 
 UNDO_TOKENS = 64  # how far behind its newest token a crop may find raw what an append of several has packed
 
@@ -189,12 +189,13 @@ class GpuLayer:
             new = torch.ones_like(self._counted[:, :1]).expand(-1, length - self.length) if counted is None else counted
             weights = torch.cat([self._counted[:, : self.length], new], 1)[:, :total].float()
             weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
-        self._set_offsets(
-            mean_of(spans, side, total, weights, None if side else self._turn)
-            if given is None
-            else given.to(self.device).expand(self.batch, -1, -1).contiguous()
-            for side, given in enumerate(self._given)
-        )
+        means = self.kernels.means(spans, total, weights, self._turn, [given is None for given in self._given])
+        for side, given in enumerate(self._given):
+            if given is not None:
+                mu = given.to(self.device).expand(self.batch, -1, -1).contiguous()
+                means[side] = self.kernels.offset_tables(side, mu)
+        self._offset = means
+        self._bind()
 
     def _set_offsets(self, offsets):
         self._offset = [self.kernels.offset_tables(side, mu) for side, mu in enumerate(offsets)]

@@ -19,7 +19,7 @@ class Turn:
     def __init__(self, frequencies, interleaved, span, device, doubles):
         self.frequencies, self.interleaved, self.span, self.device = frequencies, interleaved, span, device
         self.pairs = frequencies.numel()
-        self._doubles = frequencies.to(device if doubles else "cpu").double()
+        self._where = device if doubles else "cpu"
         self._key = frequencies.numpy().tobytes(), span, device
 
     def waves(self, tokens):
@@ -27,8 +27,8 @@ class Turn:
         spans, held = -(-tokens // self.span), self._waves.get(self._key)
         if held is None or held.shape[0] < spans:
             spans = max(FEWEST_SPANS, 1 << (spans - 1).bit_length())
-            middles = torch.arange(spans, device=self._doubles.device) * self.span + (self.span - 1) // 2
-            angle = middles[:, None] * self._doubles
+            middles = torch.arange(spans, device=self._where) * self.span + (self.span - 1) // 2
+            angle = middles[:, None] * self.frequencies.to(self._where).double()
             held = torch.stack((angle.cos(), angle.sin()), -1).float().to(self.device)
             self._waves[self._key] = held
         return held

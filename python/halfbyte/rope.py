@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 
 import torch
@@ -76,14 +77,24 @@ def rope_frequencies(config, kind, head_dim):
     if name not in STEADY:
         return None
     if name == "default":
-        rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, rotated, 2, device="cpu").float() / rotated), 1.0
+        return default_frequencies(rope["rope_theta"], int(head_dim * rope.get("partial_rotary_factor", 1.0))), 1.0
     return ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), layer_type=kind if nested else None)
+
+
+@functools.lru_cache(maxsize=256)  # layers and caches ask for the same again and again
+@torch.inference_mode(False)  # they serve training as well
+def default_frequencies(theta, rotated):
+    return 1.0 / theta ** (torch.arange(0, rotated, 2, device="cpu").float() / rotated)
 
 
 def pairs_side_by_side(config) -> bool | None:
     """Whether RoPE pairs neighbouring channels, or those half a head apart; None where the model's code is unknown."""
-    package, _, name = type(config).__module__.rpartition(".")
+    return _pairs_side_by_side(type(config).__module__)
+
+
+@functools.cache
+def _pairs_side_by_side(config_module):
+    package, _, name = config_module.rpartition(".")
     try:
         module = importlib.import_module(f"{package}.{name.replace('configuration_', 'modeling_', 1)}")
     except ImportError:

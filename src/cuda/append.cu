@@ -1,11 +1,10 @@
 // Takes a token of each sequence into a layer whose length is in device memory.
 #include "cuda/layer.h"
 #include "cuda/length.cuh"
+#include "cuda/offset.cuh"
 
 namespace halfbyte::gpu {
 namespace {
-
-constexpr int kAppendThreads = 128;
 
 // See HalfbyteCudaOffset.
 struct OffsetRoom {
@@ -53,77 +52,41 @@ __device__ __forceinline__ void copy_token(const AppendCall& call, const AppendS
       reinterpret_cast<ushort*>(to.data)[to.at + c] = reinterpret_cast<const ushort*>(side.from)[from + c];
 }
 
-// A channel's pair: the other channel, the number of the pair, and the sign with which the other one adds when the pair
-// is turned on. Channels that do not turn are their own.
-struct Partner {
-  int channel, pair;
-  float sign;
-};
-
-__device__ __forceinline__ Partner partner_of(const Turn& turn, int c) {
-  if (!turn.waves || c >= 2 * turn.pairs) return {c, -1, 0.0f};
-  const bool neighbours = turn.pair_gap == 1, second = neighbours ? c % 2 : c >= turn.pairs;
-  return {second ? c - turn.pair_gap : c + turn.pair_gap, neighbours ? c / 2 : c % turn.pairs, second ? 1.0f : -1.0f};
-}
-
-// x cos ± other sin, rounded as PyTorch does it: products first.
-__device__ __forceinline__ float turned(const Turn& turn, Partner partner, int span, float x, float other, float way) {
-  if (partner.pair < 0) return x;
-  const float* wave = turn.waves + ((int64_t)span * turn.pairs + partner.pair) * 2;
-  return __fadd_rn(__fmul_rn(x, wave[0]), __fmul_rn(other, way * partner.sign * wave[1]));
-}
-
-// R mu of `count` offsets that lie one after the other; a copy without R.
-__device__ void rotate_offsets(const AppendSide& side, const float* mu, float* rotated, int count) {
-  const int d = side.head_dim;
-  for (int at = threadIdx.x; at < count * d; at += blockDim.x) {
-    const float* from = mu + at / d * d;
-    double sum = side.offset.transposed ? 0.0 : from[at % d];
-    if (side.offset.transposed)
-      for (int j = 0; j < d; j++) sum += (double)side.offset.transposed[j * d + at % d] * from[j];
-    rotated[at] = (float)sum;
-  }
-}
-
-// The weighted mean of the first `total` tokens, all raw, K turned back to position 0; a barrier comes after it.
+// The mean of the first `total` tokens, all raw, K turned back to position 0; padding is left out unless there is
+// nothing else. A barrier comes before what reads it.
 __device__ void take_mean(const AppendCall& call, const AppendSide& side, const Turn& turn, int b, int head,
                           int total) {
   const float* weights = call.weights + (int64_t)b * call.weight_stride;
-  float all = 0.0f;
-  for (int token = 0; token < total; token++) all += token < call.weight_stride ? weights[token] : 1.0f;
-  const bool padding_alone = all == 0.0f;
-  const int64_t row = ((int64_t)b * call.kv_heads + head) * side.head_dim;
-  for (int c = threadIdx.x; c < side.head_dim; c += blockDim.x) {
-    const Partner partner = partner_of(turn, c);
+  int counted = 0;
+  for (int token = 0; token < total; token++) counted += token >= call.weight_stride || weights[token] != 0.0f;
+  const auto sum_run = [&](int from, int to, int channel) {
     float sum = 0.0f;
-    for (int token = 0; token < total; token++) {
+    for (int token = from; token < to; token++) {
       const RawPlace place = place_of(side, call.rule, b, head, token);
-      const float weight = padding_alone || token >= call.weight_stride ? 1.0f : weights[token];
-      const float x = load_value(place.data, call.dtype, place.at + c);
-      const float other = load_value(place.data, call.dtype, place.at + partner.channel);
-      sum += weight * turned(turn, partner, turn.waves ? token / turn.span : 0, x, other, -1.0f);
+      const bool counts = !counted || token >= call.weight_stride || weights[token] != 0.0f;
+      sum += counts ? load_value(place.data, call.dtype, place.at + channel) : 0.0f;
     }
-    side.offset.offset[row + c] = sum / (padding_alone ? (float)total : all);
-  }
-  __syncthreads();
-  rotate_offsets(side, side.offset.offset + row, side.offset.rotated + row, 1);
+    return sum;
+  };
+  float* mu = side.offset.offset + ((int64_t)b * call.kv_heads + head) * side.head_dim;
+  for (int c = threadIdx.x; c < side.head_dim; c += blockDim.x)
+    mu[c] = (float)(sum_back(turn, 0, total, c, sum_run) / (counted ? counted : total));
 }
 
 // The offset as the spans of these tokens have it.
 __device__ void turn_spans(const AppendSide& side, const Turn& turn, int row, Packing tokens) {
   const int d = side.head_dim, first = tokens.begin / turn.span, count = (tokens.end - 1) / turn.span + 1 - first;
-  const float* mu = side.offset.offset + (int64_t)row * d;
   const int64_t to = (int64_t)row * side.offset.span_count * d;
-  for (int at = threadIdx.x; at < count * d; at += blockDim.x) {
-    const Partner partner = partner_of(turn, at % d);
-    side.offset.span_offset[to + at] = turned(turn, partner, first + at / d, mu[at % d], mu[partner.channel], 1.0f);
-  }
+  for (int span = 0; span < count; span++)
+    turn_offset(turn, side.offset.offset + (int64_t)row * d, d, first + span, side.offset.span_offset + to + span * d);
   __syncthreads();
-  rotate_offsets(side, side.offset.span_offset + to, side.offset.span_rotated + to, count);
+  for (int span = 0; span < count; span++)
+    rotate_offset(side.offset.transposed, side.offset.span_offset + to + span * d, d,
+                  side.offset.span_rotated + to + span * d);
 }
 
 // A thread block a (sequence, head) of K, then one of V. What blocks read of the cells is not written in this launch.
-__global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendCall call) {
+__global__ void __launch_bounds__(kOffsetThreads) append_kernel(const __grid_constant__ AppendCall call) {
   const LengthRule& rule = call.rule;
   const AppendSide& side = call.side[blockIdx.x % 2];
   const int row = blockIdx.x / 2, b = row / call.kv_heads, head = row % call.kv_heads;
@@ -142,6 +105,9 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   if (side.offset.is_mean && packing.begin == rule.sink_tokens && !rule.cells[kOffsetReadyCell]) {
     __syncthreads();  // the token is among those that count
     take_mean(call, side, turn, b, head, rule.warm_up ? min(seen + 1, rule.warm_up) : seen + 1);
+    __syncthreads();
+    const int64_t at = (int64_t)row * side.head_dim;
+    rotate_offset(side.offset.transposed, side.offset.offset + at, side.head_dim, side.offset.rotated + at);
   }
   if (turn.waves) turn_spans(side, turn, row, packing);
 }
@@ -173,5 +139,5 @@ extern "C" int halfbyte_cuda_append(const HalfbyteCudaAppend* a) {
   call.rule = rule_of(a->at), call.turn = turn_of(a->turn);
   call.weights = a->weights, call.weight_stride = (int)a->weight_stride;
   call.kv_heads = (int)a->layer.kv_heads, call.dtype = (int)a->layer.dtype;
-  return launch(append_kernel, (int)(2 * a->batch * a->layer.kv_heads), kAppendThreads, 0, a->stream, call);
+  return launch(append_kernel, (int)(2 * a->batch * a->layer.kv_heads), kOffsetThreads, 0, a->stream, call);
 }

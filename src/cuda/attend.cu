@@ -179,11 +179,7 @@ AttendCall call_of(const HalfbyteCudaAttend& a) {
   in.pages = pages_of(a.pages), in.partials = static_cast<float*>(a.space);
   call.new_token = {bytes_of(a.new_k.data), bytes_of(a.new_v.data), strides_of(a.new_k), strides_of(a.new_v)};
   call.n_raw = (int)a.n_raw, call.arrivals = a.arrivals;
-  for (int i = 0; i < call.n_raw; i++) {
-    const HalfbyteCudaRaw& raw = a.raw[i];
-    call.raw[i] = {bytes_of(raw.k.data), bytes_of(raw.v.data), strides_of(raw.k), strides_of(raw.v),
-                   (int)raw.first,       (int)raw.begin,       (int)raw.end,      (int)raw.are_sinks};
-  }
+  for (int i = 0; i < call.n_raw; i++) call.raw[i] = raw_of(a.raw[i]);
   call.raw_blocks = raw_blocks(call);
   return call;
 }

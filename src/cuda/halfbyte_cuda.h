@@ -120,17 +120,34 @@ typedef struct {
   HalfbyteCudaLength at;
 } HalfbyteCudaEncode;
 
-/* The offsets of one side in a layer whose length is in device memory: where the mean of the first tokens goes, and,
- * where it turns, what it is in the spans of the tokens that a step packs. */
+/* Where the offsets of one side go: the mean of tokens, and, where it turns, what it is in some spans. */
 typedef struct {
   const float* transposed; /* of the rotation, or null */
   float* offset;           /* [batch][kv_heads][d] or null; R mu alike */
   float* rotated_offset;
   float* span_offset; /* [batch][kv_heads][span_count][d] or null; R mu alike */
   float* span_rotated_offset;
-  int64_t span_count; /* at least ceil(tail_slots / span) + 1 */
-  int64_t is_mean;    /* 0: given, and there already */
+  int64_t span_count; /* in an append at least ceil(tail_slots / span) + 1 */
+  int64_t is_mean;    /* of an append: 0: given, and there already */
 } HalfbyteCudaOffset;
+
+/* Finds the offsets of a layer: each the mean over `total` tokens, that of K of tokens turned back by their spans, and
+ * R mu. raw: the tokens, one span after the other from position 0 on; n_raw 0: the offsets are there already. With
+ * k.span_count, K's as spans from first_span on have it as well. offset null: not of this side. */
+typedef struct {
+  HalfbyteCudaLayer layer;
+  HalfbyteCudaTurn turn; /* of K */
+  int64_t batch, total;
+  HalfbyteCudaRaw raw[3];
+  int64_t n_raw;
+  const float* weights; /* [batch][weight_stride], 0 where a token does not count, or null */
+  const float* counts;  /* [batch]: how many do, or null */
+  int64_t weight_stride, first_span;
+  HalfbyteCudaOffset k, v;
+  double* space; /* halfbyte_cuda_offsets_space bytes */
+  int64_t device;
+  void* stream;
+} HalfbyteCudaOffsets;
 
 /* Takes a token of each sequence in: raw to its slot, the first length cells, and the offsets of a step that packs. */
 typedef struct {
@@ -170,11 +187,14 @@ int halfbyte_cuda_attend(const HalfbyteCudaAttend* call);
 int halfbyte_cuda_encode(const HalfbyteCudaEncode* call);
 int halfbyte_cuda_append(const HalfbyteCudaAppend* call);
 int halfbyte_cuda_copy(const HalfbyteCudaCopy* call);
+int halfbyte_cuda_offsets(const HalfbyteCudaOffsets* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
 
-/* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens; of one KV head's part
+/* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens, and that a call for
+ * offsets needs; of one KV head's part
  * of a page; of a side's fragments and of what its fast transform reads, 0 if it has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
+int64_t halfbyte_cuda_offsets_space(const HalfbyteCudaOffsets* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
 int64_t halfbyte_cuda_fragment_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);
 int64_t halfbyte_cuda_fast_bytes(const HalfbyteCudaLayer* layer, int64_t is_v);

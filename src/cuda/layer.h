@@ -44,6 +44,11 @@ inline Turn turn_of(const HalfbyteCudaTurn& turn) {
   return {turn.waves, (int)turn.span, pairs, turn.interleaved ? 2 : 1, turn.interleaved ? 1 : pairs};
 }
 
+inline RawTokens raw_of(const HalfbyteCudaRaw& raw) {
+  return {bytes_of(raw.k.data), bytes_of(raw.v.data), strides_of(raw.k), strides_of(raw.v),
+          (int)raw.first,       (int)raw.begin,       (int)raw.end,      (int)raw.are_sinks};
+}
+
 // Launches go to one device of several while this lives.
 class OnDevice {
  public:

@@ -46,6 +46,19 @@ TEST(Turn, OffsetIsTurnedToTheMiddleOfItsSpan) {
     }
 }
 
+// Layers of a model share the tables of the few kinds of RoPE that it has, and no others.
+TEST(Turn, LayersShareTablesOfTheSameRope) {
+  const std::vector<float> one = {1.0f, 0.1f, 0.01f}, other = {1.0f, 0.1f, 0.02f};
+  const auto first = make_turn(64, one.data(), 3, false), second = make_turn(64, other.data(), 3, false);
+  EXPECT_EQ(make_turn(64, one.data(), 3, false), first);
+  EXPECT_EQ(make_turn(64, other.data(), 3, false), second);
+  EXPECT_NE(first, second);
+  for (const auto& turn :
+       {make_turn(16, one.data(), 3, false), make_turn(64, one.data(), 3, true), make_turn(64, one.data(), 2, false)})
+    EXPECT_NE(turn, first);
+  EXPECT_EQ(second->frequencies, other);
+}
+
 // What a score gets back is q · (what was taken off), to the rounding of a float sum of so many products.
 TEST(Turn, EveryBackendGivesTheScoresOfTheTurnedOffset) {
   Random random;

@@ -25,6 +25,7 @@ FILES = (
     "cuda/encode.cuh",
     "cuda/length.cuh",
     "cuda/merge.cuh",
+    "cuda/offset.cu",
     "cuda/rotate.cuh",
     "cuda/running.cuh",
     "cuda/scales.cuh",
@@ -35,7 +36,7 @@ FILES = (
     "gpu/rotate.h",
     "gpu/element.h",
 )
-TESTS = "*Mutations*:CudaFastRotation.*"
+TESTS = "*Mutations*:CudaFastRotation.*:CudaOffset.*"
 # What no run here can notice, by its line or the one before it, and why.
 UNSEEN = {
     # Shuffles hold the lanes of a warp together as well; what they do not order is memory.
