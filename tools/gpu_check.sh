@@ -30,7 +30,7 @@ run python "$python" -m pytest -q "${workers[@]}" -k 'not metal' \
 
 sanitize() {  # TOOL TESTS: those of each kernel, as every access takes ten times as long and more
   run "$1" compute-sanitizer --tool "$1" --error-exitcode 1 "$build/halfbyte_cuda_tests" --gtest_brief=1 \
-    --gtest_filter="CudaEncode.*:*ReferenceBytes/TensorCores:*TailSizes*:$2"
+    --gtest_filter="CudaEncode.*:CudaOffset.*:*ReferenceBytes/TensorCores:*TailSizes*:$2"
 }
 if command -v compute-sanitizer >/dev/null; then
   sanitize memcheck '*SeveralQueries*:*Narrows*:*CudaStep*'

@@ -35,7 +35,7 @@ class Shared:
     def rope(self, layer, head_dim):
         """The Rope by which a layer's keys turn, or None: see layer_rope."""
         kind = "sliding_attention" if layer.is_sliding else "full_attention"
-        key = (kind, head_dim) if _alike(self.config) else (kind, head_dim, layer.layer_idx)
+        key = (kind, head_dim) if _is_like_others(self.config, layer.layer_idx) else (kind, head_dim, layer.layer_idx)
         if key not in self._ropes:
             self._ropes[key] = layer_rope(self.config, layer.layer_idx, kind, head_dim)
         return self._ropes[key]
@@ -50,9 +50,10 @@ class Shared:
                 layer.forget(layer.seen - length)
 
 
-def _alike(config):
-    """Whether all layers of one kind have the same positions."""
-    return not any(getattr(config, name, None) for name in ("no_rope_layers", "per_layer_config"))
+def _is_like_others(config, layer_idx):
+    """Whether a layer has the positions of all others of its kind."""
+    per_layer = getattr(config, "per_layer_config", None)  # of newer transformers: the config itself where it is alike
+    return not getattr(config, "no_rope_layers", None) and (per_layer is None or per_layer[layer_idx] is config)
 
 
 def check_config(config):
