@@ -64,12 +64,19 @@ typedef struct {
 
 /* A layer whose length is in device memory, for steps of one token a sequence that a CUDA graph can repeat: append,
  * then encode, then attend, which may be repeated, all with the same arguments in every step. All counts of those calls
- * follow from the cells: 0  tokens before the step; encode moves it on        4  1: the offsets hold a mean, or need
- * none 1  tokens with those of the step; written by append  5  set to 1 by a value that can not be coded 2  tokens of
- * the step: 1, or 0 if there is no room   6  set to 1 by a step for which there is no room 3  packed_end at some
- * earlier length of this sequence The raw token at position p lies in slot p of the sinks or slot p % tail_slots of the
- * tail, with tail_slots a multiple of 16, at least 32 more than raw_window and warm_up. A page table may name pages in
- * turn, with a window at least ceil((window - 1) / 64) + 1 of them. */
+ * follow from the cells:
+ *
+ * - 0: tokens before the step; encode moves it on
+ * - 1: tokens with those of the step; written by append
+ * - 2: tokens of the step: 1, or 0 if there is no room
+ * - 3: packed_end at some earlier length of this sequence
+ * - 4: 1 if the offsets hold a mean, or need none
+ * - 5: set to 1 by a value that can not be coded
+ * - 6: set to 1 by a step for which there is no room
+ *
+ * The raw token at position p lies in slot p of the sinks or slot p % tail_slots of the tail, with tail_slots a
+ * multiple of 16, at least 32 more than raw_window and warm_up. A page table may name pages in turn, with a window at
+ * least ceil((window - 1) / 64) + 1 of them. */
 enum { HALFBYTE_CUDA_CELLS = 8 };
 typedef struct {
   int64_t* cells; /* null: the numbers in the call count */
@@ -191,8 +198,8 @@ int halfbyte_cuda_offsets(const HalfbyteCudaOffsets* call);
 int halfbyte_cuda_decode(const HalfbyteCudaDecode* call);
 
 /* Bytes of scratch that an attend of such a batch, heads and queries needs, whatever its tokens, and that a call for
- * offsets needs; of one KV head's part
- * of a page; of a side's fragments and of what its fast transform reads, 0 if it has none. */
+ * offsets needs; of one KV head's part of a page; of a side's fragments and of what its fast transform reads, 0 if it
+ * has none. */
 int64_t halfbyte_cuda_attend_space(const HalfbyteCudaAttend* call);
 int64_t halfbyte_cuda_offsets_space(const HalfbyteCudaOffsets* call);
 int64_t halfbyte_cuda_page_bytes(const HalfbyteCudaLayer* layer);
