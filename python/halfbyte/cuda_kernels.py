@@ -84,7 +84,7 @@ class CudaKernels(GpuKernels):
         return mu, mu if rotation is None else (mu.double() @ rotation.double().T).float()
 
     def means(self, spans, total, weights, turn, wanted):
-        call = self._describe_offsets_of(turn, total)
+        call = self._offsets_call(turn, total)
         call.total, call.n_raw = total, len(spans)
         for raw, (begin, end, (k, v)) in zip(call.raw, spans, strict=False):
             raw.first, raw.begin, raw.end = begin, begin, min(end, total)
@@ -105,7 +105,7 @@ class CudaKernels(GpuKernels):
         return made
 
     def turned_tables(self, turn, tables, first, last):
-        call = self._describe_offsets_of(turn, last * turn.span)
+        call = self._offsets_call(turn, last * turn.span)
         mu, rotated = tables
         call.batch, call.first_span, call.k.span_count = mu.shape[0], first, last - first
         call.k.offset, call.k.rotated_offset = mu.data_ptr(), rotated.data_ptr()
@@ -114,7 +114,7 @@ class CudaKernels(GpuKernels):
         self._launch("offsets", call)
         return turned
 
-    def _describe_offsets_of(self, turn, tokens):
+    def _offsets_call(self, turn, tokens):
         """A call for offsets of which K's turns as in so many tokens, if it does."""
         call = _cuda.Offsets(self._description, device=self.device.index)
         if turn is not None:

@@ -100,7 +100,7 @@ OffsetsCall call_of(const HalfbyteCudaOffsets& o) {
   call.weights = o.weights, call.counts = o.counts, call.weight_stride = (int)o.weight_stride;
   const int sides = 2 * (int)o.batch * call.kv_heads, pages = (call.total + kPageTokens - 1) / kPageTokens;
   const int most = std::max(1, std::min(pages, kMostBlocks / std::max(sides, 1)));
-  call.part_tokens = (pages + most - 1) / most * kPageTokens;
+  call.part_tokens = (pages + most - 1) / most * kPageTokens;  // no span is in two parts
   call.parts = call.part_tokens ? (call.total + call.part_tokens - 1) / call.part_tokens : 0;
   call.width = std::max(call.side[0].head_dim, call.side[1].head_dim);
   call.sums = o.space, call.first_span = (int)o.first_span, call.span_count = (int)o.k.span_count;

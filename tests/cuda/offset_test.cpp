@@ -130,5 +130,13 @@ TEST(CudaOffset, MatchesTheCpuWhereItTurns) {
       }
 }
 
+// So many sequences that a thread block sums several pages; not among what check.py runs, as it takes a second.
+TEST(CudaOffsetParts, MatchTheCpuWhereOneSumsSeveralPages) {
+  HALFBYTE_NEEDS_DEVICE();
+  Case c = offset_case(130, 64, 32);
+  c.batch = 500, c.kv_heads = 1, c.heads = 1;
+  expect_offsets(c, true, 9);
+}
+
 }  // namespace
 }  // namespace halfbyte

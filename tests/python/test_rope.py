@@ -1,5 +1,7 @@
 """How keys turn: what the config and code of each architecture say, against the keys it makes; and who gets to know."""
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,7 +17,7 @@ from transformers import (  # noqa: E402
 )
 
 from architectures import ARCHITECTURES, built  # noqa: E402
-from halfbyte import Int4Cache, Int4StaticCache  # noqa: E402
+from halfbyte import Int4Cache, Int4StaticCache, shared  # noqa: E402
 from halfbyte.calibrate import calibrate  # noqa: E402
 from halfbyte.offset import bias_offset  # noqa: E402
 from halfbyte.recipes import get_recipe  # noqa: E402
@@ -159,3 +161,21 @@ def test_a_key_bias_is_averaged_around_the_middle_of_a_span(qwen, text):
     frequencies, offset = told(cache)
     assert frequencies.size == 64
     torch.testing.assert_close(torch.from_numpy(offset).view(2, 128), bias_offset(attention, shared, 2, 128, 64))
+
+
+def test_layers_share_positions_where_they_have_the_same(monkeypatch):
+    """One answer serves all layers of a kind, unless a layer has a config, or positions, of its own."""
+    monkeypatch.setattr(shared, "layer_rope", lambda config, layer_idx, kind, head_dim: layer_idx)
+
+    def asked_for(config):
+        held = shared.Shared(config)
+        layers = [SimpleNamespace(is_sliding=index == 1, layer_idx=index) for index in range(4)]
+        return [held.rope(layer, 64) for layer in layers]
+
+    alike, without = SimpleNamespace(), SimpleNamespace(no_rope_layers=[1, 1, 1, 0])
+    assert asked_for(alike) == [0, 1, 0, 0]
+    assert asked_for(without) == [0, 1, 2, 3]
+    alike.per_layer_config = [alike] * 4
+    assert asked_for(alike) == [0, 1, 0, 0]
+    alike.per_layer_config = [alike, alike, SimpleNamespace(), alike]
+    assert asked_for(alike) == [0, 1, 2, 0]
