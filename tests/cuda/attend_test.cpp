@@ -49,7 +49,7 @@ TEST_P(CudaAttend, MatchesReferenceForEveryRecipe) {
 }
 
 TEST_P(CudaAttend, MatchesReferenceForSeveralQueries) {
-  for (int queries : {2, 5, 16, 17, 33})
+  for (int queries : {2, 5, 16, 17, 33, 64})
     for (size_t prefix : {5, 16, 40, 130}) {
       Case c;
       c.heads = 6, c.queries = queries, c.prefix = prefix;
